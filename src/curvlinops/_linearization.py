@@ -1,0 +1,344 @@
+r"""One batch's derivatives, linearised once and multiplied many times.
+
+At a batch with inputs :math:`X`, targets :math:`y` and model output
+:math:`f = f_\theta(X)` every matrix of this package is built from three products:
+
+* ``jvp``: :math:`v \mapsto J v` with :math:`J = \partial f / \partial \theta`,
+* ``vjp``: :math:`u \mapsto J^\top u`,
+* ``hvp``: :math:`v \mapsto \nabla^2_\theta \ell(f, y)\, v`.
+
+All three are backward passes through autograd graphs that do not depend on the
+vector, so a :class:`Linearization` that is kept pays for them once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops._model import Model, graph_nodes
+from curvlinops.losses import Loss
+
+#: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
+AUTO_FRACTION = 0.4
+
+Vectors = list[Tensor]
+
+
+class Linearization:
+    r"""The derivatives of one batch at the model's current parameters.
+
+    A *vector* of parameter space is a list of tensors in parameter shapes, a vector
+    of output space a tensor of the output's shape. Both may have one more, leading,
+    dimension for several vectors at once.
+
+    Parameters
+    ----------
+    model : Model
+        Model with parameters to differentiate by.
+    X, y : Any
+        Inputs and targets of the batch, on the model's device.
+    make_loss : callable, optional
+        Maps output and targets to the batch's :class:`~curvlinops.losses.Loss`.
+    index : int, optional
+        Position of the batch in the data.
+
+    Notes
+    -----
+    :math:`J^\top u` is a backward pass through the graph of :math:`f`.
+    :math:`J v` differentiates :math:`u \mapsto J^\top u`, a linear function, once
+    more: its derivative applied to :math:`v` is :math:`(J^\top)^\top v = J v`. Unlike
+    forward-mode differentiation, this exists for every operation that has a twice
+    differentiable backward pass, and is its adjoint by construction. The Hessian is
+    the derivative of the gradient in reverse mode, too.
+
+    Graphs are built at first use and kept as long as the object lives. Products are
+    safe to call from several threads.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        X: Any,
+        y: Any,
+        make_loss: Callable[[Tensor, Any], Loss] | None = None,
+        index: int = 0,
+    ) -> None:
+        self.index = index
+        self.X, self.y = X, y
+        self._leaves = model.leaves
+        self._make_loss = make_loss
+        self._lock = RLock()
+        self.output = _checked_output(model(X), index)
+        self._notes: dict[Any, Any] = {}
+        self._nbytes = 0, 0
+
+    @cached_property
+    def loss(self) -> Loss:
+        """The batch's loss terms as a function of the output."""
+        if self._make_loss is None:
+            raise ValueError("This product needs a loss function.")
+        with self._lock:
+            return self._make_loss(self.output, self.y)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``, kept under ``key`` as long as the batch is."""
+        with self._lock:
+            if key not in self._notes:
+                self._notes[key] = compute()
+            return self._notes[key]
+
+    # -- graphs -----------------------------------------------------------------
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
+        """A dummy ``u`` and the graph of ``J^T u``."""
+        with self._lock:
+            u = torch.zeros_like(self.output, requires_grad=True)
+            return u, _grad([self.output], self._leaves, [u], create_graph=True)
+
+    @cached_property
+    def _gradient(self) -> list[Tensor | None]:
+        """The graph of the gradient of the summed loss."""
+        with self._lock:
+            value = self.loss.value()
+            return _grad([value], self._leaves, [None], create_graph=True)
+
+    @property
+    def stage(self) -> int:
+        """How many graphs have been built so far."""
+        return 1 + ("_transposed" in self.__dict__) + ("_gradient" in self.__dict__)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the graphs built so far keep alive."""
+        stage, nbytes = self._nbytes
+        if stage != self.stage:
+            stage = self.stage
+            _, transposed = self.__dict__.get("_transposed", (None, []))
+            graphs = [self.output, *transposed, *self.__dict__.get("_gradient", [])]
+            roots = [t for t in graphs if t is not None]
+            nbytes = graph_bytes(roots, exclude=self._leaves)
+            self._nbytes = stage, nbytes
+        return nbytes
+
+    # -- products ---------------------------------------------------------------
+
+    def jvp(self, V: Sequence[Tensor]) -> Tensor:
+        """Multiply by the Jacobian; returns ``[*leading, *output.shape]``."""
+        u, JTu = self._transposed
+        leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
+        (Jv,) = _pull_back(JTu, [u], V, leading)
+        return Jv
+
+    def vjp(self, U: Tensor) -> Vectors:
+        """Multiply by the Jacobian's transpose; returns tensors in parameter shapes."""
+        leading = U.shape[: U.ndim - self.output.ndim]
+        return _pull_back([self.output], self._leaves, [U], leading)
+
+    def hvp(self, V: Sequence[Tensor]) -> Vectors:
+        """Multiply by the Hessian of the summed loss."""
+        leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
+        return _pull_back(self._gradient, self._leaves, V, leading)
+
+    def gradient(self) -> Vectors:
+        """Return the gradient of the summed loss in parameter shapes."""
+        if (graph := self.__dict__.get("_gradient")) is not None:
+            grads = [None if g is None else g.detach() for g in graph]
+        else:
+            grads = _grad([self.loss.value()], self._leaves, [None])
+        return _filled(grads, self._leaves, torch.Size())
+
+
+def _grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None],
+    **options: Any,
+) -> list[Tensor | None]:
+    """Differentiate, keeping the graph; a missing dependence gives ``None``."""
+    if not any(t.requires_grad for t in outputs):
+        return [None] * len(inputs)
+    try:
+        return list(
+            torch.autograd.grad(
+                outputs,
+                inputs,
+                grad_outputs,
+                retain_graph=True,
+                allow_unused=True,
+                **options,
+            )
+        )
+    except RuntimeError as error:
+        raise RuntimeError(_explained(str(error))) from error
+
+
+def _explained(message: str) -> str:
+    """Add the likely cause and its cure to an autograd error."""
+    hints = {
+        "use_reentrant": "Use `checkpoint(..., use_reentrant=False)`.",
+        "once_differentiable": "Curvature needs a twice differentiable backward pass.",
+        "is not implemented": "An operation of the model has no second derivative.",
+        "twice": "Curvature needs a twice differentiable backward pass.",
+    }
+    hint = next((cure for cause, cure in hints.items() if cause in message), "")
+    return f"Differentiating the model failed. {hint} torch says: {message}"
+
+
+def _pull_back(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    leading: torch.Size,
+) -> Vectors:
+    """Multiply vectors by the transposed derivative of ``outputs`` by ``inputs``."""
+    pairs = [
+        (out, v)
+        for out, v in zip(outputs, vectors, strict=True)
+        if out is not None and out.requires_grad
+    ]
+    if not pairs:
+        return _filled([None] * len(inputs), inputs, leading)
+    outs, vs = [list(side) for side in zip(*pairs, strict=True)]
+    if leading:
+        grads = _grad(outs, inputs, vs, is_grads_batched=True)
+    else:
+        grads = _grad(outs, inputs, vs)
+    return _filled(grads, inputs, leading)
+
+
+def _filled(
+    grads: Iterable[Tensor | None], inputs: Sequence[Tensor], leading: torch.Size
+) -> Vectors:
+    """Replace missing derivatives by zeros."""
+    return [
+        t.new_zeros(()).expand(*leading, *t.shape) if g is None else g
+        for g, t in zip(grads, inputs, strict=True)
+    ]
+
+
+def _checked_output(output: Any, index: int) -> Tensor:
+    """Return the model's output after checking that it can be differentiated."""
+    if not torch.is_tensor(output):
+        raise TypeError(
+            f"The model must return a tensor, got {type(output).__name__} for batch "
+            f"{index}. Wrap it, e.g. `lambda params, X: functional_call(model, params, "
+            "(X,)).logits`, or in a module that returns the tensor."
+        )
+    if not output.is_floating_point():
+        raise TypeError(
+            f"The model must return real floating-point numbers, got {output.dtype}."
+        )
+    if not torch.isfinite(output).all():
+        raise ValueError(
+            f"The model's output is not finite (NaN or infinity) for batch {index}. "
+            "Look at that batch's inputs and at the parameters."
+        )
+    return output
+
+
+def graph_bytes(roots: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> int:
+    """Count the bytes of the tensors that autograd graphs keep alive."""
+    known = {t.untyped_storage().data_ptr() for t in exclude}
+    total = 0
+
+    def add(tensor: Tensor) -> None:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            total += storage.nbytes()
+
+    roots = list(roots)
+    for root in roots:
+        add(root)
+    for node in graph_nodes(*roots):
+        for value in _saved(node):
+            if torch.is_tensor(value):
+                add(value)
+    return total
+
+
+def _saved(node: Any) -> list[Any]:
+    """Return what a node of an autograd graph saved for its backward pass."""
+    values: list[Any] = []
+    for name in _saved_names(type(node)):
+        try:
+            raw = getattr(node, name)
+            packed = raw if isinstance(raw, (tuple, list)) else [raw]
+            # Behind a hook (activation checkpointing) the value is not kept but
+            # computed on access.
+            if any(getattr(one, "unpack_hook", None) is not None for one in packed):
+                continue
+            value = getattr(node, _value_name(node, name))
+        except RuntimeError:  # already freed
+            continue
+        values += value if isinstance(value, (tuple, list)) else [value]
+    return values
+
+
+def _value_name(node: Any, raw_name: str) -> str:
+    """Return the attribute that gives the value of a raw saved tensor."""
+    name = raw_name.removeprefix("_raw")
+    return name if hasattr(type(node), name) else name.removeprefix("_")
+
+
+_SAVED_NAMES: dict[type, list[str]] = {}
+
+
+def _saved_names(node_type: type) -> list[str]:
+    """Return the names of the raw saved tensors of a node type."""
+    if node_type not in _SAVED_NAMES:
+        _SAVED_NAMES[node_type] = [
+            name for name in dir(node_type) if name.startswith("_raw_saved_")
+        ]
+    return _SAVED_NAMES[node_type]
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        return free + reserved - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as info:
+            fields = dict(line.split(":", 1) for line in info)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        # No such file outside of Linux: assume that a quarter of the memory is free.
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return min(free, _control_group_limit())
+
+
+def _control_group_limit() -> int:
+    """Return the bytes left of a container's memory limit, if it has one."""
+    folder = "/sys/fs/cgroup/"
+    try:
+        with (
+            open(folder + "memory.max") as limit,
+            open(folder + "memory.current") as use,
+        ):
+            return max(int(limit.read()) - int(use.read()), 0)
+    except (OSError, ValueError):  # no control group, or "max"
+        return 1 << 62
+
+
+def budget_bytes(cache: str | int, device: torch.device) -> int:
+    """Return how many bytes of recordings a setting of ``cache`` allows."""
+    if cache == "off":
+        return 0
+    if cache == "auto":
+        return int(AUTO_FRACTION * free_memory(device))
+    if isinstance(cache, int) and not isinstance(cache, bool) and cache >= 0:
+        return cache
+    raise ValueError(
+        f'`cache` must be "auto", "off", or a number of bytes >= 0, got {cache!r}.'
+    )

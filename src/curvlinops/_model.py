@@ -1,0 +1,348 @@
+"""The user's model as a function of its input, with parameters of our own.
+
+Differentiating needs leaves that require gradients. The user's tensors are never
+touched for that: the leaves here are *aliases*, tensors of our own that share the
+user's storage, placed in a private copy of the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from threading import RLock
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
+
+T = TypeVar("T")
+
+Parameters = Mapping[str, Tensor] | Iterable[nn.Parameter]
+
+
+def named_parameters(model_func: Callable, params: Parameters) -> dict[str, Tensor]:
+    """Return the parameters as a dict after checking that they are the model's.
+
+    Parameters
+    ----------
+    model_func : nn.Module or callable
+        The model.
+    params : dict of str to Tensor, or list of nn.Parameter
+        What the user passed.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The same tensors by name, in the same order.
+
+    Raises
+    ------
+    TypeError
+        If the container is neither, an entry is no tensor, or no real floating type.
+    ValueError
+        If there are none, or one is foreign, repeated, uninitialised, of the wrong
+        shape, or differs in dtype or device from the others.
+    """
+    is_module = isinstance(model_func, nn.Module)
+    known = (
+        dict(model_func.named_parameters(remove_duplicate=False)) if is_module else {}
+    )
+    if isinstance(params, Mapping):
+        named = dict(params)
+    elif isinstance(params, Iterator):
+        raise TypeError(
+            "`params` is an iterator, which can be read only once. Pass the list "
+            "`list(model.parameters())` or the dict `dict(model.named_parameters())`."
+        )
+    elif isinstance(params, (list, tuple)):
+        if not is_module:
+            raise TypeError(
+                "A list of parameters has no names, which a model given as a plain "
+                "callable needs: pass a dict of names to tensors."
+            )
+        named = _names_of(params, known)
+    else:
+        raise TypeError(
+            "`params` must be a dict of names to tensors or a list of the model's "
+            f"parameters, got {type(params).__name__}."
+        )
+    if not named:
+        raise ValueError("`params` is empty: there is nothing to differentiate by.")
+    for name, tensor in named.items():
+        _check_parameter(name, tensor, known if is_module else None, model_func)
+    _check_alike(named, lambda t: t.dtype, "dtypes", "`model.to(torch.float32)`")
+    _check_alike(named, lambda t: t.device, "devices", "`model.to(device)`")
+    _check_distinct(named, known)
+    return named
+
+
+def _names_of(params: Iterable[Any], known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Find the names of a module's parameters by identity."""
+    names = {id(tensor): name for name, tensor in reversed(known.items())}
+    named: dict[str, Tensor] = {}
+    for i, tensor in enumerate(params):
+        name = names.get(id(tensor))
+        if name is None:
+            raise ValueError(
+                f"Entry {i} of `params` is not a parameter of the model. To evaluate "
+                "the model at other values, pass a dict of names to tensors."
+            )
+        if name in named:
+            raise ValueError(f"Entry {i} of `params` repeats the parameter {name!r}.")
+        named[name] = tensor
+    return named
+
+
+def _check_parameter(
+    name: Any, tensor: Any, known: dict[str, Tensor] | None, model_func: Callable
+) -> None:
+    if not torch.is_tensor(tensor):
+        raise TypeError(
+            f"Parameter {name!r} must be a tensor, got {type(tensor).__name__}."
+        )
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(
+            f"Parameter {name!r} is not initialised: run the lazy module once first."
+        )
+    if tensor.dtype not in NUMPY_DTYPES:
+        raise TypeError(
+            f"Parameter {name!r} has dtype {tensor.dtype}; derivatives need a real "
+            "floating-point type."
+        )
+    if tensor.is_inference():
+        raise ValueError(
+            f"Parameter {name!r} was made under `torch.inference_mode()` and cannot "
+            "be differentiated: pass a clone made outside of it."
+        )
+    if known is None:
+        return
+    if name not in known:
+        buffers = dict(model_func.named_buffers())  # type: ignore[attr-defined]
+        close = difflib.get_close_matches(str(name), known, n=3)
+        raise ValueError(
+            f"The model has no parameter {name!r}"
+            + (
+                ": that is a buffer. Did you pass `model.state_dict()`? Pass "
+                "`dict(model.named_parameters())`."
+                if name in buffers
+                else f"; close names: {close}."
+                if close
+                else f"; its parameters are {list(known)[:8]}."
+            )
+        )
+    if tensor.shape != known[name].shape:
+        raise ValueError(
+            f"Parameter {name!r} has shape {tuple(known[name].shape)} in the model, "
+            f"but {tuple(tensor.shape)} in `params`."
+        )
+
+
+def _check_alike(
+    named: dict[str, Tensor], key: Callable[[Tensor], Any], what: str, cure: str
+) -> None:
+    found = {key(tensor): name for name, tensor in named.items()}
+    if len(found) > 1:
+        listing = ", ".join(f"{value} ({name!r})" for value, name in found.items())
+        raise ValueError(
+            f"The parameters have several {what}: {listing}. Convert the model with "
+            f"{cure}, or pass the parameters of one kind only."
+        )
+
+
+def _check_distinct(named: dict[str, Tensor], known: dict[str, Tensor]) -> None:
+    seen: dict[int, str] = {}
+    for name, tensor in named.items():
+        owner = id(known.get(name, tensor))
+        if owner in seen:
+            raise ValueError(
+                f"{seen[owner]!r} and {name!r} are the same (tied) parameter: pass it "
+                "once."
+            )
+        seen[owner] = name
+
+
+class Model:
+    """A model whose chosen parameters are leaves that alias the user's tensors.
+
+    Parameters
+    ----------
+    model_func : nn.Module or callable
+        A module, or a function ``(params_dict, X) -> prediction``.
+    params : dict of str to Tensor
+        The tensors to differentiate by, as :func:`named_parameters` returns them.
+
+    Notes
+    -----
+    A module is deep-copied with its parameters replaced by aliases: parameters share
+    storage with the user's, buffers are copies, and nothing of the user's is changed
+    whatever happens. A module that cannot be copied, or whose copy still reaches the
+    user's own tensors (a function that holds on to another module, say), is evaluated
+    in place with its tensors swapped for the duration of a product, under one lock
+    per module.
+    """
+
+    def __init__(self, model_func: Callable, params: dict[str, Tensor]) -> None:
+        self.params = params
+        self.aliases = {n: nn.Parameter(p.detach()) for n, p in params.items()}
+        self.leaves = list(self.aliases.values())
+        first = self.leaves[0]
+        self.space = TensorSpace(
+            (p.shape for p in self.leaves), first.dtype, first.device, params
+        )
+        self._function: Callable[[Any], Any]
+        self._held: nn.Module | None = None
+        self._module = model_func if isinstance(model_func, nn.Module) else None
+        if self._module is None:
+            self._function = lambda X: model_func(dict(self.aliases), X)
+        else:
+            try:
+                self._function = _private_copy(self._module, self.aliases)
+            except Exception:  # whatever a user's `__deepcopy__` or attribute raises
+                self.evaluate_in_place()
+
+    def evaluate_in_place(self) -> bool:
+        """Give up the private copy; return whether that was possible."""
+        if self._module is None or self._held is not None:
+            return False
+        self._held = _Held(self._module)
+        self._function = self._module
+        return True
+
+    def __call__(self, X: Any) -> Any:
+        """Evaluate the model (within :meth:`run`)."""
+        return self._function(X)
+
+    def run(self, body: Callable[[], T]) -> T:
+        """Return ``body()``, run where the model may be evaluated and differentiated.
+
+        Gradients are on, autocast and inference mode are off, attention takes its
+        twice differentiable form, and a module that is evaluated in place holds the
+        aliases (also while graphs are differentiated: activation checkpointing
+        evaluates the model again there).
+        """
+        device = self.space.device.type
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(_MATH_ATTENTION)
+            if device == "cuda" and self._has_recurrence():
+                # cuDNN's recurrent layers have no double backward.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if self._held is None:
+                return body()
+            stack.enter_context(_lock_of(self._module))
+            swapped = {f"module.{n}": p for n, p in self.aliases.items()}
+            for name, buffer in self._held.named_buffers():
+                swapped[name] = buffer.clone()
+            return torch.func.functional_call(self._held, swapped, (body,))
+
+    def _has_recurrence(self) -> bool:
+        return self._module is not None and any(
+            isinstance(m, nn.RNNBase) for m in self._module.modules()
+        )
+
+    def foreign_leaves(self, output: Tensor) -> list[str]:
+        """Name the user's own parameters that an output's graph reaches."""
+        own = {id(p): n for n, p in self.params.items()}
+        if self._module is not None:
+            own |= {
+                id(p): n
+                for n, p in self._module.named_parameters()
+                if n in self.params
+            }
+        return sorted(
+            {own[id(leaf)] for leaf in graph_leaves(output) if id(leaf) in own}
+        )
+
+
+class _Held(nn.Module):
+    """Wraps a module so that ``functional_call`` holds the swap around a function."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+
+    def forward(self, body: Callable[[], T]) -> T:
+        """Run the function."""
+        return body()
+
+
+def _private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:
+    """Deep-copy a module with its parameters aliased and its buffers copied."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        # What hooks left behind (weight normalisation, say) is recomputed anyway, but
+        # only leaves can be deep-copied.
+        for value in [*vars(part).values(), *part._buffers.values()]:
+            if torch.is_tensor(value) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        memo.setdefault(id(parameter), nn.Parameter(parameter.detach(), False))
+        if name in aliases:
+            memo[id(parameter)] = aliases[name]
+    return copy.deepcopy(module, memo)
+
+
+_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # type: ignore[valid-type]
+_LOCKS_LOCK = RLock()
+
+
+def _lock_of(module: Any) -> RLock:  # type: ignore[valid-type]
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(module, RLock())
+
+
+class _MathAttention:
+    """Process-wide choice of attention's math form, counted over threads.
+
+    Flash and memory-efficient attention have no double backward. torch's switch is
+    global, hence entered by the first user and left by the last.
+    """
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self._users = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._stack.close()
+
+
+_MATH_ATTENTION = _MathAttention()
+
+
+def graph_leaves(output: Tensor) -> Iterator[Tensor]:
+    """Yield the leaf tensors that an output's autograd graph ends in."""
+    for node in graph_nodes(output):
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+
+
+def graph_nodes(*outputs: Tensor) -> Iterator[Any]:
+    """Yield every node of the autograd graph behind some tensors once."""
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)

@@ -1,0 +1,473 @@
+"""What every operator of this package can do: the contract, written once.
+
+:class:`TorchOperator` is a plain mixin that stands in front of SciPy's
+:class:`~scipy.sparse.linalg.LinearOperator` among an operator's bases. It recognises
+the operand (NumPy, tensor, list of tensors), converts it once, and calls the hook
+``_apply``. A new operator writes that hook and, unless it is self-adjoint,
+``_adjoint``; everything else is inherited.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor
+
+from curvlinops._spaces import (
+    TensorSpace,
+    numeric_array,
+    real_scalar,
+    to_numpy,
+    to_torch,
+)
+
+
+def _is_tensor_list(x: Any) -> bool:
+    return (
+        isinstance(x, (list, tuple)) and bool(x) and all(map(torch.is_tensor, x))
+    )
+
+
+class TorchOperator:
+    r"""Mixin that makes a SciPy operator out of a product with torch tensors.
+
+    For an operator :math:`A \in \mathbb{R}^{M \times N}`, ``A @ x`` accepts
+
+    * NumPy arrays of shape ``(N,)``, ``(N, 1)`` or ``(N, K)`` and returns NumPy;
+    * tensors of these shapes and returns a tensor, on the operand's device;
+    * a list of tensors in the input's shapes (``[*shape]`` or ``[*shape, K]``) and
+      returns a list of tensors in the output's shapes.
+
+    Parameters
+    ----------
+    in_space, out_space : TensorSpace
+        Spaces of the vectors that are multiplied, and of the results.
+
+    Notes
+    -----
+    Subclasses list :class:`scipy.sparse.linalg.LinearOperator` after this mixin and
+    write two hooks:
+
+    * ``_apply(V)``: the product with a tensor ``V`` of shape ``(N, K)``, on the
+      operator's device and in its dtype, as a tensor of shape ``(M, K)`` that nothing
+      else holds. ``K`` is at least one. ``V`` must not be changed.
+    * ``_adjoint()``: the adjoint as an operator. Operators with equal spaces inherit
+      one that returns the operator itself.
+
+    Results carry no autograd graph. The result's NumPy dtype is ``np.result_type`` of
+    operator and operand; arithmetic is done in :attr:`torch_dtype`. Complex operands
+    are multiplied as real and imaginary part in one block.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+    def __init__(self, in_space: TensorSpace, out_space: TensorSpace) -> None:
+        LinearOperator.__init__(
+            self, in_space.numpy_dtype, (out_space.dim, in_space.dim)
+        )
+        self._in_space = in_space
+        self._out_space = out_space
+
+    # -- hooks ------------------------------------------------------------------
+
+    def _apply(self, V: Tensor) -> Tensor:
+        """Multiply a ``(N, K)`` tensor; return a fresh ``(M, K)`` tensor."""
+        raise NotImplementedError(f"{type(self).__name__} defines no product.")
+
+    def _adjoint(self) -> TorchOperator:
+        """Return the adjoint: the operator itself, being self-adjoint."""
+        return self
+
+    def _transpose(self) -> TorchOperator:
+        """Return the transpose: the adjoint, since all entries are real."""
+        return self._adjoint()
+
+    # -- torch's side -----------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which products are computed."""
+        return self._in_space.device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Floating-point type in which products are computed."""
+        return self._in_space.dtype
+
+    @property
+    def in_shapes(self) -> tuple[torch.Size, ...]:
+        """Shapes of the tensors in a list that is multiplied."""
+        return self._in_space.shapes
+
+    @property
+    def out_shapes(self) -> tuple[torch.Size, ...]:
+        """Shapes of the tensors in the resulting list."""
+        return self._out_space.shapes
+
+    # -- products ---------------------------------------------------------------
+
+    def dot(self, x: Any) -> Any:
+        """Multiply a scalar, an operator, an array, a tensor, or a list of tensors.
+
+        Parameters
+        ----------
+        x : scalar, LinearOperator, array_like, Tensor, or list of Tensor
+            Scalars and operators give a lazy operator, everything else the product.
+
+        Returns
+        -------
+        LinearOperator, numpy.ndarray, Tensor, or list of Tensor
+            The product in the operand's container.
+
+        Raises
+        ------
+        ValueError
+            If the operand's shape does not fit.
+        TypeError
+            If it holds no numbers, or is a tensor of another floating-point type.
+        """
+        if isinstance(x, LinearOperator):
+            if isinstance(x, TorchOperator):
+                return Product(self, x)
+            return LinearOperator.dot(self, x)
+        if (scalar := real_scalar(x)) is not None:
+            return Scaled(self, scalar)
+        if np.isscalar(x) and np.iscomplexobj(x):
+            return LinearOperator.dot(self, x)
+        return self._product(x)
+
+    def matvec(self, x: Any) -> Any:
+        """Multiply one vector of shape ``(N,)`` or ``(N, 1)``; keeps the shape."""
+        return self._product(x, columns=1)
+
+    def matmat(self, X: Any) -> Any:
+        """Multiply a block of vectors of shape ``(N, K)``."""
+        return self._product(X, ndim=2)
+
+    def rmatvec(self, x: Any) -> Any:
+        """Multiply one vector of shape ``(M,)`` or ``(M, 1)`` by the adjoint."""
+        return self.adjoint().matvec(x)
+
+    def rmatmat(self, X: Any) -> Any:
+        """Multiply a block of vectors of shape ``(M, K)`` by the adjoint."""
+        return self.adjoint().matmat(X)
+
+    def adjoint(self) -> TorchOperator:
+        r"""Return :math:`A^\top`, which is :math:`A^{\mathrm{H}}` as entries are real.
+
+        ``A.H``, ``A.T``, and ``A.transpose()`` are the same.
+        """
+        return self._adjoint()
+
+    def _rdot(self, x: Any) -> Any:
+        if isinstance(x, LinearOperator):
+            return LinearOperator._rdot(self, x)
+        transposed = self._transpose()
+        if _is_tensor_list(x):
+            return transposed._product(x)
+        x = x if torch.is_tensor(x) else numeric_array(x)
+        return transposed._product(x.T).T if x.ndim == 2 else transposed._product(x)
+
+    def rdot(self, x: Any) -> Any:
+        """Return ``x @ A`` for ``x`` of shape ``(M,)`` or ``(K, M)``."""
+        return self._rdot(x)
+
+    def __rmul__(self, x: Any) -> Any:
+        """Return ``x * A`` for a scalar, ``x @ A`` for anything else."""
+        if (scalar := real_scalar(x)) is not None:
+            return Scaled(self, scalar)
+        if np.isscalar(x):
+            return LinearOperator.__rmul__(self, x)
+        return self._rdot(x)
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        """Multiply a NumPy block (the hook that SciPy looks for in a subclass)."""
+        return cast(np.ndarray, self._product(X))
+
+    def _product(
+        self, x: Any, columns: int | None = None, ndim: int | None = None
+    ) -> Any:
+        """Convert the operand, multiply, convert back."""
+        if _is_tensor_list(x):
+            packed = self._in_space.pack(x)
+            return self._out_space.unpack(self._product(packed, columns, ndim))
+        on_torch = torch.is_tensor(x)
+        block = x if on_torch else numeric_array(x)
+        N = self.shape[1]
+        wanted = {
+            "(N,)": block.ndim == 1 and ndim != 2,
+            "(N, 1)" if columns == 1 else "(N, K)": block.ndim == 2
+            and columns in (None, block.shape[-1]),
+        }
+        if not any(wanted.values()) or block.shape[0] != N:
+            raise ValueError(
+                f"Dimension mismatch: {self!r} multiplies operands of shape "
+                f"{' or '.join(s.replace('N', str(N)) for s in wanted)}, got "
+                f"{tuple(block.shape)}."
+            )
+        multiply = self._multiply_torch if on_torch else self._multiply_numpy
+        result = multiply(block.reshape(N, -1) if block.ndim == 1 else block)
+        return result[:, 0] if block.ndim == 1 else result
+
+    def _multiply_numpy(self, X: np.ndarray) -> np.ndarray:
+        dtype = np.result_type(self.dtype, X.dtype)
+        if X.dtype.kind == "c":
+            K = X.shape[1]
+            parts = self._multiply_numpy(np.concatenate([X.real, X.imag], axis=1))
+            return (parts[:, :K] + 1j * parts[:, K:]).astype(dtype, copy=False)
+        if X.shape[1] == 0:
+            return np.zeros((self.shape[0], 0), dtype)
+        result = to_numpy(self._apply(to_torch(X, self._in_space)))
+        return result.astype(dtype, copy=False)
+
+    def _multiply_torch(self, X: Tensor) -> Tensor:
+        if X.requires_grad and X.grad_fn is not None:
+            warnings.warn(
+                "The operand is part of an autograd graph, but products with an "
+                "operator are not differentiable. Call `x.detach()` first.",
+                stacklevel=5,
+            )
+        if X.is_complex():
+            K = X.shape[1]
+            parts = self._multiply_torch(torch.cat([X.real, X.imag], dim=1))
+            return torch.complex(parts[:, :K], parts[:, K:])
+        V = self._in_space.adopt(X)
+        if X.shape[1] == 0:
+            return V.new_zeros((self.shape[0], 0))
+        return self._apply(V).to(X.device)
+
+    # -- algebra ----------------------------------------------------------------
+
+    def __add__(self, other: Any) -> Any:
+        """Return the lazy sum; with a foreign SciPy operator, SciPy's own."""
+        if isinstance(other, TorchOperator):
+            return Sum(self, other)
+        return LinearOperator.__add__(self, other)
+
+    def __neg__(self) -> Any:
+        """Return ``-1 * A``."""
+        return Scaled(self, -1.0)
+
+    def __truediv__(self, other: Any) -> Any:
+        """Return ``A / c`` for a scalar ``c``."""
+        if (scalar := real_scalar(other)) is not None:
+            return Scaled(self, 1.0 / scalar)
+        return LinearOperator.__truediv__(self, other)
+
+    def __pow__(self, p: Any) -> Any:
+        """Return the lazy power for a non-negative integer exponent."""
+        return Power(self, p)
+
+    # -- conversions ------------------------------------------------------------
+
+    def to_scipy(self, dtype: DTypeLike | None = None) -> Any:
+        """Return the operator as SciPy operator, of another NumPy dtype if asked.
+
+        Parameters
+        ----------
+        dtype : numpy dtype, optional
+            ``float32`` or ``float64``: the dtype of the result's vectors. Products
+            are still computed in :attr:`torch_dtype`. ``None`` keeps the dtype.
+
+        Returns
+        -------
+        LinearOperator
+            The operator itself, or a thin cast of it.
+        """
+        if dtype is None or np.dtype(dtype) == self.dtype:
+            return self
+        return Cast(self, dtype)
+
+    def to_dense(self, block_size: int = 64) -> Tensor:
+        r"""Return the matrix, computed as :math:`A I` in blocks of columns.
+
+        Parameters
+        ----------
+        block_size : int, optional
+            Number of columns multiplied at once.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``(M, N)``, in :attr:`torch_dtype`, on :attr:`device`.
+        """
+        M, N = self.shape
+        dense = torch.empty(M, N, dtype=self.torch_dtype, device=self.device)
+        for start in range(0, N, block_size):
+            stop = min(start + block_size, N)
+            columns = dense.new_zeros(N, stop - start)
+            columns[start:stop].fill_diagonal_(1.0)
+            dense[:, start:stop] = self._apply(columns)
+        return dense
+
+    def __repr__(self) -> str:
+        """Return shape, class, dtype, device."""
+        M, N = self.shape
+        name, dtype = type(self).__name__, self.torch_dtype
+        return f"<{M}x{N} {name} with dtype={dtype}, device={self.device}>"
+
+
+def _check_same_side(A: TorchOperator, B: TorchOperator, verb: str) -> None:
+    """Raise if two operators compute in different dtypes or on different devices."""
+    a, b = (A.torch_dtype, A.device), (B.torch_dtype, B.device)
+    if a != b:
+        raise TypeError(
+            f"Cannot {verb} {A!r} and {B!r}: one computes in {a[0]} on {a[1]}, the "
+            f"other in {b[0]} on {b[1]}. Bring both to the same dtype with "
+            "`A.to_scipy(dtype)`, or build them on the same device."
+        )
+
+
+class Sum(TorchOperator, LinearOperator):
+    """The lazy sum ``A + B``."""
+
+    def __init__(self, A: TorchOperator, B: TorchOperator) -> None:
+        if A.shape != B.shape:
+            raise ValueError(f"Cannot add {A!r} and {B!r}: their shapes differ.")
+        _check_same_side(A, B, "add")
+        super().__init__(A._in_space, A._out_space)
+        self.args = (A, B)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        A, B = self.args
+        return A._apply(V).add_(B._apply(V))
+
+    def _adjoint(self) -> TorchOperator:
+        A, B = self.args
+        adjoints = A.adjoint(), B.adjoint()
+        return self if adjoints == self.args else Sum(*adjoints)
+
+
+class Scaled(TorchOperator, LinearOperator):
+    """The lazy multiple ``c A``."""
+
+    def __init__(self, A: TorchOperator, c: float) -> None:
+        super().__init__(A._in_space, A._out_space)
+        self.args = (A, c)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        A, c = self.args
+        return A._apply(V).mul_(c)
+
+    def _adjoint(self) -> TorchOperator:
+        A, c = self.args
+        return self if A.adjoint() is A else Scaled(A.adjoint(), c)
+
+
+class Product(TorchOperator, LinearOperator):
+    """The lazy product ``A B``."""
+
+    def __init__(self, A: TorchOperator, B: TorchOperator) -> None:
+        if A.shape[1] != B.shape[0]:
+            raise ValueError(
+                f"Cannot multiply {A!r} and {B!r}: the columns of the first are not "
+                "the rows of the second."
+            )
+        _check_same_side(A, B, "multiply")
+        super().__init__(B._in_space, A._out_space)
+        self.args = (A, B)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        A, B = self.args
+        return A._apply(B._apply(V))
+
+    def _adjoint(self) -> TorchOperator:
+        A, B = self.args
+        return Product(B.adjoint(), A.adjoint())
+
+
+class Power(TorchOperator, LinearOperator):
+    """The lazy power ``A ** k`` of a square operator, ``k = 0, 1, 2, ...``."""
+
+    def __init__(self, A: TorchOperator, exponent: int) -> None:
+        if A.shape[0] != A.shape[1]:
+            raise ValueError(f"Only a square operator has powers, got {A!r}.")
+        scalar = real_scalar(exponent)
+        if scalar is None or scalar != int(scalar) or scalar < 0:
+            raise ValueError(
+                f"{A!r} has powers 0, 1, 2, ..., got the exponent {exponent!r}. For an "
+                "inverse use e.g. `CGInverseLinearOperator(A)`."
+            )
+        super().__init__(A._in_space, A._in_space)
+        self.args = (A, int(scalar))
+
+    def _apply(self, V: Tensor) -> Tensor:
+        A, exponent = self.args
+        V = V.clone()
+        for _ in range(exponent):
+            V = A._apply(V)
+        return V
+
+    def _adjoint(self) -> TorchOperator:
+        A, exponent = self.args
+        return self if A.adjoint() is A else Power(A.adjoint(), exponent)
+
+
+class Cast(TorchOperator, LinearOperator):
+    """An operator whose vectors have another floating-point type.
+
+    Products are computed in the type of the operator inside.
+    """
+
+    def __init__(self, A: TorchOperator, dtype: DTypeLike) -> None:
+        torch_dtype = {"float32": torch.float32, "float64": torch.float64}.get(
+            np.dtype(dtype).name
+        )
+        if torch_dtype is None:
+            raise TypeError(
+                f"An operator can be cast to float32 or float64, got {dtype!r}."
+            )
+        super().__init__(
+            A._in_space.with_dtype(torch_dtype), A._out_space.with_dtype(torch_dtype)
+        )
+        self.args = (A,)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        (A,) = self.args
+        return A._apply(V.to(A.torch_dtype)).to(V.dtype)
+
+    def _adjoint(self) -> TorchOperator:
+        (A,) = self.args
+        return self if A.adjoint() is A else Cast(A.adjoint(), self.dtype)
+
+
+class Foreign(TorchOperator, LinearOperator):
+    """A SciPy operator from elsewhere as one of ours: NumPy inside, on the CPU."""
+
+    def __init__(self, A: Any) -> None:
+        dtype = torch.float32 if A.dtype == np.float32 else torch.float64
+        if np.dtype(A.dtype).kind == "c":
+            raise TypeError(f"Complex operators are not supported, got {A!r}.")
+        M, N = A.shape
+        super().__init__(
+            TensorSpace.flat(N, dtype, "cpu"), TensorSpace.flat(M, dtype, "cpu")
+        )
+        self.args = (A,)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        (A,) = self.args
+        result = np.array(A @ V.numpy(), dtype=self.dtype)
+        return torch.from_numpy(result)
+
+    def _adjoint(self) -> TorchOperator:
+        (A,) = self.args
+        return Foreign(A.adjoint())
+
+
+def as_torch_operator(A: Any) -> TorchOperator:
+    """Return an operator, array, sparse matrix or tensor as operator of this package.
+
+    Raises
+    ------
+    TypeError
+        If ``A`` is none of these, or complex.
+    """
+    if isinstance(A, TorchOperator):
+        return A
+    return Foreign(aslinearoperator(to_numpy(A) if torch.is_tensor(A) else A))

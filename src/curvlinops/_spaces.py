@@ -1,0 +1,242 @@
+"""Named tensors as one flat vector, and the border between NumPy and torch.
+
+Everything that changes the container of a vector happens in this file: once on the
+way in, once on the way out. Inside the package a vector is a flat tensor and a block
+of ``K`` vectors a tensor of shape ``(dim, K)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: NumPy's name for every torch dtype an operator can compute in. NumPy has no
+#: bfloat16 and SciPy no float16 solvers: half precision is reported as float32.
+NUMPY_DTYPES = {
+    torch.float64: np.dtype(np.float64),
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float32),
+    torch.bfloat16: np.dtype(np.float32),
+}
+
+
+class TensorSpace:
+    """The space of lists of tensors with given shapes, laid out as flat vectors.
+
+    A list ``(t_1, ..., t_n)`` corresponds to the concatenation of the tensors
+    flattened in row-major order, of length ``dim = sum_i prod(shapes[i])``.
+
+    Parameters
+    ----------
+    shapes : iterable of sequences of int
+        Shape of every tensor.
+    dtype : torch.dtype
+        Floating-point type that vectors of this space have on the torch side.
+    device : torch.device or str
+        Device on which they live.
+    names : iterable of str, optional
+        One name per tensor; ``"0", "1", ...`` if absent.
+
+    Raises
+    ------
+    TypeError
+        If ``dtype`` is not a real floating-point type.
+    """
+
+    def __init__(
+        self,
+        shapes: Iterable[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        names: Iterable[str] | None = None,
+    ) -> None:
+        if dtype not in NUMPY_DTYPES:
+            raise TypeError(
+                f"Operators compute in real floating-point types, got {dtype}. "
+                "Convert the tensors first, e.g. with `.to(torch.float32)`."
+            )
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.dtype = dtype
+        # `torch.empty` turns "cuda" into "cuda:0", the device that tensors report.
+        self.device = torch.empty(0, device=device).device
+        self.names = (
+            tuple(str(i) for i in range(len(self.shapes)))
+            if names is None
+            else tuple(names)
+        )
+        self.sizes = tuple(prod(shape) for shape in self.shapes)
+        self.dim = sum(self.sizes)
+
+    @classmethod
+    def flat(
+        cls, dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> TensorSpace:
+        """Return the space of plain vectors of length ``dim``."""
+        return cls([(dim,)], dtype, device)
+
+    def with_dtype(self, dtype: torch.dtype) -> TensorSpace:
+        """Return the same space with another floating-point type."""
+        return TensorSpace(self.shapes, dtype, self.device, self.names)
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """NumPy dtype that vectors of this space have on the NumPy side."""
+        return NUMPY_DTYPES[self.dtype]
+
+    def slices(self) -> list[slice]:
+        """Return the range of flat indices that each tensor takes up."""
+        bounds = np.cumsum([0, *self.sizes]).tolist()
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Return views of shape ``[*leading, *shape]`` of a ``[*leading, dim]``."""
+        leading = flat.shape[:-1]
+        return [
+            part.reshape(*leading, *shape)
+            for part, shape in zip(
+                flat.split(self.sizes, dim=-1), self.shapes, strict=True
+            )
+        ]
+
+    def join(self, tensors: Sequence[Tensor], leading: int = 0) -> Tensor:
+        """Concatenate ``[*leading, *shape]`` tensors to a ``[*leading, dim]``."""
+        return torch.cat([t.flatten(start_dim=leading) for t in tensors], dim=-1)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Turn a list of ``[*shape]`` or ``[*shape, K]`` into ``(dim,)``/``(dim, K)``.
+
+        Raises
+        ------
+        ValueError
+            If number or shapes of the tensors are not those of this space.
+        """
+        if not tensors:
+            raise ValueError("Got an empty list of tensors as operand.")
+        extra = tensors[0].ndim - len(self.shapes[0]) if self.shapes else -1
+        columns = tensors[0].shape[-1:] if extra == 1 else torch.Size()
+        expected = [(*shape, *columns) for shape in self.shapes]
+        given = [tuple(t.shape) for t in tensors]
+        if given != expected:
+            raise ValueError(
+                f"Expected a list of {len(self.shapes)} tensors of the shapes "
+                f"{[tuple(s) for s in self.shapes]} (with one more trailing dimension "
+                f"for several columns), got the shapes {given}."
+            )
+        return torch.cat([t.reshape(-1, *columns) for t in tensors])
+
+    def unpack(self, flat: Tensor) -> list[Tensor]:
+        """Turn ``(dim,)`` or ``(dim, K)`` into a list of ``[*shape]``/``[*shape, K]``.
+
+        Inverse of :meth:`pack`.
+        """
+        return [
+            part.reshape(*shape, *flat.shape[1:])
+            for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)
+        ]
+
+    def adopt(self, tensor: Tensor) -> Tensor:
+        """Return a user's real tensor in the dtype and on the device of this space.
+
+        Integers are converted. Another floating-point type or another device
+        (except the CPU, whose tensors are moved) is an error, since converting it
+        silently would hide a mistake or lose digits.
+
+        Raises
+        ------
+        TypeError
+            If the tensor has another floating-point type.
+        ValueError
+            If it lives on a device other than the CPU and :attr:`device`.
+        """
+        if tensor.is_floating_point() and tensor.dtype != self.dtype:
+            raise TypeError(
+                f"The operator computes in {self.dtype}, the operand is a tensor of "
+                f"{tensor.dtype}. Convert it with `x.to({self.dtype})`, or convert the "
+                f"operator with `A.to_scipy(dtype)`."
+            )
+        if tensor.device != self.device and tensor.device.type != "cpu":
+            raise ValueError(
+                f"The operator lives on {self.device}, the operand on {tensor.device}."
+                f" Move it with `x.to({str(self.device)!r})`."
+            )
+        return tensor.detach().to(self.device, self.dtype)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether shapes, dtype and device agree (names may differ)."""
+        return (
+            isinstance(other, TensorSpace)
+            and self.shapes == other.shapes
+            and self.dtype == other.dtype
+            and self.device == other.device
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """Return dimension, dtype, device."""
+        return f"TensorSpace(dim={self.dim}, {self.dtype}, device={self.device})"
+
+
+def numeric_array(x: Any) -> np.ndarray:
+    """Return an array-like as a NumPy array of numbers.
+
+    Raises
+    ------
+    TypeError
+        If it holds anything else than numbers.
+    """
+    array = np.asarray(x)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(
+            f"An operator multiplies numbers, got an operand of type "
+            f"{type(x).__name__} that NumPy reads as dtype {array.dtype}. Pass a NumPy "
+            f"array, a tensor, or a list of tensors; a sparse matrix with `.toarray()`."
+        )
+    return array
+
+
+def to_torch(array: np.ndarray, space: TensorSpace) -> Tensor:
+    """Return a real NumPy array as a tensor of a space's dtype and device.
+
+    Shares the array's memory when that is possible (CPU, matching dtype, writeable,
+    no negative stride), and copies it otherwise. On CUDA the array is staged in
+    page-locked memory.
+    """
+    dtype = space.numpy_dtype
+    if (
+        array.dtype != dtype
+        or not array.flags.writeable
+        or any(stride < 0 for stride in array.strides)
+    ):
+        array = np.array(array, dtype=dtype)
+    tensor = torch.from_numpy(array)
+    if space.device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(space.device, space.dtype, non_blocking=True)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as a NumPy array, sharing memory on the CPU."""
+    return tensor.detach().to(NUMPY_TORCH[tensor.dtype]).cpu().numpy()
+
+
+#: The torch dtype in which a tensor crosses to NumPy.
+NUMPY_TORCH = {
+    torch_dtype: torch.float64 if numpy_dtype == np.float64 else torch.float32
+    for torch_dtype, numpy_dtype in NUMPY_DTYPES.items()
+}
+
+
+def real_scalar(value: Any) -> float | None:
+    """Return a real Python, NumPy or 0-d torch number as float, else ``None``."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_)):
+        return float(value)
+    return None

@@ -1,0 +1,359 @@
+"""An estimate = sampler x integrand x estimator: the loop that all of them share."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from curvlinops._random import Probes, Rng, as_seed
+from curvlinops.estimators._base import Estimate, Operand, require_positive_int
+from curvlinops.estimators.checkpoint import (
+    journalled_multiply,
+    open_journal,
+    read_identity,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: Bytes of test vectors that are multiplied at once, and their largest number: beyond
+#: about 16 columns models gain nothing from more.
+BLOCK_BYTES = 2**26
+BLOCK_COLUMNS = 16
+#: Fewest samples whose standard error is believed by ``until``.
+FEWEST_SAMPLES = 8
+
+
+class Options(TypedDict, total=False):
+    """Keywords that every stochastic estimator takes.
+
+    Attributes
+    ----------
+    rng : int, numpy.random.Generator, torch.Generator, or None
+        Source of randomness: same seed, same number. ``None``, the default, draws a
+        seed from torch's global generator.
+    until : float
+        Stop as soon as the standard error is at most ``until`` times the estimate
+        (for arrays: in Euclidean norm). The number of products (or repeats) asked for
+        then is the limit; reaching it first warns.
+    return_estimate : bool
+        Return an :class:`~curvlinops.estimators.Estimate` (value, standard error,
+        products, seed) instead of the bare value.
+    block_size : int
+        Vectors multiplied at once. Default: as many as fit into 64 MiB, at most 16.
+        Affects speed and memory only, but for rounding (and where ``until`` stops).
+    checkpoint : str or path-like
+        File that keeps the progress. A call that was killed and is made again goes on
+        from there, and ends with the same bits on the same machine. Costs one product,
+        for the matrix's fingerprint.
+    progressbar : bool
+        Show products, time left and time per product on stderr.
+    """
+
+    rng: Rng
+    until: float | None
+    return_estimate: bool
+    block_size: int | None
+    checkpoint: str | os.PathLike[str] | None
+    progressbar: bool
+
+
+class Accumulator(Protocol):
+    """What a :class:`Run` feeds with samples."""
+
+    count: int
+
+    def add(self, samples: Any) -> None:
+        """Take in a block of samples."""
+
+    def mean_and_sem(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and its standard error."""
+
+    def state(self) -> dict[str, Any]:
+        """Return all there is to know, as arrays."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state."""
+
+
+class Moments:
+    """Mean and standard error of a stream of numbers or arrays, block by block.
+
+    Merges blocks by their means and sums of squared deviations (Chan, Golub, LeVeque
+    1983), in float64 for scalars and in the samples' dtype for arrays.
+
+    Parameters
+    ----------
+    offset : Tensor or float, optional
+        Added to the mean: what is known exactly.
+    """
+
+    def __init__(self, offset: Tensor | float = 0.0) -> None:
+        self.offset = offset
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    def add(self, samples: Tensor) -> None:
+        """Take in samples along the last axis."""
+        if samples.ndim == 1:
+            samples = samples.to(torch.promote_types(samples.dtype, torch.float64))
+        size = samples.shape[-1]
+        mean = samples.mean(-1)
+        squares = (samples - mean[..., None]).abs().square().sum(-1)
+        if self.count:
+            shift = mean - self.mean
+            share = size / (self.count + size)
+            squares = (
+                squares + self.squares + shift.abs().square() * (self.count * share)
+            )
+            mean = self.mean + shift * share
+        self.mean, self.squares, self.count = mean, squares, self.count + size
+
+    def mean_and_sem(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and its standard error (NaN for one sample)."""
+        if self.count < 2:
+            sem = torch.full_like(self.squares, torch.nan)
+        else:
+            sem = (self.squares / (self.count * (self.count - 1))).sqrt()
+        return self.offset + self.mean, sem
+
+    def state(self) -> dict[str, Any]:
+        """Return count, mean, and sum of squared deviations."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state."""
+        device = self.mean.device
+        self.count = int(state["count"])
+        self.mean = torch.from_numpy(state["mean"]).to(device)
+        self.squares = torch.from_numpy(state["squares"]).to(device)
+
+
+class Run:
+    """One estimation: products of one matrix with seeded vectors, to be counted.
+
+    Parameters
+    ----------
+    A : LinearOperator, array, sparse matrix, or Tensor
+        The matrix.
+    task : str
+        Name of the estimator, for the progress bar and the checkpoint.
+    options : Options
+        As the user gave them.
+    distribution : str, optional
+        Of the test vectors.
+    total : int, optional
+        Products that will be made at most, for the progress bar.
+    square : bool, optional
+        Whether the matrix must be square.
+    **settings
+        Everything else that makes the computation what it is, for the checkpoint.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        task: str,
+        options: Options,
+        distribution: str = "rademacher",
+        total: int | None = None,
+        square: bool = True,
+        **settings: Any,
+    ) -> None:
+        if unknown := options.keys() - Options.__annotations__.keys():
+            raise TypeError(
+                f"{task} has no argument {', '.join(sorted(map(repr, unknown)))}. Its "
+                f"options are {', '.join(Options.__annotations__)}."
+            )
+        self.until = options.get("until")
+        if self.until is not None and not self.until > 0:
+            raise ValueError(
+                f"until is a relative standard error above 0, got {self.until!r}."
+            )
+        self.operand = Operand(A)
+        if square:
+            self.operand.require_square()
+        self.dim = self.operand.dim
+        path, rng = options.get("checkpoint"), options.get("rng")
+        stored = {} if path is None or rng is not None else read_identity(path)
+        self.seed = stored.get("seed", None)
+        self.seed = as_seed(rng) if self.seed is None else self.seed
+        self.probes = Probes(
+            self.dim, distribution, self.seed, self.operand.dtype, self.operand.device
+        )
+        size = options.get("block_size")
+        self.block_size = (
+            self._default_block_size()
+            if size is None
+            else require_positive_int("block_size", size)
+        )
+        self.full_output = bool(options.get("return_estimate", False))
+        self.converged = True
+        settings |= {
+            "distribution": distribution,
+            "seed": self.seed,
+            "until": self.until,
+            "block_size": self.block_size,
+        }
+        self.journal = open_journal(path, self.operand, task, settings)
+        self.bar = tqdm(
+            desc=f"{task} {self.operand.name} on {self.operand.device}",
+            total=total,
+            unit="product",
+            disable=not options.get("progressbar", False),
+        )
+
+    def _default_block_size(self) -> int:
+        columns = BLOCK_BYTES // max(self.dim * self.operand.dtype.itemsize, 1)
+        most = BLOCK_COLUMNS if self.until is None else FEWEST_SAMPLES
+        return max(1, min(columns, most))
+
+    @property
+    def rotation_invariant(self) -> bool:
+        """Whether the test vectors' directions are uniformly distributed."""
+        return self.probes.distribution in ("normal", "sphere")
+
+    def __enter__(self) -> Self:
+        """Return the run."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close progress bar and checkpoint."""
+        self.bar.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    def multiply(self, X: Tensor, adjoint: bool = False, record: bool = True) -> Tensor:
+        """Multiply a ``(N, K)`` tensor, recorded in the checkpoint unless told not."""
+        journal = self.journal if record else None
+        Y = journalled_multiply(journal, self.operand, X, adjoint)
+        self.bar.update(X.shape[1])
+        return Y
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of columns to be multiplied at once."""
+        for first in range(start, stop, self.block_size):
+            yield first, min(first + self.block_size, stop)
+
+    def accumulate(
+        self,
+        accumulator: Accumulator,
+        integrand: Callable[[Tensor], Any],
+        num_samples: int,
+        *,
+        start: int = 0,
+        section: str | None = None,
+    ) -> None:
+        """Feed samples of an integrand to an accumulator: to the error, or the limit.
+
+        Parameters
+        ----------
+        accumulator : Accumulator
+            Where the samples go.
+        integrand : callable
+            From test vectors, of shape ``(N, K)``, to ``K`` samples.
+        num_samples : int
+            The limit.
+        start : int, optional
+            Index of the first test vector.
+        section : str, optional
+            Name under which the accumulator's state is kept in the checkpoint.
+        """
+        journal = self.journal if section is not None else None
+        if journal is not None and (state := journal.load(str(section))) is not None:
+            accumulator.restore(state)
+        while accumulator.count < num_samples and not self.enough(accumulator):
+            first = start + accumulator.count
+            last = min(first + self.block_size, start + num_samples)
+            accumulator.add(integrand(self.probes.block(first, last)))
+            if journal is not None:
+                journal.save(str(section), **accumulator.state())
+
+    def enough(self, accumulator: Accumulator) -> bool:
+        """Whether the standard error asked for is reached."""
+        if self.until is None or accumulator.count < FEWEST_SAMPLES:
+            return False
+        return self._reached(*accumulator.mean_and_sem())
+
+    def _reached(self, mean: Tensor, sem: Tensor) -> bool:
+        norm = torch.linalg.vector_norm
+        return self.until is None or bool(norm(sem) <= self.until * norm(mean))
+
+    def mean(self, integrand: Callable[[Tensor], Tensor], num_samples: int) -> Any:
+        """Return the mean of an integrand of the test vectors, as the user wants it."""
+        moments = Moments()
+        self.accumulate(moments, integrand, num_samples, section="moments")
+        return self.result(*moments.mean_and_sem(), moments.count)
+
+    def stages(self, limit: int) -> Iterator[int]:
+        """Yield sizes to which a sketch grows: the limit, or doubling if adaptive."""
+        size = FEWEST_SAMPLES
+        while self.until is not None and size < limit:
+            yield size
+            size *= 2
+        yield limit
+
+    def result(
+        self,
+        mean: Tensor,
+        sem: Tensor,
+        num_samples: int,
+        truncation_error: float = 0.0,
+        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Any:
+        """Return what the user asked for: the value, or all that is known of it.
+
+        Parameters
+        ----------
+        mean, sem : Tensor
+            The estimate and its standard error.
+        num_samples : int
+            Samples behind them.
+        truncation_error : float, optional
+            Error of a Krylov approximation.
+        transform : callable, optional
+            Of mean and standard error, after ``until`` was checked.
+        """
+        if not self._reached(mean, sem):
+            self.converged = False
+            relative = torch.linalg.vector_norm(sem) / torch.linalg.vector_norm(mean)
+            warnings.warn(
+                f"The relative standard error {float(relative):.1e} is above "
+                f"until={self.until:.1e} after {num_samples} samples. Allow more "
+                "products, or a larger error.",
+                stacklevel=3,
+            )
+        if transform is not None:
+            mean, sem = transform(mean, sem)
+        value = self.operand.result(mean)
+        if not self.full_output:
+            return value
+        return Estimate(
+            value,
+            self.operand.result(sem),
+            self.operand.num_products,
+            num_samples,
+            self.seed,
+            truncation_error,
+            self.converged,
+        )
+
+
+def require_num_matvecs(run: Run, num_matvecs: int, multiple_of: int = 1) -> int:
+    """Return the number of products, or raise with the rule that it breaks."""
+    name = "num_matvecs"
+    require_positive_int(name, num_matvecs)
+    if num_matvecs % multiple_of:
+        raise ValueError(f"{name} ({num_matvecs}) must be a multiple of {multiple_of}.")
+    if num_matvecs >= run.dim:
+        raise ValueError(
+            f"{name} ({num_matvecs}) must be below the dimension ({run.dim}): as many "
+            "products give the matrix itself, `A @ numpy.eye(N)`."
+        )
+    return int(num_matvecs) // multiple_of

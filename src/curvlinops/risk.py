@@ -1,0 +1,857 @@
+r"""The empirical risk: a model, a loss, parameters, data; the only loop over data.
+
+.. math::
+
+    L(\theta) = \frac{\sum_b S_b(\theta)}{\sum_b D_b}
+
+with :math:`S_b` the *summed* loss of batch :math:`b` and :math:`D_b` what a ``mean``
+reduction divides that batch's sum by (for ``sum``, the denominator is one). This is the
+loss of the concatenated data, however it is split into batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from threading import RLock
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from curvlinops._linearization import Linearization, budget_bytes
+from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
+from curvlinops._operator import TorchOperator
+from curvlinops._spaces import TensorSpace
+from curvlinops.losses import Loss, LossFunction, as_loss_function
+
+T = TypeVar("T")
+Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
+
+#: Most columns that one vectorised backward pass takes.
+MAX_COLUMNS = 64
+#: Bytes that its intermediate results may take up. Measured on a CPU: beyond about
+#: 1 MiB per column, single passes are faster (``benchmarks/block_columns.py``).
+MAX_COLUMN_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a pass over the data saw, to compare two passes."""
+
+    batches: tuple[tuple[float, ...], ...]
+    size: int | None
+    loss: Tensor
+    gradient: Tensor
+
+
+class EmpiricalRisk:
+    r"""Loss of a model on data as a function of its parameters.
+
+    Operators build one from their first four arguments. Pass a risk in place of those
+    four to let several operators share its checks and its recordings.
+
+    Parameters
+    ----------
+    model_func : nn.Module or callable
+        The model: a module, or a function ``(params_dict, X) -> prediction``. The
+        prediction is one tensor. The module must be in the mode (``train``/``eval``)
+        that is meant.
+    loss_func : nn.Module, callable, or None
+        Loss ``(prediction, y) -> scalar`` with reduction ``"mean"`` or ``"sum"``. See
+        :mod:`curvlinops.losses` for those that are known in closed form. Any other
+        callable is differentiated automatically and, unless it has an attribute
+        ``reduction = "sum"``, taken as a mean over the batch's data. ``None`` if only
+        the model is differentiated (Jacobians).
+    params : dict of str to Tensor, or list of nn.Parameter
+        What to differentiate by. Their order defines the layout of vectors: each
+        tensor is flattened row by row, and all are concatenated. The values given
+        here count, also where the module's own differ.
+    data : iterable of (X, y)
+        Batches, the same in every pass: a list, a ``DataLoader``, any iterable that
+        can be iterated repeatedly. ``X`` is a tensor, or a mapping or tuple of
+        tensors; everything is moved to the parameters' device.
+    progressbar : bool, optional
+        Whether to show a progress bar over batches for every product.
+    check_deterministic : bool, optional
+        Whether to evaluate loss and gradient twice (two passes over the data) and
+        raise if they differ, and to refuse modules in a mode that makes the result
+        random or dependent on the batches.
+    num_data : int, optional
+        Number of data points; compared with the data if ``check_deterministic``.
+        Nothing else needs it.
+    num_per_example_loss_terms : int, optional
+        Terms per data point of a loss that is not known in closed form.
+    batch_size_fn : callable, optional
+        Maps ``X`` to the number of data points in it. By default the length of ``X``
+        or of the first tensor in it.
+    num_terms_fn : callable, optional
+        Maps ``(prediction, y)`` to the number of terms that a loss not known in closed
+        form averages over. Default: data points times ``num_per_example_loss_terms``.
+    sampler : callable, optional
+        Sampler of would-be gradients for Monte-Carlo matrices of a loss not known in
+        closed form, see :func:`curvlinops.losses.as_loss_function`.
+    cache : "auto", "off", or int, optional
+        Bytes that recorded autograd graphs may take up between products. ``"auto"``
+        is 40 % of the device's free memory at the time of the first product. Batches
+        are recorded in order as long as they fit; the others are recomputed in each
+        product. A graph takes about what one gradient evaluation of that batch takes,
+        and 1.8 times that for the Hessian.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, the data is empty or can be read only
+        once, the loss is not finite, or two passes differ; the message names the
+        cause and the cure.
+
+    Notes
+    -----
+    Recordings are redone when parameters, buffers, listed data, or a module's mode
+    change. The content of tensors is compared through a random projection in every
+    product, so that writes through ``.data`` or NumPy are seen, too. Not seen are
+    Python attributes of the model or loss, what a plain callable closes over, and the
+    data behind a loader: call :meth:`refresh` after changing these. A loader's
+    batches are kept on the device, within the budget, if the check has found that
+    they repeat.
+    """
+
+    def __init__(
+        self,
+        model_func: Callable,
+        loss_func: Callable | None,
+        params: Parameters,
+        data: Iterable[Any],
+        *,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        num_per_example_loss_terms: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        num_terms_fn: Callable[[Tensor, Any], int] | None = None,
+        sampler: Callable | None = None,
+        cache: str | int = "auto",
+    ) -> None:
+        if not callable(model_func):
+            raise TypeError(
+                "The model must be a module or a callable `(params, X) -> prediction`, "
+                f"got {type(model_func).__name__}."
+            )
+        self.model_func = model_func
+        self.loss: LossFunction | None = (
+            None
+            if loss_func is None
+            else as_loss_function(loss_func, num_terms_fn=num_terms_fn, sampler=sampler)
+        )
+        self.params = named_parameters(model_func, params)
+        self.data = _checked_data(data)
+        self.progressbar = progressbar
+        self.batch_size_fn = batch_size_fn
+        self.terms_per_datum = num_per_example_loss_terms or 1
+        self.cache = cache
+        self._repeats = isinstance(self.data, (list, tuple))
+        self._start()
+        budget_bytes(cache, self.space.device)  # raises on a wrong setting
+        if check_deterministic:
+            self._check_deterministic(num_data)
+
+    # -- state ------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Create everything that is rebuilt rather than pickled."""
+        self._lock = RLock()
+        self.model = Model(self.model_func, self.params)
+        self.space = self.model.space
+        self._seen: tuple | None = None
+        self._known_input = False
+        self._clone_input = True
+        self._reached: set[str] | None = set()
+        self._vectorise: bool | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Drop all recordings; the next product evaluates model and data anew.
+
+        Needed only after changes that cannot be seen: Python attributes of the model
+        or the loss, what a callable closes over, the data behind a loader.
+        """
+        with self._lock:
+            self._recordings: dict[int, Linearization] = {}
+            self._bytes: dict[int, tuple[int, int]] = {}
+            self._budget: int | None = None
+            self._full = False
+            self._num_batches: int | None = None
+
+    def _refresh_if_changed(self) -> None:
+        """Redo recordings if what they depend on has changed."""
+        with self._lock:
+            seen = self._state()
+            if seen == self._seen:
+                return
+            if self._seen is not None:
+                self._check_space()
+                in_place = self.model._held is not None
+                self.model = Model(self.model_func, self.params)
+                if in_place:
+                    self.model.evaluate_in_place()
+                self.refresh()
+            self._seen = seen
+
+    def _check_space(self) -> None:
+        first = next(iter(self.params.values()))
+        now = TensorSpace(
+            (p.shape for p in self.params.values()), first.dtype, first.device
+        )
+        if now != self.space:
+            raise ValueError(
+                f"The parameters were {self.space} at construction and are {now} now. "
+                "Build a new operator after converting or moving the model."
+            )
+
+    def _state(self) -> tuple:
+        """Return what changes whenever a recording would be stale."""
+        tensors = list(self.params.values())
+        flags: tuple = ()
+        if isinstance(self.model_func, nn.Module):
+            tensors += [*self.model_func.parameters(), *self.model_func.buffers()]
+            flags = tuple(module.training for module in self.model_func.modules())
+        if isinstance(self.data, (list, tuple)):
+            for item in self.data:
+                tensors += _tensors_in(item)
+            flags += (len(self.data),)
+        unique = list({id(t): t for t in tensors}.values())
+        marks = tuple(
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape)
+            for t in unique
+        )
+        return flags, marks, checksums(unique)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without recordings, private copies, and locks."""
+        rebuilt = ("_lock", "model", "_seen", "_recordings", "_bytes")
+        return {k: v for k, v in self.__dict__.items() if k not in rebuilt}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and rebuild what was left out."""
+        self.__dict__.update(state)
+        self._start()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle, naming the part of the user's that cannot be."""
+        for name in ("model_func", "loss", "params", "data", "batch_size_fn"):
+            try:
+                pickle.Pickler(BytesIO(), protocol).dump(getattr(self, name))
+            except Exception as error:
+                raise pickle.PicklingError(
+                    f"This operator cannot be pickled because its {name} cannot: "
+                    f"{error}. Use functions defined at the top level of a module "
+                    "instead of lambdas and local functions."
+                ) from error
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmpiricalRisk:
+        """Copy model, parameters and data along; recordings are redone."""
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    # -- the loop over data -----------------------------------------------------
+
+    def mean(self, body: Body, V: Tensor, title: str = "_matmat") -> Tensor:
+        r"""Return :math:`\frac{1}{\sum_b D_b} \sum_b \mathrm{body}(b, V)`.
+
+        Parameters
+        ----------
+        body : callable
+            Maps a batch's :class:`~curvlinops._linearization.Linearization` and
+            vectors (tensors in parameter shapes, with a leading dimension for several)
+            to such vectors.
+        V : Tensor
+            Of shape ``(P, K)``.
+        title : str, optional
+            Description of the progress bar.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``(P, K)``.
+        """
+
+        def run() -> Tensor:
+            total = V.new_zeros(V.shape[1], V.shape[0])
+            count: Any = 0
+            for batch in self.batches(title):
+                self._add_products(body, batch, V, total)
+                count = count + batch.loss.count
+            return total.div_(self._denominator(count)).T
+
+        return self.session(run)
+
+    def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
+        """Return gradient (in parameter shapes) and loss of the whole data."""
+        seen = self.session(lambda: self._look(self.batches("gradient_and_loss")))
+        return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
+
+    def session(self, run: Callable[[], T]) -> T:
+        """Return ``run()``, with the model ready for :meth:`batches`."""
+        self._refresh_if_changed()
+        with preserved_rng(self.space.device):
+            try:
+                return self.model.run(run)
+            except _CopyLeaksError:
+                self.model.evaluate_in_place()
+                return self.model.run(run)
+
+    def batches(self, title: str) -> Iterator[Linearization]:
+        """Yield every batch's linearization in order (within :meth:`session`)."""
+        recordings = self._recordings
+        complete = self._num_batches is not None and (
+            len(recordings) == self._num_batches
+        )
+        indices = range(len(recordings))
+        source: Iterable[Any] = ((i, None) for i in indices) if complete else (
+            enumerate(self.data)
+        )
+        bar = tqdm(
+            source,
+            desc=f"{title} (on {self.space.device})",
+            total=self._num_batches or _length(self.data),
+            disable=not self.progressbar,
+        )
+        index = -1
+        for index, item in bar:
+            batch = recordings.get(index) or self._linearize(index, item)
+            yield batch
+            self._record(recordings, batch)
+        if index < 0:
+            raise ValueError("The data is empty: there is no batch to work on.")
+        self._num_batches = index + 1
+        self._warn_about_unused()
+
+    def _linearize(self, index: int, item: Any) -> Linearization:
+        X, y = _checked_pair(item, index)
+        device = self.space.device
+        X, y = _moved(X, device), _moved(y, device)
+        if self._clone_input:
+            X, original = _cloned(X), X
+        versions = [t._version for t in _tensors_in(X)]
+        make_loss = None if self.loss is None else _MakeLoss(self, X)
+        try:
+            batch = Linearization(self.model, X, y, make_loss, index)
+        except RuntimeError as error:
+            dtypes = sorted({str(t.dtype) for t in _tensors_in(X)})
+            raise ValueError(
+                f"The model failed on batch {index} (inputs of type {', '.join(dtypes)}"
+                f" on {device}, parameters of {self.space.dtype}): {error}"
+            ) from error
+        if not self._known_input:
+            # A model that writes into its input gets a copy of it, always.
+            self._clone_input = versions != [t._version for t in _tensors_in(X)]
+            if not self._clone_input:
+                batch.X = original
+            self._check_reach(batch)
+            self._known_input = True
+        if self._reached is not None:
+            self._reached |= self._names_reached(batch)
+        return batch
+
+    def _names_reached(self, batch: Linearization) -> set[str]:
+        leaves = {id(leaf) for leaf in graph_leaves(batch.output)}
+        return {n for n, p in self.model.aliases.items() if id(p) in leaves}
+
+    def _check_reach(self, batch: Linearization) -> None:
+        """Raise if the output depends on other tensors than it should."""
+        leaked = self.model.foreign_leaves(batch.output)
+        if not leaked and self._names_reached(batch):
+            return
+        if isinstance(self.model_func, nn.Module) and self.model._held is None:
+            raise _CopyLeaksError
+        if leaked:
+            raise ValueError(
+                f"The model uses {leaked} directly instead of through its `params` "
+                "argument or a module's attribute, so these cannot be replaced."
+            )
+        raise ValueError(
+            "The model's output does not depend on any of the parameters in `params` "
+            "(are they detached, or is the model run under `torch.no_grad()`?)."
+        )
+
+    def _warn_about_unused(self) -> None:
+        """Warn once about parameters that no batch's output depends on."""
+        if self._reached is None:
+            return
+        unused = [name for name in self.params if name not in self._reached]
+        self._reached = None
+        if unused:
+            warnings.warn(
+                f"The model's output does not depend on {unused} for this data: the "
+                "corresponding rows and columns are zero.",
+                stacklevel=2,
+            )
+
+    def _record(
+        self, recordings: dict[int, Linearization], batch: Linearization
+    ) -> None:
+        """Keep a batch's graphs if they fit into the budget."""
+        if not self._repeats or self.cache == "off":
+            return
+        stage = batch.stage
+        with self._lock:
+            index = batch.index
+            known, _ = self._bytes.get(index, (-1, 0))
+            if known == stage or (self._full and index not in recordings):
+                return
+            if self._budget is None:
+                self._budget = budget_bytes(self.cache, self.space.device)
+            self._bytes[index] = (stage, batch.nbytes)
+            if sum(nbytes for _, nbytes in self._bytes.values()) <= self._budget:
+                recordings[index] = batch
+            else:
+                self._full = True
+                del self._bytes[index]
+                recordings.pop(index, None)
+
+    def _add_products(
+        self, body: Body, batch: Linearization, V: Tensor, total: Tensor
+    ) -> None:
+        """Add ``body(batch, V)`` to the rows of ``total``, in chunks of columns."""
+        K = V.shape[1]
+        start = 0
+        while start < K:
+            width = min(self._width(body, batch, V), K - start)
+            part, rows = V[:, start], total[start]
+            if width > 1:
+                columns = slice(start, start + width)
+                part, rows = V[:, columns].T.contiguous(), total[columns]
+            try:
+                products = body(batch, self.space.split(part))
+            except RuntimeError:
+                if width == 1:
+                    raise
+                self._vectorise = False  # an operation has no vectorised derivative
+                continue
+            for row, product in zip(self.space.split(rows), products, strict=True):
+                row.add_(product)
+            start += width
+
+    def _width(self, body: Body, batch: Linearization, V: Tensor) -> int:
+        """Return how many columns to multiply at once."""
+        if V.shape[1] == 1 or self._vectorise is False:
+            return 1
+        per_column = batch.nbytes + V.shape[0] * V.element_size()
+        width = min(MAX_COLUMN_BYTES // per_column, MAX_COLUMNS)
+        if width < 4:
+            return 1
+        if self._vectorise is None:
+            self._vectorise = self._vectorised_agrees(body, batch, V[:, :2])
+        return width if self._vectorise else 1
+
+    def _vectorised_agrees(self, body: Body, batch: Linearization, V: Tensor) -> bool:
+        """Check a product with two columns at once against one with one column."""
+        split = self.space.split
+        try:
+            both = self.space.join(body(batch, split(V.T.contiguous())), leading=1)
+        except RuntimeError:
+            return False
+        one = self.space.join(body(batch, split(V[:, 0])))
+        scale = one.abs().max()
+        tolerance = torch.finfo(V.dtype).eps ** 0.5 * scale
+        return bool((both[0] - one).abs().max() <= tolerance)
+
+    def _denominator(self, count: Any) -> Any:
+        """Return what the sum over batches is divided by."""
+        if self.loss is None or self.loss.reduction == "sum":
+            return 1
+        if float(count) == 0.0:
+            raise ValueError(
+                "No target counts: every one is `ignore_index` (or has weight zero), "
+                "so the mean loss is 0/0."
+            )
+        return count
+
+    def batch_size(self, X: Any) -> int:
+        """Return the number of data points in ``X``."""
+        if self.batch_size_fn is not None:
+            return self.batch_size_fn(X)
+        tensors = _tensors_in(X)
+        if not tensors or tensors[0].ndim == 0:
+            raise ValueError(
+                "Cannot tell the number of data points in a batch: pass "
+                "`batch_size_fn`, which maps X to it."
+            )
+        return tensors[0].shape[0]
+
+    def _size_or_none(self, X: Any) -> int | None:
+        try:
+            return self.batch_size(X)
+        except ValueError:
+            return None
+
+    # -- determinism ------------------------------------------------------------
+
+    def require_fixed_order(self, what: str) -> None:
+        """Raise if the batches are known to differ between passes."""
+        if self._shuffled:
+            raise ValueError(
+                f"{what} depends on which data comes when, but the data's batches "
+                "differ from pass to pass. Set `shuffle=False`, or pass "
+                "`list(loader)`."
+            )
+
+    _shuffled = False
+
+    def _look(self, batches: Iterable[Linearization]) -> Fingerprint:
+        """Evaluate loss and gradient in one pass."""
+        space = self.space
+        gradient = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+        value = torch.zeros((), dtype=space.dtype, device=space.device)
+        marks: list[tuple[float, ...]] = []
+        sizes: list[int | None] = []
+        count: Any = 0
+        for batch in batches:
+            marks.append(checksums(_tensors_in((batch.X, batch.y))))
+            sizes.append(self._size_or_none(batch.X))
+            if self.loss is None:
+                value += batch.output.detach().sum()
+                grads = batch.vjp(torch.ones_like(batch.output))
+            else:
+                value += _checked_loss(batch)
+                count = count + batch.loss.count
+                grads = batch.gradient()
+            for row, grad in zip(space.split(gradient), grads, strict=True):
+                row.add_(grad)
+        denominator = self._denominator(count)
+        return Fingerprint(
+            tuple(marks),
+            None if None in sizes else sum(filter(None, sizes)),
+            value / denominator,
+            gradient / denominator,
+        )
+
+    def _check_deterministic(self, num_data: int | None) -> None:
+        """Compare two passes, run one after the other on one random stream."""
+        if isinstance(self.model_func, nn.Module):
+            _check_modes(self.model_func)
+
+        def run() -> tuple[Fingerprint, Fingerprint]:
+            first = self._look(self._fresh_batches("check 1/2"))
+            return first, self._look(self._fresh_batches("check 2/2"))
+
+        first, second = self.session(run)
+        if first.size is not None and num_data not in (None, first.size):
+            raise ValueError(
+                f"`num_data` is {num_data}, but the data has {first.size} points."
+            )
+        tolerance = torch.finfo(self.space.dtype).eps ** 0.5
+        same = _close(first.loss, second.loss, tolerance) and _close(
+            first.gradient, second.gradient, tolerance
+        )
+        same_batches = first.batches == second.batches
+        if not same:
+            raise ValueError(
+                "Two passes over the same data gave different losses or gradients "
+                f"({float(first.loss):.6e} and {float(second.loss):.6e}): "
+                + (
+                    "the model is random although the data repeats. Call "
+                    "`model.eval()`, or remove its randomness."
+                    if same_batches
+                    else "the data differs between the passes. Is this a shuffling "
+                    "`DataLoader` with `drop_last=True`, or random augmentation? Set "
+                    "`shuffle=False`, or pass `list(loader)`."
+                )
+                + " To go on all the same, pass `check_deterministic=False`."
+            )
+        self._repeats = self._repeats or same_batches
+        self._shuffled = not same_batches
+
+    def _fresh_batches(self, title: str) -> Iterator[Linearization]:
+        """Yield batches that are evaluated now, whatever is recorded."""
+        title = f"{type(self).__name__}.{title}"
+        recordings, self._recordings = self._recordings, {}
+        full, self._full = self._full, True
+        try:
+            yield from self.batches(title)
+        finally:
+            self._recordings, self._full = recordings, full
+
+
+class RiskOperator(TorchOperator):
+    """Mixin of the operators that are built from an empirical risk.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The risk.
+    in_space, out_space : TensorSpace, optional
+        Parameter space if absent.
+    """
+
+    risk: EmpiricalRisk
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        in_space: TensorSpace | None = None,
+        out_space: TensorSpace | None = None,
+    ) -> None:
+        super().__init__(in_space or risk.space, out_space or risk.space)
+        self.risk = risk
+
+    def _title(self, task: str = "_matmat") -> str:
+        return f"{type(self).__name__}.{task}"
+
+    def refresh(self) -> None:
+        """Forget recordings, after changes that cannot be seen.
+
+        See :meth:`EmpiricalRisk.refresh <curvlinops.risk.EmpiricalRisk.refresh>`.
+        """
+        self.risk.refresh()
+
+
+def as_risk(
+    model_func: Callable | EmpiricalRisk,
+    loss_func: Callable | None,
+    params: Parameters | None,
+    data: Iterable[Any] | None,
+    **options: Any,
+) -> EmpiricalRisk:
+    """Return an operator's risk, given as such or as its four ingredients.
+
+    Raises
+    ------
+    TypeError
+        If an ingredient is missing, or given beside a risk.
+    """
+    if isinstance(model_func, EmpiricalRisk):
+        if any(x is not None for x in (loss_func, params, data)):
+            raise TypeError("A risk already has its loss, parameters and data.")
+        return model_func
+    if params is None or data is None:
+        raise TypeError(
+            "Pass model, loss, params and data (or an `EmpiricalRisk` in their place)."
+        )
+    return EmpiricalRisk(model_func, loss_func, params, data, **options)
+
+
+class _CopyLeaksError(Exception):
+    """The private copy of a module reaches tensors outside of it."""
+
+
+class _MakeLoss:
+    """Builds a batch's loss, telling generic losses the number of terms."""
+
+    def __init__(self, risk: EmpiricalRisk, X: Any) -> None:
+        self.risk, self.X = risk, X
+
+    def __call__(self, output: Tensor, y: Any) -> Loss:
+        risk = self.risk
+        assert risk.loss is not None
+        size = risk._size_or_none(self.X)
+        return risk.loss(output, y, size and size * risk.terms_per_datum)
+
+
+# -- data -------------------------------------------------------------------------
+
+
+def _checked_data(data: Any) -> Iterable[Any]:
+    """Return the data after checking that it can be read repeatedly."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"`data` is a one-shot iterator ({type(data).__name__}): it would be empty "
+            "in the second pass. Pass a list, or a `DataLoader`."
+        )
+    if not isinstance(data, Iterable) or torch.is_tensor(data):
+        raise TypeError(
+            "`data` must be an iterable of batches `(X, y)`, got "
+            f"{type(data).__name__}."
+        )
+    if isinstance(data, (list, tuple)):
+        if not data:
+            raise ValueError("`data` is empty: pass at least one batch `(X, y)`.")
+        for index, item in enumerate(data):
+            _checked_pair(item, index)
+    return data
+
+
+def _checked_pair(item: Any, index: int) -> tuple[Any, Any]:
+    """Return a batch as a pair."""
+    if isinstance(item, (list, tuple)) and len(item) == 2:
+        return item[0], item[1]
+    raise ValueError(
+        f"Every batch must be a pair `(X, y)`, but batch {index} is "
+        f"{_described(item)}. Is `data` a single pair? Then pass `[(X, y)]`."
+    )
+
+
+def _described(item: Any) -> str:
+    if torch.is_tensor(item):
+        return f"a tensor of shape {tuple(item.shape)}"
+    if isinstance(item, (list, tuple)):
+        return f"a {type(item).__name__} of length {len(item)}"
+    return f"of type {type(item).__name__}"
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to every tensor in a nest of mappings and sequences.
+
+    Containers in which nothing changes are returned as they are.
+    """
+    if torch.is_tensor(value):
+        return function(value)
+    if isinstance(value, Mapping):
+        new = {k: _mapped(function, v) for k, v in value.items()}
+        if all(new[k] is v for k, v in value.items()):
+            return value
+        return type(value)(new)  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple)):
+        items = [_mapped(function, v) for v in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        is_named = hasattr(value, "_fields")
+        return type(value)(*items) if is_named else type(value)(items)
+    return value
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Return all tensors in a nest of mappings and sequences, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(note, value)
+    return found
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Move the tensors in a nest to a device."""
+
+    def move(tensor: Tensor) -> Tensor:
+        # Inference tensors cannot be saved in graphs, their clones can.
+        tensor = tensor.clone() if tensor.is_inference() else tensor
+        return tensor.to(device, non_blocking=True)
+
+    return _mapped(move, value)
+
+
+def _cloned(value: Any) -> Any:
+    return _mapped(torch.clone, value)
+
+
+# -- checks -----------------------------------------------------------------------
+
+
+def _checked_loss(batch: Linearization) -> Tensor:
+    value = batch.loss.value().detach()
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"The loss of batch {batch.index} is not finite ({float(value)}). Look at "
+            "that batch's inputs and targets."
+        )
+    return value
+
+
+def _check_modes(module: nn.Module) -> None:
+    """Raise if a module's mode makes results random or dependent on batches."""
+    for name, part in module.named_modules():
+        kind = type(part).__name__
+        label = f"{kind} {name!r}" if name else kind
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and (
+            part.training or part.running_mean is None
+        ):
+            raise ValueError(
+                f"{label} normalises with the statistics of the batch (it is in train "
+                "mode, or tracks no running statistics), so the loss is not a sum over "
+                "data points and depends on how the data is split. Call "
+                "`model.eval()`; or pass `check_deterministic=False` to use each "
+                "batch's statistics."
+            )
+        random_layer = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+        probability = getattr(part, "p", getattr(part, "dropout", 0.0))
+        if part.training and isinstance(part, (*random_layer, nn.RNNBase)):
+            if probability:
+                raise ValueError(
+                    f"{label} is in train mode and drops units at random (p = "
+                    f"{probability}). Call `model.eval()`; or pass "
+                    "`check_deterministic=False` to go on all the same."
+                )
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = torch.maximum(a.abs().max(), b.abs().max())
+    return bool((a - b).abs().max() <= tolerance * scale)
+
+
+@contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Restore the random states of torch, NumPy and Python at the end.
+
+    Data loaders draw from torch's global generator even without shuffling.
+    """
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+_BLOCK = 1 << 16
+
+
+def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
+    """Project the content of every tensor on a fixed random vector."""
+    with torch.no_grad():
+        sums = [_projection(t.detach()).double() for t in tensors]
+        values: dict[int, float] = {}
+        for device in {s.device for s in sums}:  # one synchronisation per device
+            places = [i for i, s in enumerate(sums) if s.device == device]
+            gathered = torch.stack([sums[i] for i in places]).tolist()
+            values.update(zip(places, gathered, strict=True))
+    return tuple(values[i] for i in range(len(sums)))
+
+
+def _projection(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        wide = torch.float64 if not tensor.is_floating_point() else torch.float32
+        tensor = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to(wide)
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _BLOCK * _BLOCK
+    vector = _random_vector(flat.dtype, flat.device)
+    rest = torch.dot(flat[whole:], vector[: flat.numel() - whole])
+    if whole == 0:
+        return rest
+    rows = flat[:whole].view(-1, _BLOCK) @ vector
+    return rest + torch.dot(rows, vector[: len(rows)])
+
+
+_RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _random_vector(dtype: torch.dtype, device: torch.device) -> Tensor:
+    if (dtype, device) not in _RANDOM:
+        generator = torch.Generator().manual_seed(20260101)
+        vector = torch.randn(_BLOCK, dtype=torch.float64, generator=generator)
+        _RANDOM[dtype, device] = vector.to(device, dtype)
+    return _RANDOM[dtype, device]

@@ -1,0 +1,1018 @@
+"""Problems and operators as data: what the tests run on.
+
+A problem is tiny (at most some 250 parameters, 6 data in batches of 3, 2 and 1) and in
+float64 unless tagged otherwise.
+
+====================  ==================================================================
+tag                   why a test may select or skip the problem
+====================  ==================================================================
+``attention``         scaled dot products, fused unless somebody intervenes
+``callable``          the model is no module; what it closes over can't be moved
+``checkpoint``        the forward pass runs again inside the backward pass
+``classification``    cross-entropy: there is a class axis
+``bce``, ``mse``      the other losses with a closed form
+``convolution``       weights are shared over positions
+``dict-input``        the input is a mapping
+``embedding``         the input are integers
+``functional-loss``   the loss is a function, or a ``partial`` of one
+``generic-loss``      nothing is known about the loss but its value
+``half``              bfloat16 or float16
+``heavy``             a dense matrix takes half a second
+``float32``           single precision
+``kink``              not differentiable everywhere; central differences may step over
+``list-params``       the parameters are given as a list, not as a dict
+``loader``            the data are a ``DataLoader``
+``no-func``           the transforms of ``torch.func`` refuse the model
+``norm``              a normalisation layer
+``options``           the loss has weights, smoothing, ignored or soft targets
+``perturbed``         the parameters are not those of the module
+``ragged``            the batches can't be concatenated
+``recurrent``         weights are shared over time
+``splittable``        ``resplit`` applies
+``subset``            some parameters of the model are not among the given ones
+``sum``               the loss is not a mean
+``tied``              one parameter is used in several places
+``tokens``            several terms per datum
+``tuple-input``       the input is a tuple
+====================  ==================================================================
+"""
+
+from collections import UserDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, rand, randint, randn, tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvlinops.examples.functorch import _batch_size, _concatenate, _map
+
+SIZES = (3, 2, 1)
+N = sum(SIZES)
+
+Built = tuple[Any, Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, loss, parameters and data.
+
+    Attributes
+    ----------
+    name
+        What the test report calls it.
+    build
+        Returns ``(model_func, loss_func, params, data)``: fresh objects with the same
+        values every time, without a trace in the global random state.
+    tags
+        Why a test may select or skip it, see the table above.
+    """
+
+    name: str
+    build: Callable[[], Built]
+    tags: frozenset[str]
+
+    def __repr__(self) -> str:
+        return f"Problem({self.name!r})"
+
+
+PROBLEMS: list[Problem] = []
+
+
+def problems(*tags: str, without: Iterable[str] = ()) -> list:
+    """Select the problems with all of some tags and none of others, for parametrize."""
+    wanted, unwanted = set(tags), set(without)
+    unknown = (wanted | unwanted) - set().union(*(p.tags for p in PROBLEMS))
+    assert not unknown, f"No problem has the tags {sorted(unknown)}."
+    return [
+        pytest.param(problem, id=problem.name)
+        for problem in PROBLEMS
+        if wanted <= problem.tags and not unwanted & problem.tags
+    ]
+
+
+def find(name: str) -> Problem:
+    """Return the problem of some name."""
+    return next(problem for problem in PROBLEMS if problem.name == name)
+
+
+def resplit(data: Iterable, sizes: Sequence[int]) -> list:
+    """Return the same data in batches of other sizes.
+
+    Targets with several rows per datum are split in proportion.
+    """
+    inputs, targets = zip(*data, strict=True)
+    joined = _concatenate(inputs, targets, [_batch_size(X) for X in inputs])
+    assert joined is not None, "These batches can't be concatenated."
+    total = _batch_size(joined[0])
+    assert sum(sizes) == total, f"The sizes {sizes} don't add up to {total}."
+    batches, start = [], 0
+    for size in sizes:
+        stop = start + size
+
+        def cut(leaf: Any, start: int = start, stop: int = stop) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) % total:
+                return leaf
+            rows = len(leaf) // total
+            return leaf[start * rows : stop * rows]
+
+        batches.append(_map(cut, joined))
+        start = stop
+    return batches
+
+
+# How problems are put together
+
+
+def problem(name: str, *tags: str) -> Callable:
+    """Register a function that builds a problem under a fixed seed."""
+
+    def register(build: Callable[[], Built]) -> Callable[[], Built]:
+        def seeded() -> Built:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(crc32(name.encode()))
+                return build()
+
+        splittable = set() if {"ragged"} & set(tags) else {"splittable"}
+        PROBLEMS.append(Problem(name, seeded, frozenset(tags) | splittable))
+        return build
+
+    return register
+
+
+def split(X: Any, y: Any, sizes: Sequence[int] = SIZES) -> list:
+    """Cut data into batches."""
+    return resplit([(X, y)], sizes)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that require a gradient."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def outputs(model: nn.Module, X: Any) -> Tensor:
+    """Evaluate the model, for the shape of the prediction."""
+    with torch.no_grad():
+        return model(X)
+
+
+def regression(
+    name: str,
+    model: Callable[[], nn.Module],
+    inputs: Callable[[], Any],
+    *tags: str,
+    loss: Callable[[], Any] = nn.MSELoss,
+    targets: Callable[[Tensor], Tensor] = torch.randn_like,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Register a module with targets in the shape of its prediction."""
+
+    def build() -> Built:
+        net = model().to(dtype).eval()
+        X = _map(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs())
+        loss_func = loss()
+        if isinstance(loss_func, nn.Module):
+            loss_func = loss_func.to(dtype)
+        y = targets(outputs(net, X))
+        return net, loss_func, trained(net), split(X, y)
+
+    kind = {"mse"} if loss is nn.MSELoss else set()
+    problem(name, *kind, *tags)(build)
+
+
+def classification(
+    name: str,
+    model: Callable[[], nn.Module],
+    inputs: Callable[[], Any],
+    *tags: str,
+    loss: Callable[[], Any] = nn.CrossEntropyLoss,
+    targets: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Register a module with class indices as targets, along axis 1."""
+    regression(
+        name,
+        model,
+        inputs,
+        "classification",
+        *tags,
+        loss=loss,
+        targets=labels if targets is None else targets,
+        dtype=dtype,
+    )
+
+
+def labels(prediction: Tensor) -> Tensor:
+    """Draw class indices."""
+    C = prediction.shape[1]
+    return randint(C, (len(prediction), *prediction.shape[2:]))
+
+
+def probabilities(prediction: Tensor) -> Tensor:
+    """Draw class probabilities."""
+    return torch.randn_like(prediction).softmax(1)
+
+
+def binary(prediction: Tensor) -> Tensor:
+    """Draw zeros and ones."""
+    return torch.randn_like(prediction).gt(0).to(prediction.dtype)
+
+
+def ignoring(*where: int) -> Callable[[Tensor], Tensor]:
+    """Draw class indices, some of which a loss ignores."""
+
+    def targets(prediction: Tensor) -> Tensor:
+        y = labels(prediction)
+        y.view(-1)[list(where)] = -100
+        return y
+
+    return targets
+
+
+class Lambda(nn.Module):
+    """A module around others, with a function for its forward pass."""
+
+    def __init__(self, forward: Callable, *modules: nn.Module, **parameters: Tensor):
+        super().__init__()
+        self._forward = forward
+        self.inner = nn.ModuleList(modules)
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, X: Any) -> Tensor:
+        return self._forward(self, X)
+
+
+def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(before, after), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def head(*layers: nn.Module, features: int, outputs: int = 2) -> nn.Sequential:
+    """Put a smooth activation and a linear layer behind others."""
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(features, outputs))
+
+
+def rows(*shape: int) -> Callable[[], Tensor]:
+    return lambda: randn(N, *shape)
+
+
+def ids(vocabulary: int, length: int) -> Callable[[], Tensor]:
+    return lambda: randint(vocabulary, (N, length))
+
+
+def small() -> nn.Sequential:
+    return mlp(3, 4, 3)
+
+
+# Multi-layer perceptrons and ways to give parameters
+
+regression("linear", lambda: nn.Linear(4, 3), rows(4))
+regression("mlp-tanh-mse", lambda: mlp(4, 5, 4, 3), rows(4))
+classification("mlp-tanh-ce", lambda: mlp(4, 5, 4, 3), rows(4))
+classification(
+    "mlp-relu-ce", lambda: mlp(4, 6, 5, 3, activation=nn.ReLU), rows(4), "kink"
+)
+regression("mlp-no-bias", lambda: nn.Linear(4, 3, bias=False), rows(4))
+regression("mlp-1d-output", lambda: nn.Sequential(mlp(4, 5, 1), nn.Flatten(0)), rows(4))
+regression("mlp-float32", lambda: mlp(4, 5, 3), rows(4), "float32", dtype=torch.float32)
+classification(
+    "conv-float32",
+    lambda: head(nn.Conv2d(2, 3, 3), features=27, outputs=3),
+    rows(2, 5, 5),
+    "float32",
+    "convolution",
+    dtype=torch.float32,
+)
+regression("mlp-bfloat16", small, rows(3), "half", dtype=torch.bfloat16)
+classification("mlp-float16-ce", small, rows(3), "half", dtype=torch.float16)
+
+
+@problem("mlp-subset-params", "subset", "classification")
+def _() -> Built:
+    model = mlp(4, 5, 4, 3).double()
+    model[0].bias.requires_grad_(False)
+    params = {n: model.get_parameter(n) for n in ("4.bias", "0.weight")}
+    X = rows(4)().double()
+    return model, nn.CrossEntropyLoss(), params, split(X, randint(3, (N,)))
+
+
+@problem("mlp-unused-param", "mse")
+def _() -> Built:
+    unused = nn.Linear(2, 2)
+    model = Lambda(lambda self, X: self.inner[0](X), small(), unused).double()
+    X, y = rows(3)().double(), rows(3)().double()
+    return model, nn.MSELoss(), trained(model), split(X, y)
+
+
+@problem("mlp-perturbed-params", "perturbed", "classification")
+def _() -> Built:
+    model = mlp(4, 5, 3).double()
+    params = {n: p + 0.3 * torch.randn_like(p) for n, p in trained(model).items()}
+    params = {n: p.detach() for n, p in params.items()}
+    X = rows(4)().double()
+    return model, nn.CrossEntropyLoss(), params, split(X, randint(3, (N,)))
+
+
+@problem("mlp-list-params", "list-params", "mse")
+def _() -> Built:
+    model = mlp(4, 5, 3).double()
+    X, y = rows(4)().double(), rows(3)().double()
+    return model, nn.MSELoss(), list(model.parameters()), split(X, y)
+
+
+@problem("mlp-reversed-params", "list-params", "classification")
+def _() -> Built:
+    model = mlp(4, 5, 3).double()
+    X = rows(4)().double()
+    params = list(model.parameters())[::-1]
+    return model, nn.CrossEntropyLoss(), params, split(X, randint(3, (N,)))
+
+
+@problem("mlp-transposed-param", "perturbed", "mse")
+def _() -> Built:
+    model = mlp(4, 5, 3).double()
+    params = {n: p.detach().clone() for n, p in model.named_parameters()}
+    params["0.weight"] = randn(4, 5).double().T  # not contiguous
+    X, y = rows(4)().double(), rows(3)().double()
+    return model, nn.MSELoss(), params, split(X, y)
+
+
+@problem("callable", "callable", "mse")
+def _() -> Built:
+    def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        return (X @ params["A"]).tanh() @ params["B"].exp() + params["c"]
+
+    params = {"A": randn(4, 5), "B": 0.3 * randn(5, 3), "c": randn(3)}
+    params = {n: p.double() for n, p in params.items()}
+    X, y = rows(4)().double(), rows(3)().double()
+    return model, nn.MSELoss(), params, split(X, y)
+
+
+@problem("callable-module", "callable", "classification", "perturbed")
+def _() -> Built:
+    net = mlp(4, 5, 3).double()
+
+    def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        return 2 * torch.func.functional_call(net, params, (X,))
+
+    params = {n: p.detach() + 0.1 for n, p in net.named_parameters()}
+    X = rows(4)().double()
+    return model, nn.CrossEntropyLoss(), params, split(X, randint(3, (N,)))
+
+
+# Unusual forward passes
+
+regression(
+    "scalar-param",
+    lambda: Lambda(
+        lambda self, X: (self.scale * self.inner[0](X)).sin() + self.shift,
+        nn.Linear(4, 3),
+        scale=tensor(1.3),
+        shift=tensor(0.2),
+    ),
+    rows(4),
+)
+regression(
+    "module-twice",
+    lambda: Lambda(
+        lambda self, X: self.inner[1](self.inner[0](self.inner[0](X).tanh()).tanh()),
+        nn.Linear(4, 4),
+        nn.Linear(4, 2),
+    ),
+    rows(4),
+    "tied",
+)
+
+
+def _tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+classification("tied-weights", _tied, rows(4), "tied")
+
+
+def _checkpointed() -> nn.Module:
+    def forward(self: nn.Module, X: Tensor) -> Tensor:
+        return self.inner[1](checkpoint(self.inner[0], X, use_reentrant=False))
+
+    return Lambda(forward, mlp(4, 5, 5), nn.Linear(5, 3))
+
+
+classification("checkpoint", _checkpointed, rows(4), "checkpoint", "no-func")
+
+
+@problem("checkpoint-perturbed", "checkpoint", "no-func", "perturbed", "mse")
+def _() -> Built:
+    model = _checkpointed().double()
+    params = {n: p.detach() + 0.3 for n, p in model.named_parameters()}
+    X, y = rows(4)().double(), rows(3)().double()
+    return model, nn.MSELoss(), params, split(X, y)
+
+
+class XSinX(torch.autograd.Function):
+    """A function whose backward pass is differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (x.sin() + x * x.cos())
+
+
+class XCosX(torch.autograd.Function):
+    """The same in the style that function transforms ask for."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x.cos()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (x.cos() - x * x.sin())
+
+
+def _wrapped(function: Callable, *modules: nn.Module) -> Callable[[], nn.Module]:
+    def forward(self: nn.Module, X: Tensor) -> Tensor:
+        return self.inner[1](function(self.inner[0](X)))
+
+    return lambda: Lambda(forward, nn.Linear(4, 5), nn.Linear(5, 3))
+
+
+def _modify_in_place(h: Tensor) -> Tensor:
+    h = h.clone()
+    h.mul_(2.0).add_(0.5).tanh_()
+    return h.mul(3.0).sub_(h)
+
+
+def _assign_to_index(h: Tensor) -> Tensor:
+    result = torch.zeros_like(h)
+    result[:, :2] = h[:, :2].sin()
+    result[:, 2:] = h[:, 2:] * h[:, :1]
+    return result
+
+
+def _branch_on_item(h: Tensor) -> Tensor:
+    # the same branch for all batches: the risk must not depend on the split
+    return h.tanh() if h.abs().sum().item() > 0.0 else h.sin()
+
+
+regression("custom-function", _wrapped(XSinX.apply), rows(4), "no-func")
+regression("custom-function-context", _wrapped(XCosX.apply), rows(4))
+classification("in-place", _wrapped(_modify_in_place), rows(4))
+regression("index-assignment", _wrapped(_assign_to_index), rows(4))
+classification("item-branch", _wrapped(_branch_on_item), rows(4))
+
+
+def _symmetric() -> nn.Module:
+    class Symmetric(nn.Module):
+        def forward(self, W: Tensor) -> Tensor:
+            return W.triu() + W.triu(1).T
+
+    layer = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Symmetric())
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2))
+
+
+regression("parametrized", _symmetric, rows(4))
+
+
+# Convolutions and pooling
+
+
+def _convolution(name: str, layer: Callable, shape: tuple[int, ...], features: int):
+    classification(
+        name,
+        lambda: head(layer(), features=features, outputs=3),
+        rows(*shape),
+        "convolution",
+    )
+
+
+_convolution("conv2d", lambda: nn.Conv2d(2, 3, 3), (2, 4, 4), 12)
+_convolution("conv2d-stride", lambda: nn.Conv2d(2, 2, 3, stride=2), (2, 5, 5), 8)
+_convolution("conv2d-padding", lambda: nn.Conv2d(1, 2, 3, padding=1), (1, 4, 3), 24)
+_convolution("conv2d-groups", lambda: nn.Conv2d(4, 4, 2, groups=2), (4, 3, 3), 16)
+_convolution("conv2d-dilation", lambda: nn.Conv2d(1, 2, 2, dilation=2), (1, 4, 5), 12)
+_convolution("conv2d-same", lambda: nn.Conv2d(1, 2, 3, padding="same"), (1, 3, 3), 18)
+_convolution(
+    "conv2d-circular",
+    lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"),
+    (1, 3, 3),
+    18,
+)
+_convolution(
+    "conv2d-mixed",
+    lambda: nn.Conv2d(2, 4, (3, 2), (2, 1), (1, 0), (1, 2), 2, bias=False),
+    (2, 4, 4),
+    16,
+)
+_convolution("conv1d", lambda: nn.Conv1d(3, 2, 3, padding=1), (3, 5), 10)
+_convolution("conv3d", lambda: nn.Conv3d(1, 2, 2), (1, 3, 3, 3), 16)
+_convolution(
+    "conv2d-transposed",
+    lambda: nn.ConvTranspose2d(2, 2, 2, stride=2, output_padding=1),
+    (2, 2, 2),
+    50,
+)
+
+
+def _pooling(name: str, layer: Callable, features: int, *tags: str) -> None:
+    regression(
+        name,
+        lambda: head(nn.Conv2d(1, 2, 2), layer(), features=features),
+        rows(1, 5, 5),
+        "convolution",
+        *tags,
+    )
+
+
+_pooling("max-pool", lambda: nn.MaxPool2d(2), 8, "kink")
+_pooling("avg-pool", lambda: nn.AvgPool2d(2, padding=1), 18)
+_pooling("adaptive-pool", lambda: nn.AdaptiveAvgPool2d((3, 1)), 6)
+
+
+# Recurrent layers and attention
+
+
+def _recurrent(name: str, layer: Callable) -> None:
+    def forward(self: nn.Module, X: Tensor) -> Tensor:
+        states, _ = self.inner[0](X)
+        return self.inner[1](states)[:, -1]
+
+    regression(
+        name,
+        lambda: Lambda(forward, layer(), nn.Linear(3, 2)),
+        rows(4, 2),
+        "recurrent",
+    )
+
+
+_recurrent("rnn", lambda: nn.RNN(2, 3, batch_first=True))
+_recurrent("gru", lambda: nn.GRU(2, 3, batch_first=True))
+_recurrent("lstm", lambda: nn.LSTM(2, 3, batch_first=True))
+
+
+class Block(nn.Module):
+    """Pre-norm attention with one head, and a residual."""
+
+    def __init__(self, width: int, is_causal: bool = False):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.is_causal = is_causal
+
+    def forward(self, X: Tensor) -> Tensor:
+        q, k, v = self.project(self.norm(X)).unsqueeze(1).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        return X + self.out(h.squeeze(1))
+
+
+class CausalLM(nn.Module):
+    """A language model whose embedding is also its head; classes are on axis 1."""
+
+    def __init__(self, vocabulary: int, width: int, flat: bool = False):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.block = Block(width, is_causal=True)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+        self.flat = flat
+
+    def forward(self, X: Tensor) -> Tensor:
+        logits = self.head(self.norm(self.block(self.embedding(X))))
+        return logits.flatten(0, 1) if self.flat else logits.movedim(-1, 1)
+
+
+def _mean_over_time(*layers: nn.Module, width: int) -> nn.Module:
+    def forward(self: nn.Module, X: Tensor) -> Tensor:
+        return self.inner[1](self.inner[0](X).mean(1))
+
+    return Lambda(forward, nn.Sequential(*layers), nn.Linear(width, 3))
+
+
+def _self_attention(need_weights: bool) -> Callable[[], nn.Module]:
+    def forward(self: nn.Module, X: Tensor) -> Tensor:
+        attended, _ = self.inner[0](X, X, X, need_weights=need_weights)
+        return self.inner[1](attended.flatten(1))
+
+    return lambda: Lambda(
+        forward, nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(12, 2)
+    )
+
+
+classification(
+    "transformer-encoder",
+    lambda: _mean_over_time(
+        nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True), width=4
+    ),
+    rows(3, 4),
+    "attention",
+    "norm",
+    "kink",
+    "heavy",
+)
+regression("multihead-attention", _self_attention(True), rows(3, 4), "attention")
+regression("multihead-attention-sdpa", _self_attention(False), rows(3, 4), "attention")
+classification(
+    "attention-block",
+    lambda: _mean_over_time(Block(4), nn.LayerNorm(4), width=4),
+    rows(3, 4),
+    "attention",
+    "norm",
+)
+for _name, _flat in (("causal-lm", False), ("causal-lm-flat", True)):
+    classification(
+        _name,
+        partial(CausalLM, 7, 4, flat=_flat),
+        ids(7, 4),
+        "attention",
+        "norm",
+        "embedding",
+        "tied",
+        "tokens",
+        "options",
+        "heavy",
+        targets=ignoring(0, 5, 6, 20),
+    )
+
+
+@problem(
+    "causal-lm-ragged",
+    *("attention", "norm", "embedding", "tied", "tokens", "options"),
+    *("classification", "ragged", "heavy"),
+)
+def _() -> Built:
+    model = CausalLM(7, 4).double()
+    data = []
+    for size, length in zip(SIZES, (4, 2, 5), strict=True):
+        y = randint(7, (size, length))
+        y[:, 0] = -100
+        data.append((randint(7, (size, length)), y))
+    loss = nn.CrossEntropyLoss(weight=rand(7).double() + 0.5, label_smoothing=0.1)
+    return model, loss, trained(model), data
+
+
+def _ragged_rows() -> tuple[nn.Module, list]:
+    layer = nn.Linear(3, 2).double()
+    model = Lambda(lambda self, X: self.inner[0](X.tanh()).sin(), layer)
+    lengths = zip(SIZES, (2, 4, 3), strict=True)
+    shapes = [(size, length) for size, length in lengths]
+    data = [(randn(*s, 3).double(), randn(*s, 2).double()) for s in shapes]
+    return model, data
+
+
+@problem("mse-ragged", "mse", "tokens", "ragged")
+def _() -> Built:
+    model, data = _ragged_rows()
+    return model, nn.MSELoss(), trained(model), data
+
+
+@problem("mse-sum-ragged", "mse", "sum", "tokens", "ragged")
+def _() -> Built:
+    model, data = _ragged_rows()
+    return model, nn.MSELoss(reduction="sum"), trained(model), data
+
+
+@problem("generic-ragged", "generic-loss", "ragged")
+def _() -> Built:
+    model, data = _ragged_rows()
+    return model, nn.HuberLoss(delta=0.5), trained(model), data
+
+
+# Normalisation and embeddings
+
+
+def _normalised(name: str, layer: Callable, shape: tuple[int, ...], features: int):
+    def model() -> nn.Module:
+        norm = layer()
+        for n, p in norm.named_parameters():
+            nn.init.normal_(p, mean=float(n == "weight"), std=0.3)
+        for buffer in norm.buffers():
+            if buffer.is_floating_point():
+                nn.init.uniform_(buffer, 0.5, 1.5)
+        mix = nn.Linear(shape[-1], shape[-1])
+        return head(mix, norm, features=features)
+
+    regression(name, model, rows(*shape), "norm")
+
+
+_normalised("layer-norm", lambda: nn.LayerNorm(4), (4,), 4)
+_normalised("layer-norm-2d", lambda: nn.LayerNorm((2, 3)), (2, 3), 6)
+_normalised("group-norm", lambda: nn.GroupNorm(2, 4), (4, 3), 12)
+_normalised("instance-norm", lambda: nn.InstanceNorm1d(3, affine=True), (3, 4), 12)
+_normalised("batch-norm-1d", lambda: nn.BatchNorm1d(4), (4,), 4)
+_normalised("batch-norm-2d", lambda: nn.BatchNorm2d(2), (2, 3, 3), 18)
+_normalised("rms-norm", lambda: nn.RMSNorm(4), (4,), 4)
+
+
+@problem("embedding-padding", "embedding", "classification")
+def _() -> Built:
+    model = head(nn.Embedding(6, 3, padding_idx=0), features=12, outputs=3).double()
+    X = randint(6, (N, 4))
+    X[:, -1] = 0
+    return model, nn.CrossEntropyLoss(), trained(model), split(X, randint(3, (N,)))
+
+
+# Data
+
+
+class Encoding(UserDict):
+    """A mapping with attributes, as tokenizers return them."""
+
+    def __init__(self, data: dict, encodings: Any = None):
+        super().__init__(data)
+        self.encodings = encodings
+
+    def __getattr__(self, key: str) -> Any:
+        if key == "data" or key not in self.data:
+            raise AttributeError(key)
+        return self.data[key]
+
+    def to(self, *args: Any, **kwargs: Any) -> "Encoding":
+        moved = {name: value.to(*args, **kwargs) for name, value in self.items()}
+        return Encoding(moved, self.encodings)
+
+
+def _read_mapping(self: nn.Module, X: Any) -> Tensor:
+    return self.inner[1](self.inner[0](X["x"]).tanh() * X["gate"])
+
+
+def _read_tuple(self: nn.Module, X: Any) -> Tensor:
+    x, gate = X
+    return self.inner[1](self.inner[0](x).tanh() * gate)
+
+
+def _read_encoding(self: nn.Module, X: Any) -> Tensor:
+    mask = X.attention_mask.unsqueeze(-1)
+    h = self.inner[0](X["input_ids"]) * mask
+    return self.inner[1]((h.sum(1) / mask.sum(1)).tanh())
+
+
+def _gated(forward: Callable) -> Callable[[], nn.Module]:
+    return lambda: Lambda(forward, nn.Linear(4, 5), nn.Linear(5, 3))
+
+
+def _encoding() -> Encoding:
+    mask = torch.ones(N, 4)
+    mask[::2, 2:] = 0
+    return Encoding({"input_ids": randint(6, (N, 4)), "attention_mask": mask})
+
+
+classification(
+    "dict-input",
+    _gated(_read_mapping),
+    lambda: {"x": randn(N, 4), "gate": rand(N, 5)},
+    "dict-input",
+)
+classification(
+    "userdict-input",
+    _gated(_read_mapping),
+    lambda: UserDict(x=randn(N, 4), gate=rand(N, 5)),
+    "dict-input",
+)
+classification(
+    "encoding-input",
+    lambda: Lambda(_read_encoding, nn.Embedding(6, 4), nn.Linear(4, 3)),
+    _encoding,
+    "dict-input",
+    "embedding",
+)
+regression(
+    "tuple-input", _gated(_read_tuple), lambda: (randn(N, 4), rand(N, 5)), "tuple-input"
+)
+
+
+@problem("loader", "loader", "classification")
+def _() -> Built:
+    model = mlp(4, 5, 3).double()
+    dataset = TensorDataset(rows(4)().double(), randint(3, (N,)))
+    # without a generator, every pass draws from the global random state
+    loader = DataLoader(dataset, batch_size=4, generator=torch.Generator())
+    return model, nn.CrossEntropyLoss(), trained(model), loader
+
+
+@problem("single-batch", "mse")
+def _() -> Built:
+    model = mlp(4, 5, 3).double()
+    X, y = rows(4)().double(), rows(3)().double()
+    return model, nn.MSELoss(), trained(model), [(X, y)]
+
+
+# Losses and their options
+
+
+def _per_token(width: int, classes: int, class_axis: int) -> Callable[[], nn.Module]:
+    def forward(self: nn.Module, X: Tensor) -> Tensor:
+        return self.inner[0](X).movedim(-1, class_axis)
+
+    return lambda: Lambda(forward, mlp(width, 4, classes))
+
+
+def _class_weights() -> Tensor:
+    return tensor([0.3, 1.0, 2.5], dtype=torch.float64)
+
+
+def _weighted(loss: Callable, *names: str, **options: Any) -> Callable[[], Any]:
+    """Return a thunk for a loss with weights per class under the given names."""
+    return lambda: loss(**{name: _class_weights() for name in names}, **options)
+
+
+_CE = nn.CrossEntropyLoss
+_ce, _bce = partial(_weighted, _CE), partial(_weighted, nn.BCEWithLogitsLoss)
+
+for _name, _loss, _targets, *_tags in (
+    ("ce-weights", _ce("weight"), labels, "options"),
+    ("ce-smoothing", _ce(label_smoothing=0.2), labels, "options"),
+    (
+        "ce-weights-smoothing",
+        _ce("weight", label_smoothing=0.2),
+        labels,
+        "options",
+    ),
+    ("ce-soft", _CE, probabilities, "options"),
+    (
+        "ce-soft-weights-smoothing",
+        _ce("weight", label_smoothing=0.2),
+        probabilities,
+        "options",
+    ),
+    ("ce-ignore-index", _CE, ignoring(1, 4), "options"),
+    (
+        "ce-ignore-weights-smoothing",
+        _ce("weight", label_smoothing=0.2),
+        ignoring(0, 3),
+        "options",
+    ),
+    ("ce-ignored-class", _ce(ignore_index=1), labels, "options"),
+    ("ce-ignored-batch", _CE, ignoring(3, 4), "options"),
+    ("ce-sum", _ce(reduction="sum"), labels, "sum"),
+    (
+        "ce-sum-weights-smoothing",
+        _ce("weight", label_smoothing=0.2, reduction="sum"),
+        ignoring(2),
+        "sum",
+        "options",
+    ),
+    ("ce-functional", lambda: F.cross_entropy, labels, "functional-loss"),
+    (
+        "ce-partial",
+        _weighted(
+            partial(partial, F.cross_entropy),
+            "weight",
+            label_smoothing=0.1,
+            ignore_index=2,
+        ),
+        labels,
+        "functional-loss",
+        "options",
+    ),
+):
+    classification(_name, small, rows(3), *_tags, loss=_loss, targets=_targets)
+
+for _name, _loss, _targets, *_tags in (
+    ("ce-tokens", _CE, labels),
+    (
+        "ce-tokens-options",
+        _ce("weight", label_smoothing=0.1),
+        ignoring(0, 7, 9),
+        "options",
+    ),
+    ("ce-tokens-soft", _ce("weight"), probabilities, "options"),
+    # with two tokens per datum, the last two make up the last batch
+    ("ce-tokens-ignored-batch", _CE, ignoring(10, 11), "options"),
+):
+    classification(
+        _name,
+        _per_token(3, 3, class_axis=1),
+        rows(2, 3),
+        "tokens",
+        *_tags,
+        loss=_loss,
+        targets=_targets,
+    )
+
+for _name, _loss, _targets, *_tags in (
+    ("bce", nn.BCEWithLogitsLoss, binary),
+    ("bce-soft", nn.BCEWithLogitsLoss, torch.rand_like, "options"),
+    ("bce-weight", _bce("weight"), binary, "options"),
+    ("bce-pos-weight", _bce("pos_weight"), binary, "options"),
+    ("bce-sum", _bce(reduction="sum"), binary, "sum"),
+    (
+        "bce-sum-weights",
+        _bce("weight", "pos_weight", reduction="sum"),
+        torch.rand_like,
+        "sum",
+        "options",
+    ),
+    (
+        "bce-functional",
+        lambda: F.binary_cross_entropy_with_logits,
+        binary,
+        "functional-loss",
+    ),
+    (
+        "bce-partial",
+        _weighted(partial(partial, F.binary_cross_entropy_with_logits), "pos_weight"),
+        torch.rand_like,
+        "functional-loss",
+        "options",
+    ),
+):
+    regression(_name, small, rows(3), "bce", *_tags, loss=_loss, targets=_targets)
+
+regression(
+    "bce-1d-output",
+    lambda: nn.Sequential(mlp(3, 4, 1), nn.Flatten(0)),
+    rows(3),
+    "bce",
+    loss=nn.BCEWithLogitsLoss,
+    targets=binary,
+)
+regression(
+    "bce-tokens",
+    _per_token(3, 3, class_axis=-1),
+    rows(2, 3),
+    "bce",
+    "tokens",
+    "options",
+    loss=_bce("weight"),
+    targets=binary,
+)
+
+for _name, _loss, *_tags in (
+    ("mse-sum", lambda: nn.MSELoss(reduction="sum"), "sum"),
+    ("mse-functional", lambda: F.mse_loss, "functional-loss"),
+    (
+        "mse-partial-sum",
+        lambda: partial(F.mse_loss, reduction="sum"),
+        "functional-loss",
+        "sum",
+    ),
+):
+    regression(_name, small, rows(3), "mse", *_tags, loss=_loss)
+regression("mse-tokens", _per_token(3, 2, class_axis=-1), rows(2, 3), "tokens")
+
+
+def _log_cosh(reduction: str) -> Callable[[], Callable]:
+    def make() -> Callable:
+        def loss(prediction: Tensor, y: Tensor) -> Tensor:
+            values = (prediction - y).cosh().log()
+            return values.sum() if reduction == "sum" else values.mean()
+
+        loss.reduction = reduction  # type: ignore[attr-defined]
+        return loss
+
+    return make
+
+
+regression("generic-huber", small, rows(3), "generic-loss", loss=nn.HuberLoss)
+regression(
+    "generic-huber-sum",
+    small,
+    rows(3),
+    "generic-loss",
+    "sum",
+    loss=lambda: nn.HuberLoss(reduction="sum", delta=0.5),
+)
+regression(
+    "generic-lambda",
+    small,
+    rows(3),
+    "generic-loss",
+    loss=lambda: lambda prediction, y: (prediction - y).pow(4).mean(),
+)
+regression("generic-mean", small, rows(3), "generic-loss", loss=_log_cosh("mean"))
+regression("generic-sum", small, rows(3), "generic-loss", "sum", loss=_log_cosh("sum"))
+regression(
+    "generic-nll",  # linear in the prediction: its GGN is zero
+    lambda: nn.Sequential(mlp(3, 4, 3), nn.LogSoftmax(1)),
+    rows(3),
+    "generic-loss",
+    loss=nn.NLLLoss,
+    targets=labels,
+)
+
+
+# Registry of operators

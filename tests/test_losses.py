@@ -1,0 +1,726 @@
+"""Every law of losses on every loss with every option, and every error."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvlinops import losses
+from curvlinops.losses import (
+    MSE,
+    BCEWithLogits,
+    CrossEntropy,
+    Generic,
+    Loss,
+    LossFunction,
+    as_loss_function,
+    register,
+)
+from tolerances import assert_close
+
+bce_with_logits = F.binary_cross_entropy_with_logits
+
+
+def quartic(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Couple all entries of a datum, and average over data."""
+    per_datum = (output - target).flatten(1).square().sum(1).square()
+    return per_datum.mean() if reduction == "mean" else per_datum.sum()
+
+
+class Cubic(torch.autograd.Function):
+    """Twice differentiable, but cannot be batched."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return Square.apply(x) * 3 * g
+
+
+class Square(torch.autograd.Function):
+    """As above."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(2 * x.detach().numpy() * g.numpy())
+
+
+def cubic(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    values = Cubic.apply(output - target)
+    return values.mean(1).mean() if reduction == "mean" else values.mean(1).sum()
+
+
+def total(output: Tensor, target: Any, reduction: str = "mean") -> Tensor:
+    """Is linear, and its gradient has no graph."""
+    return output.mean() if reduction == "mean" else output.sum()
+
+
+def num_entries(output: Tensor, target: Any) -> int:
+    return output.numel()
+
+
+@dataclass
+class Case:
+    """A torch loss with options and the data of one batch."""
+
+    function: Callable[..., Tensor]
+    output: Tensor
+    target: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+    class_axis: int | None = None
+    num_terms_fn: Any = None
+
+    def torch(self, output: Tensor, reduction: str) -> Tensor:
+        return self.function(output, self.target, reduction=reduction, **self.options)
+
+    def loss_function(self, reduction: str = "mean") -> LossFunction:
+        bound = partial(self.function, reduction=reduction, **self.options)
+        return as_loss_function(bound, self.num_terms_fn)
+
+    def loss(self, reduction: str = "mean") -> Loss:
+        return self.loss_function(reduction)(self.output, self.target)
+
+    def hessian(self) -> Tensor:
+        """Compute it by a reverse pass through a reverse pass, from torch's loss."""
+        evaluate = partial(self.torch, reduction="sum")
+        H = torch.autograd.functional.hessian(evaluate, self.output)
+        return H.reshape(self.output.numel(), self.output.numel())
+
+
+def _cases() -> dict[str, Case]:
+    g = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=g, dtype=torch.float64)
+    uniform = partial(torch.rand, generator=g, dtype=torch.float64)
+    indices = partial(torch.randint, 0, 3, generator=g)
+    some_ignored = torch.tensor([2, -100, 0, 1])
+    grid = indices((2, 2, 2))
+    grid[0, 1] = -100
+    w = torch.tensor([0.2, 1.5, 3.0], dtype=torch.float64)
+    soft, soft_grid = normal(4, 3).softmax(1), normal(2, 3, 2).softmax(1)
+
+    def ce(shape, target, **options):
+        rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        axis = -max(len(shape) - 1, 1)
+        return Case(F.cross_entropy, normal(shape), target, options, rows, axis)
+
+    def entries(function, *shape, target=normal, **options):
+        rows, axis = (shape[:-1], -1) if len(shape) > 1 else (shape, None)
+        return Case(function, normal(shape), target(shape), options, rows, axis)
+
+    def by_entry(function, *shape, **options):
+        case = entries(function, *shape, **options)
+        case.num_terms_fn = num_entries
+        return case
+
+    bce = partial(entries, bce_with_logits, target=uniform)
+    return {
+        "mse-0d": entries(F.mse_loss),
+        "mse-1d": entries(F.mse_loss, 4),
+        "mse-2d": entries(F.mse_loss, 4, 3),
+        "mse-3d": entries(F.mse_loss, 2, 3, 2),
+        "mse-weight": entries(F.mse_loss, 4, 3, weight=uniform(4, 3)),
+        "bce-1d": bce(5),
+        "bce-2d": bce(4, 3),
+        "bce-weight": bce(4, 3, weight=uniform(4, 1)),
+        "bce-pos-weight": bce(4, 3, pos_weight=w),
+        "bce-pos-weight-1d": bce(5, pos_weight=w[2:]),
+        "bce-pos-weight-3d": bce(2, 3, 2, pos_weight=uniform(3, 1) * 4),
+        "bce-both": bce(4, 3, weight=uniform(3), pos_weight=w),
+        "bce-zero-pos-weight": bce(4, 3, pos_weight=0 * w),
+        "ce": ce((4, 3), indices((4,))),
+        "ce-uint8": ce((4, 3), indices((4,)).to(torch.uint8)),
+        "ce-weight": ce((4, 3), indices((4,)), weight=w),
+        "ce-ignore": ce((4, 3), some_ignored),
+        "ce-ignore-class": ce((4, 3), indices((4,)), ignore_index=1, weight=w),
+        "ce-smooth": ce((4, 3), indices((4,)), label_smoothing=0.3),
+        "ce-all-smooth": ce((4, 3), indices((4,)), label_smoothing=1.0),
+        "ce-everything": ce((4, 3), some_ignored, weight=w, label_smoothing=0.3),
+        "ce-all-ignored": ce((2, 3), torch.full((2,), -100), label_smoothing=0.1),
+        "ce-one-class": ce((2, 1), torch.zeros(2, dtype=torch.int64)),
+        "ce-tokens": ce((2, 3, 2), indices((2, 2)), label_smoothing=0.3),
+        "ce-images": ce((2, 3, 2, 2), grid, weight=w, label_smoothing=0.3),
+        "ce-unbatched": ce((3,), torch.tensor(2), weight=w),
+        "ce-unbatched-ignored": ce((3,), torch.tensor(-100), weight=w),
+        "ce-soft": ce((4, 3), soft),
+        "ce-soft-unnormalised": ce((4, 3), uniform(4, 3)),
+        "ce-soft-weight": ce((4, 3), soft, weight=w),
+        "ce-soft-everything": ce((4, 3), soft, weight=w, label_smoothing=0.3),
+        "ce-soft-tokens": ce((2, 3, 2), soft_grid, weight=w, label_smoothing=0.3),
+        "ce-soft-unbatched": ce((3,), soft[0], weight=w, label_smoothing=0.3),
+        "huber": by_entry(F.huber_loss, 4, 3, delta=0.7),
+        "huber-1d": by_entry(F.huber_loss, 4),
+        "l1": by_entry(F.l1_loss, 4, 3),
+        "poisson": by_entry(F.poisson_nll_loss, 4, 3),
+        "linear": by_entry(total, 4, 3),
+        "quartic": entries(quartic, 4, 3),
+        "quartic-3d": entries(quartic, 2, 3, 2),
+        "cubic": entries(cubic, 4, 3),
+    }
+
+
+CASES = _cases()
+OPAQUE = {name for name, case in CASES.items() if case.loss().opaque}
+CLOSED = CASES.keys() - OPAQUE
+
+each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_closed = pytest.mark.parametrize(
+    "case",
+    [CASES[n] for n in CASES if n in CLOSED],
+    ids=[n for n in CASES if n in CLOSED],
+)
+each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum"])
+
+
+def vectors(case: Case, *leading: int) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    shape = (*leading, *case.output.shape)
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def dense(product: Callable[[Tensor], Tensor], case: Case) -> Tensor:
+    """Build the matrix of a product from its columns."""
+    size = case.output.numel()
+    eye = torch.eye(size, dtype=torch.float64).reshape(size, *case.output.shape)
+    return product(eye).reshape(size, size).T
+
+
+def row_of_entry(case: Case) -> Tensor:
+    """Number the rows, at every entry of the flattened output."""
+    rows = torch.arange(prod(case.rows)).reshape(case.rows)
+    if case.class_axis is not None:
+        rows = rows.unsqueeze(case.class_axis)
+    return rows.expand(case.output.shape).flatten()
+
+
+# ------------------------------------------------------------------ laws
+
+
+def test_known_losses_are_recognised():
+    kinds = {"mse": MSE, "bce": BCEWithLogits, "ce": CrossEntropy}
+    for name, case in CASES.items():
+        assert type(case.loss()) is kinds.get(name.split("-")[0], Generic)
+
+
+@each
+@each_reduction
+def test_value_is_the_sum(case, reduction):
+    value = case.loss(reduction).value()
+    assert value.shape == ()
+    assert_close(value, case.torch(case.output, "sum"), size=case.output.numel())
+
+
+@each
+def test_count_is_what_the_mean_divides_by(case):
+    loss = case.loss()
+    if not loss.count:
+        assert torch.isnan(case.torch(case.output, "mean"))
+        assert loss.value() == 0
+    else:
+        mean = loss.value() / loss.count
+        assert_close(mean, case.torch(case.output, "mean"), size=case.output.numel())
+
+
+@each
+def test_rows_and_class_axis(case):
+    loss = case.loss()
+    assert loss.row_shape == case.rows
+    assert loss.num_rows == prod(case.rows)
+    assert loss.class_axis == case.class_axis
+
+
+@each
+@each_reduction
+def test_gradient(case, reduction):
+    output = case.output.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(case.torch(output, "sum"), output)
+    loss = case.loss_function(reduction)(output, case.target)
+    with torch.no_grad():
+        gradient = loss.gradient()
+    assert not gradient.requires_grad
+    assert_close(gradient, expected, size=case.output.numel())
+
+
+@each
+def test_value_is_differentiable_through_the_output(case):
+    inputs = case.output.clone().requires_grad_()
+    loss = case.loss_function()(inputs.sinh(), case.target)
+    (gradient,) = torch.autograd.grad(loss.value(), inputs)
+    expected = loss.gradient() * case.output.cosh()
+    assert_close(gradient, expected, size=case.output.numel())
+
+
+@each
+@each_reduction
+def test_hessian(case, reduction):
+    with torch.no_grad():
+        H = dense(case.loss(reduction).hessian_mul, case)
+    assert not H.requires_grad
+    assert_close(H, case.hessian(), size=case.output.numel())
+
+
+@each
+def test_hessian_of_an_output_with_a_graph(case):
+    output = case.output.clone().requires_grad_() * 1
+    H = dense(case.loss_function()(output, case.target).hessian_mul, case)
+    assert not H.requires_grad
+    assert_close(H, case.hessian(), size=case.output.numel())
+
+
+@each
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,), (2, 0)])
+def test_leading_axes(case, leading):
+    loss, U = case.loss(), vectors(case, *leading)
+    G = loss.gradient()
+    products = [loss.hessian_mul, partial(loss.outer_mul, G)]
+    if not loss.opaque:
+        products += [loss.factor_mul, loss.factor_transpose_mul]
+    for product in products:
+        before = U.clone()
+        actual = product(U)
+        assert torch.equal(U, before)
+        assert actual.dtype == U.dtype
+        singles = [product(u) for u in U.reshape(prod(leading), *case.output.shape)]
+        expected = torch.stack(singles) if singles else U
+        assert_close(actual, expected.reshape(U.shape), size=case.output.numel())
+
+
+@each_closed
+def test_factor(case):
+    loss = case.loss()
+    R, RT = dense(loss.factor_mul, case), dense(loss.factor_transpose_mul, case)
+    assert_close(RT, R.T)
+    assert_close(R @ RT, case.hessian())
+    rows = row_of_entry(case)
+    assert not R[rows[:, None] != rows].any()
+
+
+@each
+def test_outer_mul(case):
+    loss, G = case.loss(), vectors(case)
+    g, rows = G.flatten(), row_of_entry(case)
+    expected = torch.outer(g, g) * (rows[:, None] == rows)
+    assert_close(dense(partial(loss.outer_mul, G), case), expected)
+
+
+@each_closed
+def test_sampled_gradients_have_the_right_moments(case):
+    """Also across rows, where moments of independent gradients vanish."""
+    n = 20_000
+    rng = torch.Generator().manual_seed(2)
+    samples = case.loss().sample_gradients(n, rng)
+    assert samples.shape == (n, *case.output.shape)
+    assert samples.dtype == case.output.dtype
+    g = samples.reshape(n, -1)
+
+    def assert_mean(values, expected):
+        deviation = (values.mean(0) - expected).abs()
+        assert (deviation <= 5 * values.std(0) / n**0.5 + 1e-12).all()
+
+    H, zero = case.hessian(), torch.zeros(())
+    assert_mean(g, zero)
+    assert_mean(g[:, :, None] * g[:, None, :], H)
+    assert_mean(g[1:, :, None] * g[:-1, None, :], zero)
+    # squares of independent variables are uncorrelated, too
+    rows, squares = row_of_entry(case), g.square() - H.diag()
+    products = squares[:, :, None] * squares[:, None, :]
+    assert_mean(products * (rows[:, None] != rows), zero)
+
+
+@each_closed
+def test_samples_are_reproducible(case):
+    def sample(num_samples, seed):
+        rng = torch.Generator().manual_seed(seed)
+        return case.loss().sample_gradients(num_samples, rng)
+
+    assert torch.equal(sample(3, 0), sample(3, 0))
+    assert sample(0, 0).shape == (0, *case.output.shape)
+
+
+@each
+def test_a_loss_function_pickles(case):
+    again = pickle.loads(pickle.dumps(case.loss_function()))(case.output, case.target)
+    assert torch.equal(again.value(), case.loss().value())
+    U = vectors(case, 2)
+    assert torch.equal(again.hessian_mul(U), case.loss().hessian_mul(U))
+
+
+@each_closed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision(case, dtype):
+    rounded = Case(**{**vars(case), "output": case.output.to(dtype)})
+    reference = Case(**{**vars(case), "output": rounded.output.double()})
+    U = vectors(case, 2).to(dtype)
+    size = case.output.numel()
+    low, high = rounded.loss(), reference.loss()
+    assert low.value().dtype == torch.float32
+    assert_close(low.value(), high.value(), torch.float32, size)
+    assert low.gradient().dtype == dtype
+    assert_close(low.gradient(), high.gradient(), size=size)
+    for name in ["hessian_mul", "factor_mul", "factor_transpose_mul"]:
+        product = getattr(low, name)(U)
+        assert product.dtype == dtype
+        assert_close(product, getattr(high, name)(U.double()), size=size)
+    assert low.sample_gradients(2, torch.Generator()).dtype == dtype
+
+
+def test_half_precision_sums_do_not_overflow():
+    output = torch.full((1000,), 100.0, dtype=torch.float16)
+    assert MSE(output, torch.zeros(1000)).value() == 1e7
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_closed
+def test_cuda_agrees_with_the_cpu(case):
+    """With targets, and weights in the options, that are still on the CPU."""
+    cuda = Case(**{**vars(case), "output": case.output.cuda()}).loss()
+    cpu, U, size = case.loss(), vectors(case, 2), case.output.numel()
+    assert_close(cuda.value(), cpu.value(), size=size)
+    assert float(cuda.count) == pytest.approx(float(cpu.count))
+    for name in ["hessian_mul", "factor_mul", "factor_transpose_mul"]:
+        assert_close(getattr(cuda, name)(U.cuda()), getattr(cpu, name)(U), size=size)
+    samples = [
+        loss.sample_gradients(50, torch.Generator().manual_seed(0))
+        for loss in (cuda, cpu)
+    ]
+    assert samples[0].is_cuda
+    assert_close(*samples, size=size)
+
+
+# ------------------------------------------------------------------ the front door
+
+W = torch.tensor([0.5, 2.0, 1.0])
+
+
+@each_reduction
+@pytest.mark.parametrize(
+    ("module", "function", "options"),
+    [
+        (nn.MSELoss, F.mse_loss, {}),
+        (nn.BCEWithLogitsLoss, bce_with_logits, {}),
+        (nn.BCEWithLogitsLoss, bce_with_logits, {"weight": W, "pos_weight": 2 * W}),
+        (nn.CrossEntropyLoss, F.cross_entropy, {}),
+        (nn.CrossEntropyLoss, F.cross_entropy, {"weight": W, "label_smoothing": 0.2}),
+        (nn.CrossEntropyLoss, F.cross_entropy, {"ignore_index": 1}),
+    ],
+)
+def test_modules_and_partials_agree(module, function, options, reduction):
+    output = torch.linspace(-2, 3, 12).reshape(4, 3)
+    indices = function is F.cross_entropy
+    target = torch.tensor([0, 1, 2, 1]) if indices else output.sigmoid().square()
+    instance = module(reduction=reduction, **options)
+    state = {name: tensor.clone() for name, tensor in instance.state_dict().items()}
+    forms = [instance, partial(function, reduction=reduction, **options)]
+    forms.append(partial(partial(function, **options), reduction=reduction))
+    if not options and reduction == "mean":
+        forms.append(function)
+    for form in forms:
+        loss_function = as_loss_function(form)
+        assert loss_function.reduction == reduction
+        assert not loss_function.loss.opaque
+        assert as_loss_function(loss_function) is loss_function
+        loss = loss_function(output, target)
+        expected = instance(output, target)
+        actual = loss.value() / (loss.count if reduction == "mean" else 1)
+        assert_close(actual, expected, size=12)
+    assert all(torch.equal(state[n], t) for n, t in instance.state_dict().items())
+
+
+def test_legacy_reductions_of_modules():
+    with pytest.warns(UserWarning, match="size_average"):
+        module = nn.MSELoss(size_average=False)
+    assert as_loss_function(module).reduction == "sum"
+
+
+def test_subclasses_are_opaque():
+    class Doubled(nn.MSELoss):
+        def forward(self, output, target):
+            return 2 * super().forward(output, target)
+
+    loss_function = as_loss_function(Doubled(reduction="sum"))
+    assert loss_function.reduction == "sum"
+    output = torch.ones(2, 2)
+    assert loss_function(output, 0 * output).value() == 8
+
+
+@pytest.mark.parametrize(
+    ("loss_func", "reduction"),
+    [
+        (nn.HuberLoss(), "mean"),
+        (nn.HuberLoss(reduction="sum"), "sum"),
+        (F.huber_loss, "mean"),
+        (partial(F.huber_loss, reduction="sum"), "sum"),
+        (partial(nn.HuberLoss(reduction="sum")), "sum"),
+        (lambda output, target: output.mean(), "mean"),
+    ],
+)
+def test_reduction_of_other_callables(loss_func, reduction):
+    loss_function = as_loss_function(loss_func)
+    assert loss_function.loss is Generic
+    assert loss_function.reduction == reduction
+
+
+def test_unhashable_callable():
+    @dataclass
+    class Scaled:
+        scale: float
+
+        def __call__(self, output, target):
+            return self.scale * (output - target).square().mean()
+
+    output = torch.ones(3)
+    loss = as_loss_function(Scaled(2.0))(output, 0 * output)
+    assert loss.value() == 6
+    assert torch.equal(loss.hessian_mul(output), 4 * output)
+
+
+def test_number_of_terms():
+    output, target = torch.ones(4, 3), torch.zeros(4, 3)
+    loss_function = as_loss_function(F.huber_loss)
+    assert loss_function(output, target).count == 4
+    assert loss_function(output, target, num_terms=7).count == 7
+    assert loss_function(output[0, 0], target[0, 0]).count == 1
+    counted = as_loss_function(F.huber_loss, lambda o, t: (t == 0).sum())
+    assert counted(output, target, num_terms=7).count == 12
+    assert as_loss_function(F.mse_loss)(output, target, num_terms=7).count == 12
+
+
+def test_no_terms():
+    """Where torch's mean is NaN, the sum is zero."""
+    output = torch.ones(0, 3)
+    for loss_func in (F.huber_loss, F.mse_loss, bce_with_logits):
+        loss = as_loss_function(loss_func)(output, output)
+        assert loss.count == loss.value() == 0
+        assert loss.gradient().shape == loss.hessian_mul(output).shape == (0, 3)
+    loss = CrossEntropy(output, torch.zeros(0, dtype=torch.int64))
+    assert loss.count == loss.value() == 0
+    assert loss.sample_gradients(2, torch.Generator()).shape == (2, 0, 3)
+
+    def masked(output, target):
+        return output[target].square().mean()
+
+    output, nothing = torch.ones(4), torch.zeros(4, dtype=torch.bool)
+    loss = as_loss_function(masked, lambda o, t: t.sum())(output, nothing)
+    assert loss.value() == 0
+    assert not loss.gradient().any()
+    assert not loss.hessian_mul(output).any()
+
+
+def test_sampler():
+    def sampler(output, target, num_samples, generator):
+        return torch.randn(num_samples, *output.shape, generator=generator).double()
+
+    loss_function = as_loss_function(F.huber_loss, sampler=sampler)
+    loss = loss_function(torch.ones(4, 3), torch.zeros(4, 3))
+    samples = loss.sample_gradients(5, torch.Generator())
+    assert samples.shape == (5, 4, 3)
+    assert samples.dtype == torch.float32
+
+
+def test_targets_of_opaque_losses_are_passed_on():
+    def first(output, target):
+        return (output - target["y"]).square().sum() / 2
+
+    loss = as_loss_function(first)(torch.ones(1, 3), {"y": 0.5})
+    assert_close(loss.hessian_mul(torch.ones(2, 1, 3)), torch.ones(2, 1, 3))
+
+
+def test_register(monkeypatch):
+    monkeypatch.setattr(losses, "_KNOWN", dict(losses._KNOWN))
+
+    class Scaled:
+        reduction = "sum"
+        weight = torch.tensor(3.0)
+
+        def __call__(self, output, target):
+            return 3 * F.mse_loss(output, target, reduction="sum")
+
+    assert as_loss_function(Scaled()).loss is Generic
+    register(Scaled, MSE)
+    loss_function = as_loss_function(Scaled())
+    assert (loss_function.loss, loss_function.reduction) == (MSE, "sum")
+    assert loss_function(torch.ones(2), torch.zeros(2)).value() == 6
+
+
+# ------------------------------------------------------------------ errors
+
+X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
+D = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("loss_func", "error", "message"),
+    [
+        (3, TypeError, "3 is not callable"),
+        (nn.MSELoss, TypeError, r"a class: pass an instance such as nn\.MSELoss\(\)"),
+        (partial(nn.MSELoss, reduction="sum"), TypeError, "is a class"),
+        (nn.MSELoss(reduction="none"), ValueError, "reduction='none'.*'mean' or 'sum'"),
+        (nn.L1Loss(reduction="none"), ValueError, "reduction='none'"),
+        (partial(F.l1_loss, reduction="none"), ValueError, "reduction='none'"),
+        (nn.KLDivLoss(reduction="batchmean"), ValueError, "reduction='batchmean'"),
+        (partial(F.mse_loss, size_average=False), ValueError, "legacy.*size_average"),
+        (partial(F.huber_loss, reduce=True), ValueError, r"legacy.*\['reduce'\]"),
+        (partial(F.mse_loss, X), ValueError, "bound to positional arguments"),
+        (partial(F.mse_loss, target=X), ValueError, r"\['target'\].*weight, reduction"),
+    ],
+)
+def test_refused_loss_functions(loss_func, error, message):
+    with pytest.raises(error, match=message):
+        as_loss_function(loss_func)
+
+
+@pytest.mark.parametrize("name", ["num_terms_fn", "sampler"])
+@pytest.mark.parametrize("loss_func", [nn.MSELoss(), LossFunction(MSE, "sum")])
+def test_known_losses_take_no_helpers(name, loss_func):
+    with pytest.raises(ValueError, match="brings its own: leave them out"):
+        as_loss_function(loss_func, **{name: num_entries})
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: MSE([0.0], D), TypeError, "output is of type list"),
+        (lambda: MSE(D.long(), D), TypeError, r"a torch\.int64 tensor.*floating-point"),
+        (lambda: MSE(D, 1.0), TypeError, "target is of type float: pass a real tensor"),
+        (lambda: MSE(D, D + 0j), TypeError, "target is a torch.complex64 tensor"),
+        (lambda: MSE(D, D[:, :1]), ValueError, r"\(4, 1\).*\(4, 3\).*not broadcast"),
+        (lambda: MSE(D[:, 0], D[:, :1]), ValueError, r"\(4, 1\).*squeeze"),
+        (
+            lambda: MSE(D, D, weight=D[0, :2]),
+            ValueError,
+            r"weight of shape \(2,\) does",
+        ),
+        (lambda: MSE(D[0], D[0], weight=D), ValueError, r"\(4, 3\) does not broadcast"),
+        (lambda: BCEWithLogits(D, D[0]), ValueError, r"target has shape \(3,\)"),
+        (
+            lambda: BCEWithLogits(D, D, pos_weight=D[:, 0]),
+            ValueError,
+            r"pos_weight of shape \(4,\) does not broadcast.*\(4, 3\)",
+        ),
+        (lambda: CrossEntropy(D[0, 0], Y[0]), ValueError, "0-d: return one logit per"),
+        (lambda: CrossEntropy(X, Y.tolist()), TypeError, "target is of type list"),
+        (
+            lambda: CrossEntropy(X, Y + 1),
+            ValueError,
+            r"contains 3, .* in 0\.\.2 nor.*-100",
+        ),
+        (
+            lambda: CrossEntropy(X, Y - 1),
+            ValueError,
+            r"contains -1, .*check the labels",
+        ),
+        (lambda: CrossEntropy(X, Y.float()), ValueError, r"a torch\.float32 tensor of"),
+        (lambda: CrossEntropy(X, Y > 1), ValueError, r"a torch\.bool tensor.*integers"),
+        (
+            lambda: CrossEntropy(X, X.long()),
+            ValueError,
+            r"int64 tensor of shape \(4, 3\)",
+        ),
+        (lambda: CrossEntropy(X, Y[:3]), ValueError, r"\(3,\).*indices.*shape \(4,\)"),
+        (lambda: CrossEntropy(X[None], Y[None]), ValueError, "4 classes on axis 1"),
+        (lambda: CrossEntropy(X, Y, weight=W[:2]), ValueError, r"\(2,\).*3 classes"),
+        (
+            lambda: CrossEntropy(X, Y, label_smoothing=1.2),
+            ValueError,
+            r"1\.2 must be in",
+        ),
+        (
+            lambda: CrossEntropy(X, D, ignore_index=0),
+            ValueError,
+            "ignore_index=0 has no",
+        ),
+        (lambda: LossFunction(MSE, "none"), ValueError, "reduction='none'"),
+        (
+            lambda: Generic(X, Y, function=F.l1_loss, reduction="none", num_terms=1),
+            ValueError,
+            "reduction='none'",
+        ),
+    ],
+)
+def test_refused_arguments(build, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda o, t: (o - t).square(), r"a torch\.float32 tensor of shape \(4, 3\)"),
+        (lambda o, t: (o - t).sum().reshape(1), r"tensor of shape \(1,\), not a 0-d"),
+        (lambda o, t: (o - t).sum().item(), r"of type float.*\.mean\(\)"),
+    ],
+)
+def test_refused_results(function, message):
+    with pytest.raises(ValueError, match=message):
+        as_loss_function(function)(X, D).value()
+
+
+def test_refused_detached_losses():
+    loss = as_loss_function(lambda o, t: (o.detach() - t).square().sum())(X, D)
+    for call in (loss.gradient, partial(loss.hessian_mul, D)):
+        with pytest.raises(ValueError, match="does not depend on the model's output"):
+            call()
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (4, 3, 2), ()])
+def test_refused_vectors(shape):
+    loss, U = MSE(X, D), torch.zeros(shape)
+    methods = [loss.hessian_mul, loss.factor_mul, loss.factor_transpose_mul]
+    for product in [*methods, partial(loss.outer_mul, D)]:
+        with pytest.raises(
+            ValueError, match=r"must end in the output's shape \(4, 3\)"
+        ):
+            product(U)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        MSE(X, D, weight=torch.tensor(-1.0)),
+        BCEWithLogits(X, D, weight=-W),
+        BCEWithLogits(X, D + 2, pos_weight=torch.tensor([0.1])),
+        CrossEntropy(X, Y, weight=-W),
+    ],
+)
+def test_refused_factors(loss):
+    rng = torch.Generator()
+    calls = [partial(loss.factor_mul, D), partial(loss.factor_transpose_mul, D)]
+    for call in [*calls, partial(loss.sample_gradients, 1, rng)]:
+        with pytest.raises(ValueError, match=r"negative curvature.*weights >= 0"):
+            call()
+    assert loss.hessian_mul(D).isfinite().all()
+
+
+def test_what_opaque_losses_cannot_do():
+    loss = as_loss_function(F.huber_loss)(X, D)
+    for product in (loss.factor_mul, loss.factor_transpose_mul):
+        with pytest.raises(
+            NotImplementedError, match="no known factor: use hessian_mul"
+        ):
+            product(D)
+    with pytest.raises(NotImplementedError, match=r"unknown: pass sampler\(output"):
+        loss.sample_gradients(1, torch.Generator())
+
+    wrong = as_loss_function(F.huber_loss, sampler=lambda o, t, n, g: o)(X, D)
+    with pytest.raises(
+        ValueError, match=r"sampler returned shape \(4, 3\).*\(2, 4, 3\)"
+    ):
+        wrong.sample_gradients(2, torch.Generator())
