@@ -1,11 +1,10 @@
 """The problems are what they claim to be, and the dense references agree on them."""
 
 import pytest
-import references
 import torch
-from cases import PROBLEMS, SIZES, Problem, find, problems, resplit
-from tolerances import assert_close
 
+import references
+from cases import PROBLEMS, SIZES, Problem, find, problems, resplit
 from curvlinops.examples.functorch import (
     functorch_empirical_fisher,
     functorch_ggn,
@@ -13,6 +12,7 @@ from curvlinops.examples.functorch import (
     functorch_hessian,
     functorch_jacobian,
 )
+from tolerances import assert_close
 
 ALL = problems()
 TRANSFORMABLE = problems(without=["no-func"])
@@ -136,7 +136,7 @@ def test_padding_of_an_embedding_counts_as_a_constant():
 
 @pytest.mark.parametrize("problem", problems("no-func"))
 def test_refusal_is_loud(problem: Problem):
-    with pytest.raises(RuntimeError, match="saved tensor hooks|setup_context"):
+    with pytest.raises(RuntimeError, match=r"saved tensor hooks|setup_context"):
         functorch_hessian(*problem.build())
 
 

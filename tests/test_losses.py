@@ -323,6 +323,8 @@ def test_outer_mul(case):
 @each_closed
 def test_sampled_gradients_have_the_right_moments(case):
     """Also across rows, where moments of independent gradients vanish."""
+    # flatter distributions, where no event is too rare to estimate a deviation from
+    case = Case(**{**vars(case), "output": case.output / 4})
     n = 20_000
     rng = torch.Generator().manual_seed(2)
     samples = case.loss().sample_gradients(n, rng)

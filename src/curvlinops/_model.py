@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 
@@ -26,7 +27,9 @@ T = TypeVar("T")
 Parameters = Mapping[str, Tensor] | Iterable[nn.Parameter]
 
 
-def named_parameters(model_func: Callable, params: Parameters) -> dict[str, Tensor]:
+def named_parameters(
+    model_func: Callable[..., Any], params: Parameters
+) -> dict[str, Tensor]:
     """Return the parameters as a dict after checking that they are the model's.
 
     Parameters
@@ -49,10 +52,10 @@ def named_parameters(model_func: Callable, params: Parameters) -> dict[str, Tens
         If there are none, or one is foreign, repeated, uninitialised, of the wrong
         shape, or differs in dtype or device from the others.
     """
+    known: dict[str, Tensor] = {}
     is_module = isinstance(model_func, nn.Module)
-    known = (
-        dict(model_func.named_parameters(remove_duplicate=False)) if is_module else {}
-    )
+    if isinstance(model_func, nn.Module):
+        known.update(model_func.named_parameters(remove_duplicate=False))
     if isinstance(params, Mapping):
         named = dict(params)
     elif isinstance(params, Iterator):
@@ -100,13 +103,16 @@ def _names_of(params: Iterable[Any], known: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _check_parameter(
-    name: Any, tensor: Any, known: dict[str, Tensor] | None, model_func: Callable
+    name: Any,
+    tensor: Any,
+    known: dict[str, Tensor] | None,
+    model_func: Callable[..., Any],
 ) -> None:
     if not torch.is_tensor(tensor):
         raise TypeError(
             f"Parameter {name!r} must be a tensor, got {type(tensor).__name__}."
         )
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"Parameter {name!r} is not initialised: run the lazy module once first."
         )
@@ -187,7 +193,9 @@ class Model:
     per module.
     """
 
-    def __init__(self, model_func: Callable, params: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model_func: Callable[..., Any], params: dict[str, Tensor]
+    ) -> None:
         self.params = params
         self.aliases = {n: nn.Parameter(p.detach()) for n, p in params.items()}
         self.leaves = list(self.aliases.values())
@@ -216,7 +224,8 @@ class Model:
 
     def __call__(self, X: Any) -> Any:
         """Evaluate the model (within :meth:`run`)."""
-        return self._function(X)
+        with _Substitutions():
+            return self._function(X)
 
     def run(self, body: Callable[[], T]) -> T:
         """Return ``body()``, run where the model may be evaluated and differentiated.
@@ -238,7 +247,9 @@ class Model:
             if self._held is None:
                 return body()
             stack.enter_context(_lock_of(self._module))
-            swapped = {f"module.{n}": p for n, p in self.aliases.items()}
+            swapped: dict[str, Tensor] = {
+                f"module.{n}": p for n, p in self.aliases.items()
+            }
             for name, buffer in self._held.named_buffers():
                 swapped[name] = buffer.clone()
             return torch.func.functional_call(self._held, swapped, (body,))
@@ -253,9 +264,7 @@ class Model:
         own = {id(p): n for n, p in self.params.items()}
         if self._module is not None:
             own |= {
-                id(p): n
-                for n, p in self._module.named_parameters()
-                if n in self.params
+                id(p): n for n, p in self._module.named_parameters() if n in self.params
             }
         return sorted(
             {own[id(leaf)] for leaf in graph_leaves(output) if id(leaf) in own}
@@ -291,13 +300,33 @@ def _private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Mod
     return copy.deepcopy(module, memo)
 
 
-_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # type: ignore[valid-type]
+_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = RLock()
 
 
-def _lock_of(module: Any) -> RLock:  # type: ignore[valid-type]
+def _lock_of(module: Any) -> RLock:
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(module, RLock())
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return ``g v / |v|`` with norms over all dimensions but ``dim``."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+#: Functions of torch whose second derivative is wrong or missing, and what is called
+#: instead. `torch._weight_norm`'s fused double backward is silently wrong on the CPU
+#: (torch 2.13: `gradgradcheck` fails).
+_SUBSTITUTES: dict[Any, Callable[..., Any]] = {torch._weight_norm: _weight_norm}
+
+
+class _Substitutions(TorchFunctionMode):
+    """Calls the twice differentiable equivalent of a function."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _SUBSTITUTES.get(func, func)(*args, **(kwargs or {}))
 
 
 class _MathAttention:

@@ -28,9 +28,7 @@ from curvlinops._spaces import (
 
 
 def _is_tensor_list(x: Any) -> bool:
-    return (
-        isinstance(x, (list, tuple)) and bool(x) and all(map(torch.is_tensor, x))
-    )
+    return isinstance(x, (list, tuple)) and bool(x) and all(map(torch.is_tensor, x))
 
 
 class TorchOperator:
@@ -198,7 +196,7 @@ class TorchOperator:
             packed = self._in_space.pack(x)
             return self._out_space.unpack(self._product(packed, columns, ndim))
         on_torch = torch.is_tensor(x)
-        block = x if on_torch else numeric_array(x)
+        block: Any = x if on_torch else numeric_array(x)
         N = self.shape[1]
         wanted = {
             "(N,)": block.ndim == 1 and ndim != 2,

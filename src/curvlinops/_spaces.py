@@ -18,7 +18,7 @@ from torch import Tensor
 
 #: NumPy's name for every torch dtype an operator can compute in. NumPy has no
 #: bfloat16 and SciPy no float16 solvers: half precision is reported as float32.
-NUMPY_DTYPES = {
+NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype(np.float64),
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float32),
@@ -85,7 +85,7 @@ class TensorSpace:
         return TensorSpace(self.shapes, dtype, self.device, self.names)
 
     @property
-    def numpy_dtype(self) -> np.dtype:
+    def numpy_dtype(self) -> np.dtype[Any]:
         """NumPy dtype that vectors of this space have on the NumPy side."""
         return NUMPY_DTYPES[self.dtype]
 
@@ -98,7 +98,7 @@ class TensorSpace:
         """Return views of shape ``[*leading, *shape]`` of a ``[*leading, dim]``."""
         leading = flat.shape[:-1]
         return [
-            part.reshape(*leading, *shape)
+            part.reshape((*leading, *shape))
             for part, shape in zip(
                 flat.split(self.sizes, dim=-1), self.shapes, strict=True
             )
@@ -106,7 +106,7 @@ class TensorSpace:
 
     def join(self, tensors: Sequence[Tensor], leading: int = 0) -> Tensor:
         """Concatenate ``[*leading, *shape]`` tensors to a ``[*leading, dim]``."""
-        return torch.cat([t.flatten(start_dim=leading) for t in tensors], dim=-1)
+        return torch.cat([t.reshape((*t.shape[:leading], -1)) for t in tensors], dim=-1)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Turn a list of ``[*shape]`` or ``[*shape, K]`` into ``(dim,)``/``(dim, K)``.
@@ -128,7 +128,7 @@ class TensorSpace:
                 f"{[tuple(s) for s in self.shapes]} (with one more trailing dimension "
                 f"for several columns), got the shapes {given}."
             )
-        return torch.cat([t.reshape(-1, *columns) for t in tensors])
+        return torch.cat([t.reshape((-1, *columns)) for t in tensors])
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """Turn ``(dim,)`` or ``(dim, K)`` into a list of ``[*shape]``/``[*shape, K]``.
@@ -136,7 +136,7 @@ class TensorSpace:
         Inverse of :meth:`pack`.
         """
         return [
-            part.reshape(*shape, *flat.shape[1:])
+            part.reshape((*shape, *flat.shape[1:]))
             for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)
         ]
 

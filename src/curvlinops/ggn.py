@@ -90,8 +90,8 @@ batch_size_fn, **options
 
     def __init__(
         self,
-        model_func: Callable | EmpiricalRisk,
-        loss_func: Callable | None = None,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
         params: Parameters | None = None,
         data: Iterable[Any] | None = None,
         progressbar: bool = False,
@@ -119,9 +119,7 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         middle = self._middle
-        return self.risk.mean(
-            lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title()
-        )
+        return self.risk.mean(lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title())
 
 
 class FisherMCLinearOperator(RiskOperator, LinearOperator):
@@ -177,8 +175,8 @@ batch_size_fn, **options
 
     def __init__(
         self,
-        model_func: Callable | EmpiricalRisk,
-        loss_func: Callable | None = None,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
         params: Parameters | None = None,
         data: Iterable[Any] | None = None,
         progressbar: bool = False,
@@ -211,9 +209,7 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         middle = self._middle
-        return self.risk.mean(
-            lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title()
-        )
+        return self.risk.mean(lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title())
 
 
 class LossHessian:

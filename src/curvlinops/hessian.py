@@ -63,8 +63,8 @@ num_per_example_loss_terms, batch_size_fn, **options
 
     def __init__(
         self,
-        model_func: Callable | EmpiricalRisk,
-        loss_func: Callable | None = None,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
         params: Parameters | None = None,
         data: Iterable[Any] | None = None,
         progressbar: bool = False,

@@ -7,8 +7,12 @@ one position. What a ``mean`` divides by is kept aside as ``count``, so the loss
 concatenated batches is :math:`\sum_b S_b / \sum_b D_b`.
 
 :func:`as_loss_function` turns what users hold into a :class:`LossFunction`, which
-builds the :class:`Loss` of every batch. Adding a loss takes a subclass of
-:class:`Loss`, with its options as keyword-only arguments, and one :func:`register`.
+builds the :class:`Loss` of every batch.
+
+Adding a loss takes one call of :func:`register` and a subclass of :class:`Loss`: its
+constructor takes options as keyword-only arguments and sets ``count``, and its hooks
+``_evaluate``, ``_hessian_mul``, ``_factor_mul``, ``_factor_transpose_mul`` and
+``_sample_gradients`` compute what the public methods promise.
 """
 
 from abc import ABC, abstractmethod
@@ -456,7 +460,7 @@ class CrossEntropy(Loss):
             if ignore_index >= 0:
                 raise ValueError(
                     f"ignore_index={ignore_index} has no meaning for class "
-                    "probabilities: leave it out, and give ignored rows zeros."
+                    "probabilities: leave it out."
                 )
             self.count = self.num_rows
             return

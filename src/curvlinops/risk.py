@@ -13,20 +13,27 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from threading import RLock
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from curvlinops._data import (
+    checked_data,
+    checked_pair,
+    checksums,
+    cloned,
+    length_of,
+    moved,
+    preserved_rng,
+    tensors_in,
+)
 from curvlinops._linearization import Linearization, budget_bytes
 from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
 from curvlinops._operator import TorchOperator
@@ -126,8 +133,8 @@ class EmpiricalRisk:
 
     def __init__(
         self,
-        model_func: Callable,
-        loss_func: Callable | None,
+        model_func: Callable[..., Any],
+        loss_func: Callable[..., Any] | None,
         params: Parameters,
         data: Iterable[Any],
         *,
@@ -137,7 +144,7 @@ class EmpiricalRisk:
         num_per_example_loss_terms: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         num_terms_fn: Callable[[Tensor, Any], int] | None = None,
-        sampler: Callable | None = None,
+        sampler: Callable[..., Any] | None = None,
         cache: str | int = "auto",
     ) -> None:
         if not callable(model_func):
@@ -152,7 +159,7 @@ class EmpiricalRisk:
             else as_loss_function(loss_func, num_terms_fn=num_terms_fn, sampler=sampler)
         )
         self.params = named_parameters(model_func, params)
-        self.data = _checked_data(data)
+        self.data = checked_data(data)
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
         self.terms_per_datum = num_per_example_loss_terms or 1
@@ -170,7 +177,7 @@ class EmpiricalRisk:
         self._lock = RLock()
         self.model = Model(self.model_func, self.params)
         self.space = self.model.space
-        self._seen: tuple | None = None
+        self._seen: tuple[Any, ...] | None = None
         self._known_input = False
         self._clone_input = True
         self._reached: set[str] | None = set()
@@ -216,16 +223,16 @@ class EmpiricalRisk:
                 "Build a new operator after converting or moving the model."
             )
 
-    def _state(self) -> tuple:
+    def _state(self) -> tuple[Any, ...]:
         """Return what changes whenever a recording would be stale."""
         tensors = list(self.params.values())
-        flags: tuple = ()
+        flags: tuple[Any, ...] = ()
         if isinstance(self.model_func, nn.Module):
             tensors += [*self.model_func.parameters(), *self.model_func.buffers()]
             flags = tuple(module.training for module in self.model_func.modules())
         if isinstance(self.data, (list, tuple)):
             for item in self.data:
-                tensors += _tensors_in(item)
+                tensors += tensors_in(item)
             flags += (len(self.data),)
         unique = list({id(t): t for t in tensors}.values())
         marks = tuple(
@@ -318,13 +325,13 @@ class EmpiricalRisk:
             len(recordings) == self._num_batches
         )
         indices = range(len(recordings))
-        source: Iterable[Any] = ((i, None) for i in indices) if complete else (
-            enumerate(self.data)
+        source: Iterable[Any] = (
+            ((i, None) for i in indices) if complete else (enumerate(self.data))
         )
         bar = tqdm(
             source,
             desc=f"{title} (on {self.space.device})",
-            total=self._num_batches or _length(self.data),
+            total=self._num_batches or length_of(self.data),
             disable=not self.progressbar,
         )
         index = -1
@@ -338,24 +345,24 @@ class EmpiricalRisk:
         self._warn_about_unused()
 
     def _linearize(self, index: int, item: Any) -> Linearization:
-        X, y = _checked_pair(item, index)
+        X, y = checked_pair(item, index)
         device = self.space.device
-        X, y = _moved(X, device), _moved(y, device)
+        X, y = moved(X, device), moved(y, device)
         if self._clone_input:
-            X, original = _cloned(X), X
-        versions = [t._version for t in _tensors_in(X)]
+            X, original = cloned(X), X
+        versions = [t._version for t in tensors_in(X)]
         make_loss = None if self.loss is None else _MakeLoss(self, X)
         try:
             batch = Linearization(self.model, X, y, make_loss, index)
         except RuntimeError as error:
-            dtypes = sorted({str(t.dtype) for t in _tensors_in(X)})
+            dtypes = sorted({str(t.dtype) for t in tensors_in(X)})
             raise ValueError(
                 f"The model failed on batch {index} (inputs of type {', '.join(dtypes)}"
                 f" on {device}, parameters of {self.space.dtype}): {error}"
             ) from error
         if not self._known_input:
             # A model that writes into its input gets a copy of it, always.
-            self._clone_input = versions != [t._version for t in _tensors_in(X)]
+            self._clone_input = versions != [t._version for t in tensors_in(X)]
             if not self._clone_input:
                 batch.X = original
             self._check_reach(batch)
@@ -482,7 +489,7 @@ class EmpiricalRisk:
         """Return the number of data points in ``X``."""
         if self.batch_size_fn is not None:
             return self.batch_size_fn(X)
-        tensors = _tensors_in(X)
+        tensors = tensors_in(X)
         if not tensors or tensors[0].ndim == 0:
             raise ValueError(
                 "Cannot tell the number of data points in a batch: pass "
@@ -518,7 +525,7 @@ class EmpiricalRisk:
         sizes: list[int | None] = []
         count: Any = 0
         for batch in batches:
-            marks.append(checksums(_tensors_in((batch.X, batch.y))))
+            marks.append(checksums(tensors_in((batch.X, batch.y))))
             sizes.append(self._size_or_none(batch.X))
             if self.loss is None:
                 value += batch.output.detach().sum()
@@ -618,8 +625,8 @@ class RiskOperator(TorchOperator):
 
 
 def as_risk(
-    model_func: Callable | EmpiricalRisk,
-    loss_func: Callable | None,
+    model_func: Callable[..., Any] | EmpiricalRisk,
+    loss_func: Callable[..., Any] | None,
     params: Parameters | None,
     data: Iterable[Any] | None,
     **options: Any,
@@ -659,105 +666,6 @@ class _MakeLoss:
         return risk.loss(output, y, size and size * risk.terms_per_datum)
 
 
-# -- data -------------------------------------------------------------------------
-
-
-def _checked_data(data: Any) -> Iterable[Any]:
-    """Return the data after checking that it can be read repeatedly."""
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"`data` is a one-shot iterator ({type(data).__name__}): it would be empty "
-            "in the second pass. Pass a list, or a `DataLoader`."
-        )
-    if not isinstance(data, Iterable) or torch.is_tensor(data):
-        raise TypeError(
-            "`data` must be an iterable of batches `(X, y)`, got "
-            f"{type(data).__name__}."
-        )
-    if isinstance(data, (list, tuple)):
-        if not data:
-            raise ValueError("`data` is empty: pass at least one batch `(X, y)`.")
-        for index, item in enumerate(data):
-            _checked_pair(item, index)
-    return data
-
-
-def _checked_pair(item: Any, index: int) -> tuple[Any, Any]:
-    """Return a batch as a pair."""
-    if isinstance(item, (list, tuple)) and len(item) == 2:
-        return item[0], item[1]
-    raise ValueError(
-        f"Every batch must be a pair `(X, y)`, but batch {index} is "
-        f"{_described(item)}. Is `data` a single pair? Then pass `[(X, y)]`."
-    )
-
-
-def _described(item: Any) -> str:
-    if torch.is_tensor(item):
-        return f"a tensor of shape {tuple(item.shape)}"
-    if isinstance(item, (list, tuple)):
-        return f"a {type(item).__name__} of length {len(item)}"
-    return f"of type {type(item).__name__}"
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None
-
-
-def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to every tensor in a nest of mappings and sequences.
-
-    Containers in which nothing changes are returned as they are.
-    """
-    if torch.is_tensor(value):
-        return function(value)
-    if isinstance(value, Mapping):
-        new = {k: _mapped(function, v) for k, v in value.items()}
-        if all(new[k] is v for k, v in value.items()):
-            return value
-        return type(value)(new)  # type: ignore[call-arg]
-    if isinstance(value, (list, tuple)):
-        items = [_mapped(function, v) for v in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
-            return value
-        is_named = hasattr(value, "_fields")
-        return type(value)(*items) if is_named else type(value)(items)
-    return value
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in a nest of mappings and sequences, in order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _mapped(note, value)
-    return found
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Move the tensors in a nest to a device."""
-
-    def move(tensor: Tensor) -> Tensor:
-        # Inference tensors cannot be saved in graphs, their clones can.
-        tensor = tensor.clone() if tensor.is_inference() else tensor
-        return tensor.to(device, non_blocking=True)
-
-    return _mapped(move, value)
-
-
-def _cloned(value: Any) -> Any:
-    return _mapped(torch.clone, value)
-
-
-# -- checks -----------------------------------------------------------------------
-
-
 def _checked_loss(batch: Linearization) -> Tensor:
     value = batch.loss.value().detach()
     if not torch.isfinite(value):
@@ -783,75 +691,18 @@ def _check_modes(module: nn.Module) -> None:
                 "`model.eval()`; or pass `check_deterministic=False` to use each "
                 "batch's statistics."
             )
-        random_layer = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
-        probability = getattr(part, "p", getattr(part, "dropout", 0.0))
-        if part.training and isinstance(part, (*random_layer, nn.RNNBase)):
-            if probability:
-                raise ValueError(
-                    f"{label} is in train mode and drops units at random (p = "
-                    f"{probability}). Call `model.eval()`; or pass "
-                    "`check_deterministic=False` to go on all the same."
-                )
+        drops = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+        if part.training and isinstance(part, drops):
+            probability = getattr(part, "p", getattr(part, "dropout", 0.0))
+            if not probability:
+                continue
+            raise ValueError(
+                f"{label} is in train mode and drops units at random (p = "
+                f"{probability}). Call `model.eval()`; or pass "
+                "`check_deterministic=False` to go on all the same."
+            )
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     scale = torch.maximum(a.abs().max(), b.abs().max())
     return bool((a - b).abs().max() <= tolerance * scale)
-
-
-@contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Restore the random states of torch, NumPy and Python at the end.
-
-    Data loaders draw from torch's global generator even without shuffling.
-    """
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
-
-
-_BLOCK = 1 << 16
-
-
-def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
-    """Project the content of every tensor on a fixed random vector."""
-    with torch.no_grad():
-        sums = [_projection(t.detach()).double() for t in tensors]
-        values: dict[int, float] = {}
-        for device in {s.device for s in sums}:  # one synchronisation per device
-            places = [i for i, s in enumerate(sums) if s.device == device]
-            gathered = torch.stack([sums[i] for i in places]).tolist()
-            values.update(zip(places, gathered, strict=True))
-    return tuple(values[i] for i in range(len(sums)))
-
-
-def _projection(tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        wide = torch.float64 if not tensor.is_floating_point() else torch.float32
-        tensor = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to(wide)
-    flat = tensor.reshape(-1)
-    whole = flat.numel() // _BLOCK * _BLOCK
-    vector = _random_vector(flat.dtype, flat.device)
-    rest = torch.dot(flat[whole:], vector[: flat.numel() - whole])
-    if whole == 0:
-        return rest
-    rows = flat[:whole].view(-1, _BLOCK) @ vector
-    return rest + torch.dot(rows, vector[: len(rows)])
-
-
-_RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def _random_vector(dtype: torch.dtype, device: torch.device) -> Tensor:
-    if (dtype, device) not in _RANDOM:
-        generator = torch.Generator().manual_seed(20260101)
-        vector = torch.randn(_BLOCK, dtype=torch.float64, generator=generator)
-        _RANDOM[dtype, device] = vector.to(device, dtype)
-    return _RANDOM[dtype, device]

@@ -1,5 +1,7 @@
 """Comparison of arrays that says where they differ."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, bfloat16
@@ -88,7 +90,7 @@ def allclose_report(
     return False
 
 
-def _to_numpy(a: Tensor | ArrayLike) -> NDArray:
+def _to_numpy(a: Tensor | ArrayLike) -> NDArray[Any]:
     """Return the values of a tensor or array-like on the host."""
     if not isinstance(a, Tensor):
         return np.asarray(a)

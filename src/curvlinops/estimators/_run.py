@@ -215,6 +215,11 @@ class Run:
         return max(1, min(columns, most))
 
     @property
+    def needs_error(self) -> bool:
+        """Whether the standard error has any use."""
+        return self.full_output or self.until is not None
+
+    @property
     def rotation_invariant(self) -> bool:
         """Whether the test vectors' directions are uniformly distributed."""
         return self.probes.distribution in ("normal", "sphere")
@@ -279,9 +284,10 @@ class Run:
         """Whether the standard error asked for is reached."""
         if self.until is None or accumulator.count < FEWEST_SAMPLES:
             return False
-        return self._reached(*accumulator.mean_and_sem())
+        return self.reached(*accumulator.mean_and_sem())
 
-    def _reached(self, mean: Tensor, sem: Tensor) -> bool:
+    def reached(self, mean: Tensor, sem: Tensor) -> bool:
+        """Whether the relative standard error is the one asked for, if any."""
         norm = torch.linalg.vector_norm
         return self.until is None or bool(norm(sem) <= self.until * norm(mean))
 
@@ -320,7 +326,7 @@ class Run:
         transform : callable, optional
             Of mean and standard error, after ``until`` was checked.
         """
-        if not self._reached(mean, sem):
+        if not self.reached(mean, sem):
             self.converged = False
             relative = torch.linalg.vector_norm(sem) / torch.linalg.vector_norm(mean)
             warnings.warn(

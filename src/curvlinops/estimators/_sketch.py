@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from curvlinops.estimators._run import Run
+from curvlinops.estimators._run import Moments, Run
 
 
 def coldot(X: Tensor, Y: Tensor) -> Tensor:
@@ -92,16 +92,66 @@ class RangeSketch:
             adjoint,
         )
 
-    def directions(self) -> Tensor:
-        r"""Return the unit vectors :math:`s_i` that leaving out a column takes away.
 
-        The range of :math:`A\Omega` without column :math:`i` is the range of
-        :math:`Q(I - s_i s_i^{\mathrm{H}})`, where :math:`s_i` is column :math:`i` of
-        :math:`R^{-\mathrm{H}}`, normalised (Epperly, Tropp, Webber 2024). Singular
-        values at the level of rounding are raised to it, for matrices of low rank.
-        """
-        U, singular, Vh = torch.linalg.svd(self.R)
-        limits = torch.finfo(self.R.dtype)
-        floor = limits.eps * float(singular[0]) + limits.tiny
-        S = U @ (Vh / singular.clamp(min=floor)[:, None])
-        return S / torch.linalg.vector_norm(S, dim=0)
+def directions(R: Tensor) -> Tensor:
+    r"""Return the unit vectors :math:`s_i` that leaving out a column takes away.
+
+    The range of :math:`QR` without column :math:`i` is the range of
+    :math:`Q(I - s_i s_i^{\mathrm{H}})`, where :math:`s_i` is column :math:`i` of
+    :math:`R^{-\mathrm{H}}`, normalised (Epperly, Tropp, Webber 2024). Singular values
+    at the level of rounding are raised to it, for matrices of low rank.
+    """
+    U, singular, Vh = torch.linalg.svd(R)
+    limits = torch.finfo(R.dtype)
+    floor = limits.eps * float(singular[0]) + limits.tiny
+    S = U @ (Vh / singular.clamp(min=floor)[:, None])
+    return S / torch.linalg.vector_norm(S, dim=0)
+
+
+def complement(R: Tensor, i: int) -> Tensor:
+    r"""Return an orthonormal basis, of shape ``(k, k-1)``, of all but :math:`s_i`."""
+    return torch.linalg.qr(directions(R)[:, i : i + 1], mode="complete")[0][:, 1:]
+
+
+def exchangeable_error(
+    run: Run, samples: Callable[[int | None], Tensor], size: int
+) -> tuple[Tensor, Tensor]:
+    r"""Return the mean of leave-one-out samples and its standard error.
+
+    .. math::
+        \mathrm{se}^2 = \frac{s^2}{k} + \frac{1}{k (k - 1)} \sum_{i \neq j}
+        (t_i - t_i^{(j)}) (t_j - t_j^{(i)})
+
+    with :math:`s^2` the samples' variance and :math:`t_i^{(j)}` sample :math:`i` had
+    vector :math:`j` never been drawn.
+
+    Parameters
+    ----------
+    run : Run
+        The estimation; the error is NaN if it needs none.
+    samples : callable
+        Returns :math:`(t_i)_i`, or for an argument ``j`` :math:`(t_i^{(j)})_{i \ne j}`.
+    size : int
+        Number of samples.
+
+    Notes
+    -----
+    The samples share vectors, so their spread alone is too small a measure. What is
+    missing is the covariance of :math:`t_i` and :math:`t_j`. Given all other vectors,
+    :math:`t_i^{(j)}` and :math:`t_j^{(i)}` are independent and unbiased, and
+    :math:`t_j - t_j^{(i)}` has mean zero given :math:`v_i`: so of the covariance only
+    the product of the two differences is left. It is averaged over at most 32 vectors.
+    """
+    terms = samples(None)
+    moments = Moments()
+    moments.add(terms)
+    mean, sem = moments.mean_and_sem()
+    if size < 3 or not run.needs_error:
+        return mean, sem
+    paired = min(size, 32)
+    change = terms.new_zeros(paired, paired)
+    for j in range(paired):
+        others = torch.arange(size, device=terms.device) != j
+        change[others[:paired], j] = (terms[others] - samples(j))[: paired - 1]
+    covariance = (change * change.mH).real.sum() / (paired * (paired - 1))
+    return mean, (sem**2 + covariance.clamp(min=0)).sqrt()

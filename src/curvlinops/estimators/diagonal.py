@@ -2,12 +2,19 @@ r"""Estimators of the diagonal of a matrix from products with random vectors."""
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from curvlinops.estimators._run import Moments, Options, Run, require_num_matvecs
-from curvlinops.estimators._sketch import RangeSketch, coldot
+from curvlinops.estimators._sketch import (
+    RangeSketch,
+    coldot,
+    complement,
+    directions,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,7 +99,8 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
     Returns
     -------
     Tensor, numpy.ndarray, or Estimate
-        The unbiased estimate, of shape ``(N,)``, in the unit of ``A``.
+        The unbiased estimate, of shape ``(N,)``, in the unit of ``A``. The standard
+        error accounts for the dependence of the samples, which share vectors.
 
     Raises
     ------
@@ -125,18 +133,57 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
             sketch.grow(k)
             new = sketch.multiply_basis(start, adjoint=True)
             Z = new if Z is None else torch.cat([Z, new], dim=1)
-            Q, S = sketch.Q, sketch.directions()
-            leading = sum(
-                (Q[:, a:b] * Z[:, a:b].conj()).sum(1) for a, b in run.blocks(0, k)
-            )
-            moments = Moments(offset=leading)
-            # Leaving out v_i takes Q s_i away from the subspace: diag(Q s_i (Z s_i)^H)
-            # is lost, and the part of A v_i along Q s_i is left to be sampled.
-            along = coldot(S, sketch.R).to(Q.dtype)
-            for a, b in run.blocks(0, k):
-                directions = S[:, a:b].to(Q.dtype)
-                V, lost = run.probes.block(a, b), Q @ directions
-                moments.add(lost * (V * along[a:b] - (Z @ directions).conj()))
-            if run.enough(moments):
+            mean, sem = _xdiag_mean_and_sem(run, sketch, Z)
+            if run.reached(mean, sem):
                 break
-        return run.result(*moments.mean_and_sem(), moments.count)
+        return run.result(mean, sem, k)
+
+
+def _xdiag_mean_and_sem(
+    run: Run, sketch: RangeSketch, Z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error from ``A V = Q R`` and ``Z = A^H Q``.
+
+    Without ``v_i`` the subspace lacks ``Q s_i``: ``diag(Q s_i (Z s_i)^H)`` is lost, and
+    the part of ``A v_i`` along ``Q s_i`` is left to be sampled. The standard error is
+    that of :func:`exchangeable_error`, its covariance averaged over 8 vectors.
+    """
+    Q, R, k = sketch.Q, sketch.R, sketch.size
+    S = directions(R)
+
+    def lost(s: Tensor) -> Tensor:
+        return (Q @ s) * (Z @ s).conj()
+
+    def term(s: Tensor, V: Tensor, r: Tensor) -> Tensor:
+        along = coldot(s, r).to(Q.dtype)
+        s = s.to(Q.dtype)
+        return V * (Q @ s) * along - lost(s)
+
+    moments = Moments()
+    leading = torch.zeros_like(Z[:, 0])
+    for a, b in run.blocks(0, k):
+        leading += (Q[:, a:b] * Z[:, a:b].conj()).sum(1)
+        moments.add(term(S[:, a:b], run.probes.block(a, b), R[:, a:b]))
+    moments.offset = leading
+    mean, sem = moments.mean_and_sem()
+    if k < 3 or not run.needs_error:
+        return mean, sem
+
+    paired = min(k, 8)
+    bases = [complement(R, j) for j in range(paired)]
+    keep = [[i for i in range(k) if i != j] for j in range(paired)]
+    without = [N @ directions(N.mH @ R[:, c]) for N, c in zip(bases, keep, strict=True)]
+
+    def change(i: int, j: int) -> Tensor:
+        """Return what sample ``i`` owes to vector ``j``."""
+        V, r, s = run.probes.block(i, i + 1), R[:, i : i + 1], S[:, i : i + 1]
+        column = keep[j].index(i)
+        other = without[j][:, column : column + 1]
+        difference = term(s, V, r) - term(other, V, r)
+        return (difference + lost(S[:, j : j + 1].to(Q.dtype)))[:, 0]
+
+    covariance = torch.zeros_like(sem)
+    for i, j in combinations(range(paired), 2):
+        covariance += (change(i, j) * change(j, i).conj()).real
+    covariance /= paired * (paired - 1) / 2
+    return mean, (sem**2 + covariance.clamp(min=0)).sqrt()

@@ -2,6 +2,8 @@ r"""Estimators of :math:`\mathrm{tr}(A)` from products with random vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,10 @@ from curvlinops.estimators._run import (
 from curvlinops.estimators._sketch import (
     RangeSketch,
     coldot,
+    complement,
+    directions,
     double,
+    exchangeable_error,
     multiply_blocks,
 )
 
@@ -199,8 +204,8 @@ def xtrace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The unbiased estimate, in the unit of ``A``. The standard error takes the
-        samples as independent; they are exchangeable only.
+        The unbiased estimate, in the unit of ``A``. The standard error accounts for
+        the dependence of the samples, which share vectors.
 
     Raises
     ------
@@ -232,34 +237,65 @@ def xtrace(
             sketch.grow(k)
             new = sketch.multiply_basis(start)
             Z = new if Z is None else torch.cat([Z, new], dim=1)
-            moments = Moments()
-            moments.add(_xtrace_samples(run, sketch, Z))
-            if run.enough(moments):
+            core = _XTraceCore.of(run, sketch, Z)
+            mean, sem = exchangeable_error(run, core.samples, k)
+            if run.reached(mean, sem):
                 break
-        return run.result(*moments.mean_and_sem(), moments.count)
+        return run.result(mean, sem, k)
 
 
-def _xtrace_samples(run: Run, sketch: RangeSketch, Z: Tensor) -> Tensor:
-    """Return the leave-one-out estimates from ``A Omega = Q R`` and ``Z = A Q``.
+@dataclass(frozen=True)
+class _XTraceCore:
+    """Inner products of the test vectors ``V``, ``A V = Q R``, and ``Z = A Q``."""
 
-    With ``P_(i) = I - Q (I - s_i s_i^H) Q^H``, ``w_i = Q^H v_i`` and
-    ``x_i = (I - s_i s_i^H) w_i``, the residual is ``P_(i) v_i = v_i - Q x_i`` and
-    everything is an inner product of vectors of length ``k``, but for ``V^H Z``.
-    """
-    Q, R, k = sketch.Q, sketch.R, sketch.size
-    W, VZ, norms = R.clone(), R.clone(), R.real[0].clone()
-    for a, b in run.blocks(0, k):
-        V = run.probes.block(a, b)
-        W[:, a:b], VZ[a:b] = double(Q.mH @ V), double(V.mH @ Z)
-        norms[a:b] = torch.linalg.vector_norm(V, dim=0) ** 2
-    H, S = double(Q.mH @ Z), sketch.directions()
-    SW = coldot(S, W)
-    X = W - S * SW
-    quadratic = SW.conj() * coldot(S, R) + coldot(X, H @ X) - (VZ.T * X).sum(0)
-    if run.rotation_invariant:
-        rest = norms - torch.linalg.vector_norm(X, dim=0) ** 2
-        quadratic = quadratic * ((run.dim - k + 1) / rest)
-    return H.trace() - coldot(S, H @ S) + quadratic
+    H: Tensor  # Q^H A Q
+    R: Tensor
+    W: Tensor  # Q^H V
+    VZ: Tensor  # V^H A Q
+    norms: Tensor | None  # of the columns of V, squared, if residuals are rescaled
+    dim: int
+
+    @classmethod
+    def of(cls, run: Run, sketch: RangeSketch, Z: Tensor) -> _XTraceCore:
+        """Compute the inner products, block by block."""
+        Q, W, VZ, norms = sketch.Q, [], [], []
+        for a, b in run.blocks(0, sketch.size):
+            V = run.probes.block(a, b)
+            W.append(double(Q.mH @ V))
+            VZ.append(double(V.mH @ Z))
+            norms.append(double(torch.linalg.vector_norm(V, dim=0)) ** 2)
+        scaled = torch.cat(norms) if run.rotation_invariant else None
+        H = double(Q.mH @ Z)
+        return cls(H, sketch.R, torch.cat(W, 1), torch.cat(VZ), scaled, run.dim)
+
+    def samples(self, left_out: int | None) -> Tensor:
+        """Return the leave-one-out samples, without one of the vectors if asked.
+
+        With ``P_(i) = I - Q (I - s_i s_i^H) Q^H``, ``w_i = Q^H v_i`` and
+        ``x_i = (I - s_i s_i^H) w_i``, the residual is ``P_(i) v_i = v_i - Q x_i``.
+        """
+        if left_out is not None:
+            return self._without(left_out).samples(None)
+        H, R, W, S = self.H, self.R, self.W, directions(self.R)
+        k, SW = len(H), coldot(S, W)
+        X = W - S * SW
+        residual = SW.conj() * coldot(S, R) + coldot(X, H @ X) - (self.VZ.T * X).sum(0)
+        if self.norms is not None:
+            rest = self.norms - torch.linalg.vector_norm(X, dim=0) ** 2
+            residual = residual * ((self.dim - k + 1) / rest)
+        return H.trace() + residual - coldot(S, H @ S)
+
+    def _without(self, j: int) -> _XTraceCore:
+        N = complement(self.R, j)
+        keep = torch.arange(len(self.R), device=self.R.device) != j
+        return _XTraceCore(
+            N.mH @ self.H @ N,
+            N.mH @ self.R[:, keep],
+            N.mH @ self.W[:, keep],
+            self.VZ[keep] @ N,
+            None if self.norms is None else self.norms[keep],
+            self.dim,
+        )
 
 
 def xnystrace(
@@ -294,7 +330,8 @@ def xnystrace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The estimate, in the unit of ``A``; unbiased up to rounding.
+        The estimate, in the unit of ``A``; unbiased up to rounding. The standard error
+        accounts for the dependence of the samples, which share vectors.
 
     Raises
     ------
@@ -304,7 +341,7 @@ def xnystrace(
 
     Notes
     -----
-    Costs ``m`` products and the memory of ``m`` vectors. A shift by rounding error times
+    Costs ``m`` products and the memory of ``4 m`` vectors. A shift by rounding error times
     :math:`\|A\Omega\|_F` makes the inverse safe, and is taken off the trace again.
 
     References
@@ -326,44 +363,44 @@ def xnystrace(
             start = 0 if Y is None else Y.shape[1]
             new = multiply_blocks(run, run.probes.block, start, k)
             Y = new if Y is None else torch.cat([Y, new], dim=1)
-            moments = Moments()
-            moments.add(_xnystrace_samples(run, Y))
-            if run.enough(moments):
+            mean, sem = exchangeable_error(run, _xnystrace_samples(run, Y), k)
+            if run.reached(mean, sem):
                 break
-        return run.result(*moments.mean_and_sem(), moments.count)
+        return run.result(mean, sem, k)
 
 
-def _xnystrace_samples(run: Run, Y: Tensor) -> Tensor:
-    """Return the leave-one-out estimates from ``Y = A V``.
+def _xnystrace_samples(run: Run, Y: Tensor) -> Callable[[int | None], Tensor]:
+    """Return the samples from ``Y = A V`` as function of a vector never drawn.
 
-    Leaving out column ``i`` lowers the Nyström approximation by ``u_i u_i^H`` with
-    ``u_i = Y g_i / sqrt(g_ii)``, ``G = (V^H Y)^-1``. The approximation reproduces ``Y``,
-    so the quadratic form of the rest is ``1 / g_ii``.
+    With ``C^H C = V^H Y`` the approximation is ``B B^H``, ``B = Y C^-1``. Leaving out
+    ``v_i`` lowers it by ``u u^H`` with ``u = B t / |t|``, ``t = C^-H e_i``. It
+    reproduces ``Y``, so that ``v_i`` sees ``1 / |t|^2`` of the rest.
     """
-    k = Y.shape[1]
+    k, dim = Y.shape[1], run.dim
     shift = float(torch.linalg.matrix_norm(Y)) * torch.finfo(Y.dtype).eps
-    VY, VV = (double(Y.new_empty(k, k)) for _ in range(2))
-    for a, b in run.blocks(0, k):
-        V = run.probes.block(a, b)
-        VY[a:b] = double(V.mH @ Y)
-        for c, d in run.blocks(0, k):
-            VV[a:b, c:d] = double(V.mH @ run.probes.block(c, d))
-    YY = double(Y.mH @ Y)
-    # The shifted matrix A + shift I has the products Y + shift V.
-    YY = YY + shift * (VY + VY.mH) + shift**2 * VV
-    core = (VY + VY.mH) / 2 + shift * VV
-    factor, info = torch.linalg.cholesky_ex(core)
-    if int(info):
-        raise ValueError(
-            "xnystrace needs a positive semi-definite matrix; quadratic forms of this "
-            "one are negative. Use xtrace for indefinite matrices."
-        )
-    G = torch.cholesky_inverse(factor)
-    pivots = G.diagonal().real
-    total = (G * YY.T).sum().real
-    removed = coldot(G, YY @ G).real / pivots
-    quadratic = 1 / pivots
-    if run.rotation_invariant:
-        rest = 1 / torch.linalg.inv(VV).diagonal().real
-        quadratic = quadratic * (run.dim - k + 1) / rest
-    return total - removed + quadratic - shift * run.dim
+    V = torch.cat([run.probes.block(a, b) for a, b in run.blocks(0, k)], dim=1)
+    shifted = Y + shift * V
+    VY, VV = double(V.mH @ shifted), double(V.mH @ V)
+    R = double(torch.linalg.qr(shifted, mode="r")[1])
+
+    def samples(left_out: int | None) -> Tensor:
+        keep = torch.arange(k, device=Y.device) != (-1 if left_out is None else left_out)
+        core, size = VY[keep][:, keep], int(keep.sum())
+        C, info = torch.linalg.cholesky_ex((core + core.mH) / 2, upper=True)
+        if int(info):
+            raise ValueError(
+                "xnystrace needs a positive semi-definite matrix; this one has negative "
+                "quadratic forms. Use xtrace, which takes any matrix."
+            )
+        B = torch.linalg.solve_triangular(C, R[:, keep], upper=True, left=False)
+        T = torch.linalg.inv(C).mH
+        norms = coldot(T, T).real
+        BT = B @ T
+        residual = 1 / norms
+        if run.rotation_invariant:
+            rest = 1 / torch.linalg.inv(VV[keep][:, keep]).diagonal().real
+            residual = residual * (dim - size + 1) / rest
+        removed = coldot(BT, BT).real / norms
+        return coldot(B, B).real.sum() + residual - removed - shift * dim
+
+    return samples

@@ -1,0 +1,166 @@
+"""The user's data: batches of nested tensors, read repeatedly and left as found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def checked_data(data: Any) -> Iterable[Any]:
+    """Return the data after checking that it can be read repeatedly."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"`data` is a one-shot iterator ({type(data).__name__}): it would be empty "
+            "in the second pass. Pass a list, or a `DataLoader`."
+        )
+    if not isinstance(data, Iterable) or torch.is_tensor(data):
+        raise TypeError(
+            "`data` must be an iterable of batches `(X, y)`, got "
+            f"{type(data).__name__}."
+        )
+    if isinstance(data, (list, tuple)):
+        if not data:
+            raise ValueError("`data` is empty: pass at least one batch `(X, y)`.")
+        for index, item in enumerate(data):
+            checked_pair(item, index)
+    return data
+
+
+def checked_pair(item: Any, index: int) -> tuple[Any, Any]:
+    """Return a batch as a pair."""
+    if isinstance(item, (list, tuple)) and len(item) == 2:
+        return item[0], item[1]
+    raise ValueError(
+        f"Every batch must be a pair `(X, y)`, but batch {index} is "
+        f"{_described(item)}. Is `data` a single pair? Then pass `[(X, y)]`."
+    )
+
+
+def _described(item: Any) -> str:
+    if torch.is_tensor(item):
+        return f"a tensor of shape {tuple(item.shape)}"
+    if isinstance(item, (list, tuple)):
+        return f"a {type(item).__name__} of length {len(item)}"
+    return f"of type {type(item).__name__}"
+
+
+def length_of(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to every tensor in a nest of mappings and sequences.
+
+    Containers in which nothing changes are returned as they are.
+    """
+    if torch.is_tensor(value):
+        return function(value)
+    if isinstance(value, Mapping):
+        new = {k: mapped(function, v) for k, v in value.items()}
+        if all(new[k] is v for k, v in value.items()):
+            return value
+        return type(value)(new)  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple)):
+        items = [mapped(function, v) for v in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        is_named = hasattr(value, "_fields")
+        return type(value)(*items) if is_named else type(value)(items)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return all tensors in a nest of mappings and sequences, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(note, value)
+    return found
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Move the tensors in a nest to a device."""
+
+    def move(tensor: Tensor) -> Tensor:
+        # Inference tensors cannot be saved in graphs, their clones can.
+        tensor = tensor.clone() if tensor.is_inference() else tensor
+        return tensor.to(device, non_blocking=True)
+
+    return mapped(move, value)
+
+
+def cloned(value: Any) -> Any:
+    return mapped(torch.clone, value)
+
+
+@contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Restore the random states of torch, NumPy and Python at the end.
+
+    Data loaders draw from torch's global generator even without shuffling.
+    """
+    numpy_state = np.random.get_state()  # noqa: NPY002 -- the user's may be this one
+    states = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(states[1])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+_BLOCK = 1 << 16
+
+
+def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
+    """Project the content of every tensor on a fixed random vector."""
+    with torch.no_grad():
+        sums = [_projection(t.detach()).double() for t in tensors]
+        values: dict[int, float] = {}
+        for device in {s.device for s in sums}:  # one synchronisation per device
+            places = [i for i, s in enumerate(sums) if s.device == device]
+            gathered = torch.stack([sums[i] for i in places]).tolist()
+            values.update(zip(places, gathered, strict=True))
+    return tuple(values[i] for i in range(len(sums)))
+
+
+def _projection(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        wide = torch.float64 if not tensor.is_floating_point() else torch.float32
+        tensor = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to(
+            wide
+        )
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _BLOCK * _BLOCK
+    vector = _random_vector(flat.dtype, flat.device)
+    rest = torch.dot(flat[whole:], vector[: flat.numel() - whole])
+    if whole == 0:
+        return rest
+    rows = flat[:whole].view(-1, _BLOCK) @ vector
+    return rest + torch.dot(rows, vector[: len(rows)])
+
+
+_RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _random_vector(dtype: torch.dtype, device: torch.device) -> Tensor:
+    if (dtype, device) not in _RANDOM:
+        generator = torch.Generator().manual_seed(20260101)
+        vector = torch.randn(_BLOCK, dtype=torch.float64, generator=generator)
+        _RANDOM[dtype, device] = vector.to(device, dtype)
+    return _RANDOM[dtype, device]
