@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -105,32 +107,81 @@ def cloned(value: Any) -> Any:
     return mapped(torch.clone, value)
 
 
+def cut(value: Any, size: int, start: int, stop: int, several: bool = False) -> Any:
+    """Take some data out of a batch: cut every tensor whose first axis is the data's.
+
+    Parameters
+    ----------
+    value : Any
+        Nest of tensors.
+    size : int
+        Number of data in the batch.
+    start, stop : int
+        Which to take.
+    several : bool, optional
+        Whether one datum may have several rows in a tensor.
+    """
+
+    def part(tensor: Tensor) -> Tensor:
+        rows, rest = divmod(len(tensor) if tensor.ndim else 0, size)
+        if rest or not (rows == 1 or (several and rows)):
+            return tensor
+        return tensor[start * rows : stop * rows]
+
+    return mapped(part, value)
+
+
+_RNG_LOCK = RLock()
+_RNG_STATES: list[Callable[[], Any]] = []
+_RNG_USERS: list[torch.device] = []
+
+
 @contextmanager
 def preserved_rng(device: torch.device) -> Iterator[None]:
     """Restore the random states of torch, NumPy and Python at the end.
 
-    Data loaders draw from torch's global generator even without shuffling.
+    Data loaders draw from torch's global generator even without shuffling. The states
+    are those of the process: the first of several threads saves, the last restores.
     """
-    numpy_state = np.random.get_state()  # noqa: NPY002 -- the user's may be this one
-    states = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    with _RNG_LOCK:
+        if not _RNG_USERS:
+            # the user's global state may be NumPy's old one
+            numpy_state = np.random.get_state()  # noqa: NPY002
+            _RNG_STATES[:] = [
+                partial(torch.set_rng_state, torch.get_rng_state()),
+                partial(np.random.set_state, numpy_state),
+                partial(random.setstate, random.getstate()),
+            ]
+        if device.type == "cuda" and device not in _RNG_USERS:
+            state = torch.cuda.get_rng_state(device)
+            _RNG_STATES.append(partial(torch.cuda.set_rng_state, state, device))
+        _RNG_USERS.append(device)
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(states[1])
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+        with _RNG_LOCK:
+            _RNG_USERS.remove(device)
+            if not _RNG_USERS:
+                for restore in _RNG_STATES:
+                    restore()
 
 
 _BLOCK = 1 << 16
 
 
 def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
-    """Project the content of every tensor on a fixed random vector."""
+    """Project the content of tensors on a fixed random vector.
+
+    Small tensors of one kind are projected as one.
+    """
+    large = [t for t in tensors if t.numel() >= _BLOCK]
+    small: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        if t.numel() < _BLOCK:
+            small.setdefault((t.dtype, t.device), []).append(t)
     with torch.no_grad():
-        sums = [_projection(t.detach()).double() for t in tensors]
+        joined = [torch.cat([t.reshape(-1) for t in ts]) for ts in small.values()]
+        sums = [_projection(t).double() for t in [*joined, *large]]
         values: dict[int, float] = {}
         for device in {s.device for s in sums}:  # one synchronisation per device
             places = [i for i, s in enumerate(sums) if s.device == device]
@@ -140,6 +191,7 @@ def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
 
 
 def _projection(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
     if tensor.dtype not in (torch.float32, torch.float64):
         wide = torch.float64 if not tensor.is_floating_point() else torch.float32
         tensor = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to(

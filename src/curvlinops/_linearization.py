@@ -14,7 +14,7 @@ vector, so a :class:`Linearization` that is kept pays for them once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from threading import RLock
 from typing import Any
@@ -22,13 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops._data import cloned, tensors_in
 from curvlinops._model import Model, graph_nodes
+from curvlinops._replay import Route
+from curvlinops._spaces import TensorSpace
 from curvlinops.losses import Loss
 
 #: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
 AUTO_FRACTION = 0.4
 
 Vectors = list[Tensor]
+
+#: Attributes of a linearization that hold autograd graphs.
+_GRAPHS = ("output", "loss", "_transposed", "_gradient")
 
 
 class Linearization:
@@ -48,6 +54,8 @@ class Linearization:
         Maps output and targets to the batch's :class:`~curvlinops.losses.Loss`.
     index : int, optional
         Position of the batch in the data.
+    protect : bool, optional
+        Whether the model sees a copy of the inputs, since it may write into them.
 
     Notes
     -----
@@ -69,15 +77,37 @@ class Linearization:
         y: Any,
         make_loss: Callable[[Tensor, Any], Loss] | None = None,
         index: int = 0,
+        protect: bool = True,
     ) -> None:
         self.index = index
+        #: Whether the model writes, or may write, into its input.
+        self.writes = protect
         self.X, self.y = X, y
+        self._model = model
         self._leaves = model.leaves
         self._make_loss = make_loss
         self._lock = RLock()
-        self.output = _checked_output(model(X), index)
         self._notes: dict[Any, Any] = {}
+        self._routes: dict[Hashable, Route] = {}
         self._nbytes = 0, 0
+        f = self.output
+        #: Space of the output, known also while the output is not kept.
+        self.output_space = TensorSpace([f.shape], f.dtype, f.device)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The model's output, with its graph."""
+        with self._lock:
+            if not self.writes:
+                return _checked_output(self._model(self.X), self.index)
+            X = cloned(self.X)
+            versions = [t._version for t in tensors_in(X)]
+            output = _checked_output(self._model(X), self.index)
+            now = tensors_in(X)
+            self.writes = versions != [t._version for t in now] or not all(
+                map(torch.equal, now, tensors_in(self.X))
+            )
+            return output
 
     @cached_property
     def loss(self) -> Loss:
@@ -86,6 +116,11 @@ class Linearization:
             raise ValueError("This product needs a loss function.")
         with self._lock:
             return self._make_loss(self.output, self.y)
+
+    @cached_property
+    def count(self) -> Any:
+        """Number of terms that a mean over this batch's loss divides by."""
+        return self.loss.count
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return ``compute()``, kept under ``key`` as long as the batch is."""
@@ -112,23 +147,64 @@ class Linearization:
 
     @property
     def stage(self) -> int:
-        """How many graphs have been built so far."""
-        return 1 + ("_transposed" in self.__dict__) + ("_gradient" in self.__dict__)
+        """A number that changes whenever what is kept does."""
+        graphs = sum(2**i for i, n in enumerate(_GRAPHS) if n in self.__dict__)
+        programs = sum(r.program is not None for r in self._routes.values())
+        return graphs + 2 ** len(_GRAPHS) * programs
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the graphs built so far keep alive."""
+        """Bytes that graphs and recordings keep alive."""
         stage, nbytes = self._nbytes
         if stage != self.stage:
             stage = self.stage
             _, transposed = self.__dict__.get("_transposed", (None, []))
-            graphs = [self.output, *transposed, *self.__dict__.get("_gradient", [])]
-            roots = [t for t in graphs if t is not None]
+            kept = [self.__dict__.get("output"), *transposed]
+            kept += self.__dict__.get("_gradient", [])
+            for route in self._routes.values():
+                kept += route.program.constants if route.program else []
+            roots = [t for t in kept if t is not None]
             nbytes = graph_bytes(roots, exclude=self._leaves)
             self._nbytes = stage, nbytes
         return nbytes
 
     # -- products ---------------------------------------------------------------
+
+    def multiply(
+        self,
+        key: Hashable,
+        body: Callable[[Linearization, list[Tensor]], Sequence[Tensor]],
+        vectors: list[Tensor],
+        several: bool = False,
+    ) -> Sequence[Tensor]:
+        """Return ``body(self, vectors)``, replayed where a recording is trusted.
+
+        Parameters
+        ----------
+        key : hashable
+            Names the product among the batch's; equal keys mean equal matrices.
+            ``None`` for a product that is never recorded.
+        body : callable
+            Linear function of the vectors.
+        vectors : list of Tensor
+            The vectors.
+        several : bool, optional
+            Whether they have a leading dimension.
+        """
+        if key is None:
+            return body(self, vectors)
+        route = self._routes.setdefault(key, Route())
+        products = route.multiply(lambda v: body(self, v), vectors, several)
+        if route.trusted and all(r.trusted for r in self._routes.values()):
+            with self._lock:
+                for name in _GRAPHS:  # built again should they be needed
+                    self.__dict__.pop(name, None)
+        return products
+
+    def replays(self, key: Hashable, several: bool) -> bool:
+        """Whether a product needs nothing but a recording of it."""
+        route = self._routes.get(key)
+        return route is not None and route.replays(several)
 
     def jvp(self, V: Sequence[Tensor]) -> Tensor:
         """Multiply by the Jacobian; returns ``[*leading, *output.shape]``."""
@@ -139,7 +215,7 @@ class Linearization:
 
     def vjp(self, U: Tensor) -> Vectors:
         """Multiply by the Jacobian's transpose; returns tensors in parameter shapes."""
-        leading = U.shape[: U.ndim - self.output.ndim]
+        leading = U.shape[: U.ndim - len(self.output_space.shapes[0])]
         return _pull_back([self.output], self._leaves, [U], leading)
 
     def hvp(self, V: Sequence[Tensor]) -> Vectors:

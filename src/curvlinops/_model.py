@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from fnmatch import fnmatchcase
 from threading import RLock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 
 T = TypeVar("T")
 
-Parameters = Mapping[str, Tensor] | Iterable[nn.Parameter]
+Parameters = Mapping[str, Tensor] | Iterable[nn.Parameter] | str
 
 
 def named_parameters(
@@ -36,8 +37,9 @@ def named_parameters(
     ----------
     model_func : nn.Module or callable
         The model.
-    params : dict of str to Tensor, or list of nn.Parameter
-        What the user passed.
+    params : dict of str to Tensor, list of nn.Parameter, or str
+        What the user passed; a string is a name of, or a pattern for, parameters of a
+        module.
 
     Returns
     -------
@@ -58,6 +60,16 @@ def named_parameters(
         known.update(model_func.named_parameters(remove_duplicate=False))
     if isinstance(params, Mapping):
         named = dict(params)
+    elif isinstance(params, str):
+        if not is_module:
+            raise TypeError(
+                f"`params` is the pattern {params!r}, but a model given as a plain "
+                "callable has no named parameters: pass a dict of names to tensors."
+            )
+        names = matching_names(params, known)
+        # The first name of every tensor, which may have several.
+        unique = {id(known[name]): name for name in reversed(names)}
+        named = {n: known[n] for n in names if unique[id(known[n])] == n}
     elif isinstance(params, Iterator):
         raise TypeError(
             "`params` is an iterator, which can be read only once. Pass the list "
@@ -83,6 +95,27 @@ def named_parameters(
     _check_alike(named, lambda t: t.device, "devices", "`model.to(device)`")
     _check_distinct(named, known)
     return named
+
+
+def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the names that are equal to a pattern, or else match it, in order.
+
+    Raises
+    ------
+    ValueError
+        If there are none; the message lists close ones.
+    """
+    names = list(names)
+    if pattern in names:
+        return [pattern]
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+        raise ValueError(
+            f"No parameter matches {pattern!r}; "
+            + (f"close names: {close}." if close else f"there are {names[:8]}.")
+        )
+    return found
 
 
 def _names_of(params: Iterable[Any], known: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,15 +230,27 @@ class Model:
         self, model_func: Callable[..., Any], params: dict[str, Tensor]
     ) -> None:
         self.params = params
+        self._module = model_func if isinstance(model_func, nn.Module) else None
+        # What is made under `torch.inference_mode()` cannot be differentiated.
+        with torch.inference_mode(False), self.exclusive():
+            self._start(model_func)
+
+    def _start(self, model_func: Callable[..., Any]) -> None:
+        """Create the aliases, and the private copy if there can be one."""
+        params = self.params
         self.aliases = {n: nn.Parameter(p.detach()) for n, p in params.items()}
         self.leaves = list(self.aliases.values())
+        # The user's own tensors, listed now: later, others may be swapped in.
+        self._users = [(p, n) for n, p in params.items()]
+        if self._module is not None:
+            named = self._module.named_parameters(remove_duplicate=False)
+            self._users += [(p, n) for n, p in named if n in params]
         first = self.leaves[0]
         self.space = TensorSpace(
             (p.shape for p in self.leaves), first.dtype, first.device, params
         )
         self._function: Callable[[Any], Any]
         self._held: nn.Module | None = None
-        self._module = model_func if isinstance(model_func, nn.Module) else None
         if self._module is None:
             self._function = lambda X: model_func(dict(self.aliases), X)
         else:
@@ -213,6 +258,10 @@ class Model:
                 self._function = _private_copy(self._module, self.aliases)
             except Exception:  # whatever a user's `__deepcopy__` or attribute raises
                 self.evaluate_in_place()
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """Return a context in which no other thread swaps the module's tensors."""
+        return nullcontext() if self._module is None else _lock_of(self._module)
 
     def evaluate_in_place(self) -> bool:
         """Give up the private copy; return whether that was possible."""
@@ -261,11 +310,7 @@ class Model:
 
     def foreign_leaves(self, output: Tensor) -> list[str]:
         """Name the user's own parameters that an output's graph reaches."""
-        own = {id(p): n for n, p in self.params.items()}
-        if self._module is not None:
-            own |= {
-                id(p): n for n, p in self._module.named_parameters() if n in self.params
-            }
+        own = {id(p): n for p, n in self._users}
         return sorted(
             {own[id(leaf)] for leaf in graph_leaves(output) if id(leaf) in own}
         )

@@ -119,7 +119,9 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         middle = self._middle
-        return self.risk.mean(lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title())
+        return self.risk.mean(
+            lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title(), middle.key
+        )
 
 
 class FisherMCLinearOperator(RiskOperator, LinearOperator):
@@ -209,7 +211,9 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         middle = self._middle
-        return self.risk.mean(lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title())
+        return self.risk.mean(
+            lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title(), middle.key
+        )
 
 
 class LossHessian:
@@ -236,6 +240,7 @@ class LossHessian:
         if mc_samples > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
         self.mc_samples, self.seed = mc_samples, seed
+        self.key = ("ggn", mc_samples, seed if mc_samples else None)
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
         """Multiply a batch's output-space vectors ``[*leading, *output.shape]``."""

@@ -113,6 +113,17 @@ class Loss(ABC):
         r"""Multiply by :math:`R^\top`, see :meth:`factor_mul`."""
         return self._factor_transpose_mul(self._checked(U))
 
+    def hessian_pair(self, U: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Multiply by two matrices with :math:`A B^\top = \nabla_f^2 S`.
+
+        Both are the factor where there is one, else the identity and the Hessian.
+        """
+        try:
+            FU = self.factor_mul(U)
+        except (NotImplementedError, ValueError):
+            return U, self.hessian_mul(U)
+        return FU, FU
+
     def sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
         r"""Gradients for targets drawn from the likelihood that the loss stands for.
 

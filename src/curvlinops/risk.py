@@ -14,13 +14,15 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,15 +31,24 @@ from curvlinops._data import (
     checked_pair,
     checksums,
     cloned,
+    cut,
     length_of,
     moved,
     preserved_rng,
     tensors_in,
 )
 from curvlinops._linearization import Linearization, budget_bytes
-from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
+from curvlinops._model import (
+    Model,
+    Parameters,
+    graph_leaves,
+    matching_names,
+    named_parameters,
+)
 from curvlinops._operator import TorchOperator
+from curvlinops._random import Rng
 from curvlinops._spaces import TensorSpace
+from curvlinops._verify import Report, verify
 from curvlinops.losses import Loss, LossFunction, as_loss_function
 
 T = TypeVar("T")
@@ -48,6 +59,8 @@ MAX_COLUMNS = 64
 #: Bytes that its intermediate results may take up. Measured on a CPU: beyond about
 #: 1 MiB per column, single passes are faster (``benchmarks/block_columns.py``).
 MAX_COLUMN_BYTES = 4 << 20
+#: Largest dimension of a matrix that is materialised.
+MAX_DENSE_DIM = 4096
 
 
 @dataclass(frozen=True)
@@ -78,10 +91,11 @@ class EmpiricalRisk:
         callable is differentiated automatically and, unless it has an attribute
         ``reduction = "sum"``, taken as a mean over the batch's data. ``None`` if only
         the model is differentiated (Jacobians).
-    params : dict of str to Tensor, or list of nn.Parameter
+    params : dict of str to Tensor, list of nn.Parameter, or str
         What to differentiate by. Their order defines the layout of vectors: each
         tensor is flattened row by row, and all are concatenated. The values given
-        here count, also where the module's own differ.
+        here count, also where the module's own differ. A string is the name of one
+        parameter of the module, or a pattern such as ``"encoder.*"`` for several.
     data : iterable of (X, y)
         Batches, the same in every pass: a list, a ``DataLoader``, any iterable that
         can be iterated repeatedly. ``X`` is a tensor, or a mapping or tuple of
@@ -129,6 +143,20 @@ class EmpiricalRisk:
     data behind a loader: call :meth:`refresh` after changing these. A loader's
     batches are kept on the device, within the budget, if the check has found that
     they repeat.
+
+    Matrices that are built from one risk share its recordings. The Hessian minus the
+    GGN, say, is a plain difference for which the model is evaluated once per batch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from curvlinops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
+    >>> net, loss = torch.nn.Linear(3, 2).double(), torch.nn.CrossEntropyLoss()
+    >>> data = [(torch.rand(4, 3).double(), torch.tensor([0, 1, 1, 0]))]
+    >>> risk = EmpiricalRisk(net, loss, dict(net.named_parameters()), data)
+    >>> remainder = HessianLinearOperator(risk) - GGNLinearOperator(risk)
+    >>> bool(remainder.to_dense().abs().max() < 1e-12)  # the model is linear
+    True
     """
 
     def __init__(
@@ -153,11 +181,9 @@ class EmpiricalRisk:
                 f"got {type(model_func).__name__}."
             )
         self.model_func = model_func
-        self.loss: LossFunction | None = (
-            None
-            if loss_func is None
-            else as_loss_function(loss_func, num_terms_fn=num_terms_fn, sampler=sampler)
-        )
+        self.loss_func = loss_func
+        self.loss_options = {"num_terms_fn": num_terms_fn, "sampler": sampler}
+        self.loss: LossFunction | None = self._make_loss_function()
         self.params = named_parameters(model_func, params)
         self.data = checked_data(data)
         self.progressbar = progressbar
@@ -179,7 +205,6 @@ class EmpiricalRisk:
         self.space = self.model.space
         self._seen: tuple[Any, ...] | None = None
         self._known_input = False
-        self._clone_input = True
         self._reached: set[str] | None = set()
         self._vectorise: bool | None = None
         self.refresh()
@@ -191,15 +216,35 @@ class EmpiricalRisk:
         or the loss, what a callable closes over, the data behind a loader.
         """
         with self._lock:
+            self.loss = self._make_loss_function()
+            self._unwritten: set[int] = set()
             self._recordings: dict[int, Linearization] = {}
-            self._bytes: dict[int, tuple[int, int]] = {}
+            self._bytes: dict[Hashable, tuple[int, int]] = {}
+            self._matrices: dict[Hashable, Tensor] = {}
+            self._spent: dict[Hashable, float] = {}
             self._budget: int | None = None
             self._full = False
             self._num_batches: int | None = None
+            self._output_shapes: tuple[torch.Size, ...] | None = None
+            self._results: dict[Any, Any] = {}
+
+    def _make_loss_function(self) -> LossFunction | None:
+        """Read the options of the user's loss."""
+        if self.loss_func is None:
+            return None
+        return as_loss_function(self.loss_func, **self.loss_options)
+
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """Return ``compute()``, kept under ``key`` until recordings are redone."""
+        self._refresh_if_changed()
+        results = self._results
+        if key not in results:
+            results[key] = compute()
+        return results[key]
 
     def _refresh_if_changed(self) -> None:
         """Redo recordings if what they depend on has changed."""
-        with self._lock:
+        with self.model.exclusive(), self._lock:
             seen = self._state()
             if seen == self._seen:
                 return
@@ -228,8 +273,13 @@ class EmpiricalRisk:
         tensors = list(self.params.values())
         flags: tuple[Any, ...] = ()
         if isinstance(self.model_func, nn.Module):
-            tensors += [*self.model_func.parameters(), *self.model_func.buffers()]
-            flags = tuple(module.training for module in self.model_func.modules())
+            for module in self.model_func.modules():
+                flags += (module.training,)
+                own = (*module._parameters.values(), *module._buffers.values())
+                tensors += [t for t in own if t is not None]
+        if isinstance(self.loss_func, nn.Module):
+            tensors += [*self.loss_func.parameters(), *self.loss_func.buffers()]
+        tensors += tensors_in(getattr(self.loss_func, "keywords", None))
         if isinstance(self.data, (list, tuple)):
             for item in self.data:
                 tensors += tensors_in(item)
@@ -243,7 +293,7 @@ class EmpiricalRisk:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without recordings, private copies, and locks."""
-        rebuilt = ("_lock", "model", "_seen", "_recordings", "_bytes")
+        rebuilt = ("_lock", "model", "_seen", "_recordings", "_bytes", "_results")
         return {k: v for k, v in self.__dict__.items() if k not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -271,9 +321,23 @@ class EmpiricalRisk:
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
 
+    def twin(self, **changes: Any) -> Self:
+        """Return a risk that shares the user's objects, but no recordings.
+
+        Parameters
+        ----------
+        **changes
+            New values of attributes, e.g. ``data`` or ``cache``.
+        """
+        new = object.__new__(type(self))
+        new.__setstate__({**self.__getstate__(), **changes})
+        return new
+
     # -- the loop over data -----------------------------------------------------
 
-    def mean(self, body: Body, V: Tensor, title: str = "_matmat") -> Tensor:
+    def mean(
+        self, body: Body, V: Tensor, title: str = "_matmat", key: Hashable = None
+    ) -> Tensor:
         r"""Return :math:`\frac{1}{\sum_b D_b} \sum_b \mathrm{body}(b, V)`.
 
         Parameters
@@ -286,6 +350,129 @@ class EmpiricalRisk:
             Of shape ``(P, K)``.
         title : str, optional
             Description of the progress bar.
+        key : hashable, optional
+            Name of the matrix among those of this risk. With one, products are
+            recorded and replayed, and small matrices materialised, once that pays.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``(P, K)``.
+        """
+
+        def multiply(V: Tensor) -> Tensor:
+            total = V.new_zeros(V.shape[1], V.shape[0])
+            count: Any = 0
+            for batch in self.batches(title):
+                self._add_products(body, batch, V, total, key=key)
+                count = count + batch.count
+            return total.div_(self._denominator(count)).T
+
+        self._refresh_if_changed()
+        with self._alone():
+            if (matrix := self._materialised(key, V, multiply)) is not None:
+                return matrix @ V
+            return self._session(lambda: multiply(V), key, V.shape[1] > 1)
+
+    def _materialised(
+        self, key: Hashable, V: Tensor, multiply: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        """Return the matrix if its products so far cost more than computing it.
+
+        Costs are counted, not measured, so that the route depends on nothing but the
+        products asked for. The unit is a product with one vector.
+        """
+        P = self.space.dim
+        nbytes = P * P * V.element_size()
+        if (
+            key is None
+            or P > MAX_DENSE_DIM
+            or not self._repeats
+            or V.element_size() < 4
+        ):
+            return None
+        with self._lock:
+            if key in self._matrices:
+                return self._matrices[key]
+            spent = self._spent.get(key, 0.0)
+            self._spent[key] = spent + self._cost(V.shape[1])
+            complete = self._num_batches == len(self._recordings)
+            if not complete or spent < self._cost(P):
+                return None
+            used = sum(n for _, n in self._bytes.values())
+            if self._budget is None or used + nbytes > self._budget:
+                return None
+            identity = torch.eye(P, dtype=V.dtype, device=V.device)
+            self._matrices[key] = self._session(lambda: multiply(identity), key, True)
+            self._bytes["matrix", key] = (0, nbytes)
+            return self._matrices[key]
+
+    def _cost(self, K: int) -> float:
+        """Return the cost of ``K`` columns in products with a single vector."""
+        width = min(map(self._columns_at_once, self._recordings.values()), default=1)
+        return K if width == 1 else -(-K // width) * (1 + width / 16)
+
+    def push_forward(
+        self,
+        body: Body,
+        V: Tensor,
+        rows: int,
+        title: str = "_matmat",
+        key: Hashable = None,
+    ) -> Tensor:
+        r"""Return the products :math:`\mathrm{body}(b, V)` of all batches, stacked.
+
+        Parameters
+        ----------
+        body : callable
+            As for :meth:`mean`, but returns a single vector in the batch's output
+            shape.
+        V : Tensor
+            Of shape ``(P, K)``.
+        rows : int
+            Number ``M`` of entries of all outputs.
+        title : str, optional
+            Description of the progress bar.
+        key : hashable, optional
+            Name of the matrix among those of this risk, whose products are recorded
+            and replayed then.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``(M, K)``.
+        """
+
+        def run() -> Tensor:
+            total = V.new_zeros(V.shape[1], rows)
+            for batch, place, outputs in self._with_places(title, rows):
+                part = total[:, place]
+                self._add_products(body, batch, V, part, (self.space, outputs), key)
+            return total.T
+
+        self._refresh_if_changed()
+        return self._session(run, key, V.shape[1] > 1)
+
+    def pull_back(
+        self,
+        body: Body,
+        U: Tensor,
+        title: str = "_matmat",
+        key: Hashable = None,
+        mean: bool = False,
+    ) -> Tensor:
+        r"""Return :math:`\sum_b \mathrm{body}(b, U_b)`, from outputs to parameters.
+
+        Parameters
+        ----------
+        body : callable
+            As for :meth:`mean`, but gets a single vector in the batch's output shape.
+        U : Tensor
+            Of shape ``(M, K)``: the batches' vectors, stacked.
+        title, key : optional
+            As for :meth:`push_forward`.
+        mean : bool, optional
+            Whether to divide by :math:`\sum_b D_b`.
 
         Returns
         -------
@@ -294,14 +481,58 @@ class EmpiricalRisk:
         """
 
         def run() -> Tensor:
-            total = V.new_zeros(V.shape[1], V.shape[0])
+            total = U.new_zeros(U.shape[1], self.space.dim)
             count: Any = 0
-            for batch in self.batches(title):
-                self._add_products(body, batch, V, total)
-                count = count + batch.loss.count
-            return total.div_(self._denominator(count)).T
+            for batch, place, outputs in self._with_places(title, len(U)):
+                part = U[place].to(outputs.dtype)
+                spaces = outputs, self.space
+                self._add_products(body, batch, part, total, spaces, key)
+                count = count + batch.count if mean else count
+            return total.div_(self._denominator(count) if mean else 1).T
 
-        return self.session(run)
+        self._refresh_if_changed()
+        return self._session(run, key, U.shape[1] > 1)
+
+    def vjp(self, batch: Linearization, U: Tensor) -> Tensor:
+        r"""Return :math:`J_b^\top u` for vectors ``[K, *output.shape]``, ``(K, P)``.
+
+        Unlike :meth:`Linearization.vjp <curvlinops._linearization.Linearization.vjp>`,
+        falls back on single vectors where several at once are impossible or slower.
+        """
+        outputs = TensorSpace([U.shape[1:]], U.dtype, U.device)
+        total = torch.zeros(len(U), self.space.dim, dtype=U.dtype, device=U.device)
+        columns = U.flatten(1).T if U.ndim > 1 else U.unsqueeze(0)
+        spaces = outputs, self.space
+        self._add_products(lambda b, u: b.vjp(u[0]), batch, columns, total, spaces)
+        return total
+
+    def _with_places(
+        self, title: str, rows: int
+    ) -> Iterator[tuple[Linearization, slice, TensorSpace]]:
+        """Yield batches with the place and the space of their outputs."""
+        stop = 0
+        for batch in self.batches(title):
+            start, stop = stop, stop + batch.output_space.dim
+            if stop > rows:
+                break
+            yield batch, slice(start, stop), batch.output_space
+        if stop != rows:
+            raise ValueError(
+                f"The model's outputs had {rows} entries when the operator was built, "
+                "and have another number now. Build a new operator after changing the "
+                "data."
+            )
+
+    @property
+    def output_shapes(self) -> tuple[torch.Size, ...]:
+        """Shape of the model's output for every batch.
+
+        Known from the check for determinism, else from one forward pass.
+        """
+        if self._output_shapes is None:
+            self.session(lambda: [None for _ in self.batches("output_shapes")])
+        assert self._output_shapes is not None
+        return self._output_shapes
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Return gradient (in parameter shapes) and loss of the whole data."""
@@ -311,12 +542,39 @@ class EmpiricalRisk:
     def session(self, run: Callable[[], T]) -> T:
         """Return ``run()``, with the model ready for :meth:`batches`."""
         self._refresh_if_changed()
+        with self._alone():
+            return self._session(run)
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Lock a module that is, or might turn out to be, evaluated in place.
+
+        To be entered before this risk's own lock is taken.
+        """
+        if self._known_input and self.model._held is None:
+            return nullcontext()
+        return self.model.exclusive()
+
+    def _session(
+        self, run: Callable[[], T], key: Hashable = None, several: bool = False
+    ) -> T:
+        if self._replays(key, several):
+            return run()  # needs neither the model nor the data
         with preserved_rng(self.space.device):
             try:
                 return self.model.run(run)
             except _CopyLeaksError:
                 self.model.evaluate_in_place()
                 return self.model.run(run)
+
+    def _replays(self, key: Hashable, several: bool) -> bool:
+        """Whether all batches' products need nothing but a recording."""
+        recordings = self._recordings
+        return (
+            key is not None
+            and self._num_batches == len(recordings)
+            and not torch.is_autocast_enabled(self.space.device.type)
+            and all(b.replays(key, several) for b in recordings.values())
+        )
 
     def batches(self, title: str) -> Iterator[Linearization]:
         """Yield every batch's linearization in order (within :meth:`session`)."""
@@ -335,36 +593,35 @@ class EmpiricalRisk:
             disable=not self.progressbar,
         )
         index = -1
+        shapes = []
         for index, item in bar:
             batch = recordings.get(index) or self._linearize(index, item)
+            shapes.append(batch.output_space.shapes[0])
             yield batch
             self._record(recordings, batch)
         if index < 0:
             raise ValueError("The data is empty: there is no batch to work on.")
         self._num_batches = index + 1
+        self._output_shapes = tuple(shapes)
         self._warn_about_unused()
 
     def _linearize(self, index: int, item: Any) -> Linearization:
         X, y = checked_pair(item, index)
         device = self.space.device
         X, y = moved(X, device), moved(y, device)
-        if self._clone_input:
-            X, original = cloned(X), X
-        versions = [t._version for t in tensors_in(X)]
         make_loss = None if self.loss is None else _MakeLoss(self, X)
         try:
-            batch = Linearization(self.model, X, y, make_loss, index)
+            protect = index not in self._unwritten
+            batch = Linearization(self.model, X, y, make_loss, index, protect)
         except RuntimeError as error:
             dtypes = sorted({str(t.dtype) for t in tensors_in(X)})
             raise ValueError(
                 f"The model failed on batch {index} (inputs of type {', '.join(dtypes)}"
                 f" on {device}, parameters of {self.space.dtype}): {error}"
             ) from error
+        if self._repeats and not batch.writes:
+            self._unwritten.add(index)
         if not self._known_input:
-            # A model that writes into its input gets a copy of it, always.
-            self._clone_input = versions != [t._version for t in tensors_in(X)]
-            if not self._clone_input:
-                batch.X = original
             self._check_reach(batch)
             self._known_input = True
         if self._reached is not None:
@@ -375,13 +632,26 @@ class EmpiricalRisk:
         leaves = {id(leaf) for leaf in graph_leaves(batch.output)}
         return {n for n, p in self.model.aliases.items() if id(p) in leaves}
 
+    def _names_reached_in_place(self, batch: Linearization) -> set[str]:
+        """Return the parameters that a batch's output depends on, without a copy."""
+        model = Model(self.model_func, self.params)
+        model.evaluate_in_place()
+        output = model.run(lambda: model(cloned(batch.X)))
+        leaves = {id(leaf) for leaf in graph_leaves(output)}
+        return {n for n, p in model.aliases.items() if id(p) in leaves}
+
     def _check_reach(self, batch: Linearization) -> None:
         """Raise if the output depends on other tensors than it should."""
         leaked = self.model.foreign_leaves(batch.output)
-        if not leaked and self._names_reached(batch):
+        reached = self._names_reached(batch)
+        if not leaked and len(reached) == len(self.params):
             return
-        if isinstance(self.model_func, nn.Module) and self.model._held is None:
+        copied = isinstance(self.model_func, nn.Module) and self.model._held is None
+        # Parameters that do not require gradients leave no trace when they leak.
+        if copied and (leaked or self._names_reached_in_place(batch) - reached):
             raise _CopyLeaksError
+        if not leaked and reached:
+            return
         if leaked:
             raise ValueError(
                 f"The model uses {leaked} directly instead of through its `params` "
@@ -428,43 +698,61 @@ class EmpiricalRisk:
                 recordings.pop(index, None)
 
     def _add_products(
-        self, body: Body, batch: Linearization, V: Tensor, total: Tensor
+        self,
+        body: Body,
+        batch: Linearization,
+        V: Tensor,
+        total: Tensor,
+        spaces: tuple[TensorSpace, TensorSpace] | None = None,
+        key: Hashable = None,
     ) -> None:
-        """Add ``body(batch, V)`` to the rows of ``total``, in chunks of columns."""
+        """Add ``body(batch, V)`` to the rows of ``total``, in chunks of columns.
+
+        ``V`` and the products are vectors of the two ``spaces``, by default those of
+        the parameters.
+        """
+        inputs, outputs = spaces or (self.space, self.space)
         K = V.shape[1]
         start = 0
         while start < K:
-            width = min(self._width(body, batch, V), K - start)
+            width = min(self._width(body, batch, V, inputs), K - start)
             part, rows = V[:, start], total[start]
             if width > 1:
                 columns = slice(start, start + width)
                 part, rows = V[:, columns].T.contiguous(), total[columns]
             try:
-                products = body(batch, self.space.split(part))
+                products = batch.multiply(key, body, inputs.split(part), width > 1)
             except RuntimeError:
                 if width == 1:
                     raise
                 self._vectorise = False  # an operation has no vectorised derivative
                 continue
-            for row, product in zip(self.space.split(rows), products, strict=True):
+            for row, product in zip(outputs.split(rows), products, strict=True):
                 row.add_(product)
             start += width
 
-    def _width(self, body: Body, batch: Linearization, V: Tensor) -> int:
+    def _width(
+        self, body: Body, batch: Linearization, V: Tensor, inputs: TensorSpace
+    ) -> int:
         """Return how many columns to multiply at once."""
-        if V.shape[1] == 1 or self._vectorise is False:
-            return 1
-        per_column = batch.nbytes + V.shape[0] * V.element_size()
-        width = min(MAX_COLUMN_BYTES // per_column, MAX_COLUMNS)
-        if width < 4:
+        if V.shape[1] == 1 or (width := self._columns_at_once(batch)) == 1:
             return 1
         if self._vectorise is None:
-            self._vectorise = self._vectorised_agrees(body, batch, V[:, :2])
+            self._vectorise = self._vectorised_agrees(body, batch, V[:, :2], inputs)
         return width if self._vectorise else 1
 
-    def _vectorised_agrees(self, body: Body, batch: Linearization, V: Tensor) -> bool:
+    def _columns_at_once(self, batch: Linearization) -> int:
+        """Return how many columns may be multiplied at once."""
+        itemsize = self.space.dtype.itemsize
+        per_column = batch.nbytes + self.space.dim * itemsize
+        width = min(MAX_COLUMN_BYTES // per_column, MAX_COLUMNS)
+        return width if width >= 4 and self._vectorise is not False else 1
+
+    def _vectorised_agrees(
+        self, body: Body, batch: Linearization, V: Tensor, inputs: TensorSpace
+    ) -> bool:
         """Check a product with two columns at once against one with one column."""
-        split = self.space.split
+        split = inputs.split
         try:
             both = self.space.join(body(batch, split(V.T.contiguous())), leading=1)
         except RuntimeError:
@@ -503,6 +791,83 @@ class EmpiricalRisk:
         except ValueError:
             return None
 
+    # -- parts of a batch -------------------------------------------------------
+
+    def one_by_one(self, batch: Linearization) -> list[Linearization]:
+        """Linearise a batch's data one by one, if model and loss treat them apart.
+
+        Returns
+        -------
+        list of Linearization
+            One per datum. Or the batch alone, where its input cannot be cut, or where
+            outputs, Jacobian or loss Hessian of the parts are not those of the batch
+            (the latter two are compared in a random direction).
+        """
+        f = batch.output
+        size = self._size_or_none(batch.X)
+        if not size or size == 1 or f.ndim == 0 or len(f) % size:
+            return [batch]
+        try:
+            parts = [self._part(batch, i, size) for i in range(size)]
+            return parts if self._composes(batch, parts) else [batch]
+        except Exception:  # whatever the user's model or loss raises on a part
+            return [batch]
+
+    def _part(self, batch: Linearization, i: int, size: int) -> Linearization:
+        X, y = cut(batch.X, size, i, i + 1), cut(batch.y, size, i, i + 1, several=True)
+        make_loss = None if self.loss is None else _MakeLoss(self, X)
+        return Linearization(self.model, X, y, make_loss, batch.index)
+
+    def _composes(self, batch: Linearization, parts: list[Linearization]) -> bool:
+        """Whether parts together have the derivatives of their batch."""
+        f = batch.output.detach()
+        generator = torch.Generator().manual_seed(batch.index)
+        U = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
+        us = U.split(len(U) // len(parts))
+        gradient = torch.zeros_like(self.space.join(batch.vjp(U)))
+        for part, u in zip(parts, us, strict=True):
+            gradient += self.space.join(part.vjp(u))
+        outputs = torch.cat([part.output.detach() for part in parts])
+        pairs = [(outputs, f), (gradient, self.space.join(batch.vjp(U)))]
+        if self.loss is not None:
+            HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
+            pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))
+        tolerance = torch.finfo(f.dtype).eps ** 0.5
+        return all(a.shape == b.shape and _close(a, b, tolerance) for a, b in pairs)
+
+    def data_gradients(self, batch: Linearization) -> Tensor:
+        """Return the gradients of the loss of every datum alone, by the outputs.
+
+        For losses that are not known in closed form, hence may couple data.
+
+        Returns
+        -------
+        Tensor
+            Of the output's shape.
+
+        Raises
+        ------
+        ValueError
+            If it is not known which outputs belong to which datum.
+        """
+        f, size = batch.output.detach(), self.batch_size(batch.X)
+        if f.ndim == 0 or len(f) % size:
+            raise ValueError(
+                f"Batch {batch.index} has {size} data points, but an output of shape "
+                f"{tuple(f.shape)}, whose first axis is no multiple of that: return "
+                "the outputs datum by datum, or pass `batch_size_fn`."
+            )
+        assert self.loss is not None
+        gradients = [
+            self.loss(
+                cut(f, size, i, i + 1, several=True),
+                cut(batch.y, size, i, i + 1, several=True),
+                self.terms_per_datum,
+            ).gradient()
+            for i in range(size)
+        ]
+        return torch.cat(gradients)
+
     # -- determinism ------------------------------------------------------------
 
     def require_fixed_order(self, what: str) -> None:
@@ -532,7 +897,7 @@ class EmpiricalRisk:
                 grads = batch.vjp(torch.ones_like(batch.output))
             else:
                 value += _checked_loss(batch)
-                count = count + batch.loss.count
+                count = count + batch.count
                 grads = batch.gradient()
             for row, grad in zip(space.split(gradient), grads, strict=True):
                 row.add_(grad)
@@ -622,6 +987,121 @@ class RiskOperator(TorchOperator):
         See :meth:`EmpiricalRisk.refresh <curvlinops.risk.EmpiricalRisk.refresh>`.
         """
         self.risk.refresh()
+
+    def block(
+        self, rows: str | Iterable[str], cols: str | Iterable[str] | None = None
+    ) -> ParameterBlock:
+        """Return the rows and columns of some parameters, chosen by name.
+
+        Parameters
+        ----------
+        rows : str, or iterable of str
+            Names of parameters, or patterns such as ``"encoder.*"``, in which ``*``
+            stands for anything, ``?`` for one character, ``[ab]`` for ``a`` or ``b``.
+        cols : str, or iterable of str, optional
+            The same for the columns; by default those of the rows.
+
+        Returns
+        -------
+        ParameterBlock
+            Parameters come in the order of the operator's. Lists of tensors have the
+            shapes of the chosen parameters.
+
+        Raises
+        ------
+        ValueError
+            If a name or pattern matches no parameter.
+        TypeError
+            If the operator's rows or columns are not those of parameters.
+
+        Notes
+        -----
+        A product costs one product with the operator.
+        """
+        if self._in_space is not self.risk.space or self._out_space is not (
+            self.risk.space
+        ):
+            raise TypeError(
+                f"Blocks are chosen by parameter name, but {self!r} does not map "
+                'parameters to parameters. Choose the parameters with `params="..."` '
+                "when the operator is built, or use `SubmatrixLinearOperator`."
+            )
+        names = _chosen(rows, self.risk.space)
+        return ParameterBlock(
+            self, names, names if cols is None else _chosen(cols, self.risk.space)
+        )
+
+    def blocks(self) -> dict[str, ParameterBlock]:
+        """Return the diagonal block of every parameter, by name."""
+        return {name: self.block([name]) for name in self.risk.params}
+
+    def verify(self, rng: Rng = 0) -> Report:
+        """Check this operator on its own model, loss and data.
+
+        See :func:`curvlinops._verify.verify` for what is checked, and at which cost.
+
+        Parameters
+        ----------
+        rng : int, numpy.random.Generator, torch.Generator, or None, optional
+            Source of the random directions.
+
+        Returns
+        -------
+        Report
+            ``report.ok``, and a table with all errors and tolerances as its string.
+        """
+        return verify(self, rng)
+
+
+class ParameterBlock(TorchOperator, LinearOperator):
+    r"""The block :math:`A_{R, C}` of an operator on parameter space, by names.
+
+    Parameters
+    ----------
+    A : TorchOperator
+        An operator from parameters to parameters.
+    rows, cols : list of str
+        Names of parameters.
+
+    Notes
+    -----
+    A product costs one product with ``A``. The adjoint is the block of ``A``'s adjoint
+    with rows and columns exchanged.
+    """
+
+    def __init__(self, A: TorchOperator, rows: list[str], cols: list[str]) -> None:
+        self.args = (A, rows, cols)
+        in_space, self._cols = _subspace(A._in_space, cols)
+        out_space, self._rows = _subspace(A._out_space, rows)
+        super().__init__(in_space, out_space)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        A, _, _ = self.args
+        full = V.new_zeros(A.shape[1], V.shape[1])
+        full[self._cols] = V
+        return A._apply(full)[self._rows]
+
+    def _adjoint(self) -> TorchOperator:
+        A, rows, cols = self.args
+        if A.adjoint() is A and rows == cols:
+            return self
+        return ParameterBlock(A.adjoint(), cols, rows)
+
+
+def _chosen(patterns: str | Iterable[str], space: TensorSpace) -> list[str]:
+    """Return the names that match one of some patterns, in the space's order."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = {n for pattern in patterns for n in matching_names(pattern, space.names)}
+    return [name for name in space.names if name in found]
+
+
+def _subspace(space: TensorSpace, names: list[str]) -> tuple[TensorSpace, Tensor]:
+    """Return the space of some of the tensors, and their places in a vector."""
+    numbers = [space.names.index(name) for name in names]
+    slices, places = space.slices(), torch.arange(space.dim)
+    shapes = [space.shapes[i] for i in numbers]
+    index = torch.cat([places[slices[i]] for i in numbers]).to(space.device)
+    return TensorSpace(shapes, space.dtype, space.device, names), index
 
 
 def as_risk(

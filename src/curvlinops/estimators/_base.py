@@ -104,6 +104,8 @@ class Operand:
     A : LinearOperator, array, sparse matrix, or Tensor
         Operators with ``torch_dtype`` and ``device`` and tensors are multiplied on
         their device; everything else is multiplied through NumPy.
+    gram : bool, optional
+        Stand for the smaller of ``A^H A`` and ``A A^H`` instead of ``A``.
 
     Attributes
     ----------
@@ -118,7 +120,7 @@ class Operand:
         Products so far, one per column.
     """
 
-    def __init__(self, A: Any) -> None:
+    def __init__(self, A: Any, gram: bool = False) -> None:
         self.on_torch = torch.is_tensor(A) or hasattr(A, "torch_dtype")
         if not self.on_torch:
             A = aslinearoperator(A)
@@ -132,7 +134,9 @@ class Operand:
             native, self.device = A.torch_dtype, torch.device(A.device)
         self._native = native
         self.dtype = torch.float32 if native in _HALF else native
-        self.shape = tuple(A.shape)
+        M, N = A.shape
+        self._tall, self._gram = M >= N, gram
+        self.shape = (min(M, N), min(M, N)) if gram else (M, N)
         self.num_products = 0
         self.matrix = A
         self._adjoint: Any = None
@@ -149,7 +153,7 @@ class Operand:
 
     def require_square(self) -> None:
         """Raise a ``ValueError`` unless the matrix is square."""
-        if len(self.shape) != 2 or self.shape[0] != self.shape[1]:
+        if self.shape[0] != self.shape[1]:
             raise ValueError(f"A square matrix is needed, got shape {self.shape}.")
 
     def adjoint(self) -> Any:
@@ -167,6 +171,11 @@ class Operand:
         ValueError
             If the result has NaN or infinite entries.
         """
+        if self._gram:
+            return self._multiply(self._multiply(X, not self._tall), self._tall)
+        return self._multiply(X, adjoint)
+
+    def _multiply(self, X: Tensor, adjoint: bool) -> Tensor:
         A = self.adjoint() if adjoint else self.matrix
         x = X[:, 0] if X.shape[1] == 1 else X
         if self.on_torch:

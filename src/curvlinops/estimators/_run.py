@@ -20,7 +20,7 @@ from curvlinops.estimators.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 #: Bytes of test vectors that are multiplied at once, and their largest number: beyond
 #: about 16 columns models gain nothing from more.
@@ -67,7 +67,9 @@ class Options(TypedDict, total=False):
 class Accumulator(Protocol):
     """What a :class:`Run` feeds with samples."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """Number of samples so far."""
 
     def add(self, samples: Any) -> None:
         """Take in a block of samples."""
@@ -152,6 +154,8 @@ class Run:
         Products that will be made at most, for the progress bar.
     square : bool, optional
         Whether the matrix must be square.
+    gram : bool, optional
+        Use the smaller of ``A^H A`` and ``A A^H`` in place of ``A``.
     **settings
         Everything else that makes the computation what it is, for the checkpoint.
     """
@@ -164,6 +168,7 @@ class Run:
         distribution: str = "rademacher",
         total: int | None = None,
         square: bool = True,
+        gram: bool = False,
         **settings: Any,
     ) -> None:
         if unknown := options.keys() - Options.__annotations__.keys():
@@ -176,8 +181,8 @@ class Run:
             raise ValueError(
                 f"until is a relative standard error above 0, got {self.until!r}."
             )
-        self.operand = Operand(A)
-        if square:
+        self.operand = Operand(A, gram)
+        if square and not gram:
             self.operand.require_square()
         self.dim = self.operand.dim
         path, rng = options.get("checkpoint"), options.get("rng")
@@ -305,6 +310,18 @@ class Run:
             size *= 2
         yield limit
 
+    def check(self, mean: Tensor, sem: Tensor, num_samples: int) -> None:
+        """Warn if the limit came before the error asked for."""
+        if not self.reached(mean, sem):
+            self.converged = False
+            relative = torch.linalg.vector_norm(sem) / torch.linalg.vector_norm(mean)
+            warnings.warn(
+                f"The relative standard error {float(relative):.1e} is above "
+                f"until={self.until:.1e} after {num_samples} samples. Allow more "
+                "products, or a larger error.",
+                stacklevel=4,
+            )
+
     def result(
         self,
         mean: Tensor,
@@ -326,15 +343,7 @@ class Run:
         transform : callable, optional
             Of mean and standard error, after ``until`` was checked.
         """
-        if not self.reached(mean, sem):
-            self.converged = False
-            relative = torch.linalg.vector_norm(sem) / torch.linalg.vector_norm(mean)
-            warnings.warn(
-                f"The relative standard error {float(relative):.1e} is above "
-                f"until={self.until:.1e} after {num_samples} samples. Allow more "
-                "products, or a larger error.",
-                stacklevel=3,
-            )
+        self.check(mean, sem, num_samples)
         if transform is not None:
             mean, sem = transform(mean, sem)
         value = self.operand.result(mean)

@@ -91,7 +91,9 @@ def _read_record(file: BinaryIO) -> bytes | None:
     if mark != _MARK:
         return None
     payload = file.read(length)
-    return payload if len(payload) == length and zlib.crc32(payload) == checksum else None
+    return (
+        payload if len(payload) == length and zlib.crc32(payload) == checksum else None
+    )
 
 
 def _pack(payload: bytes) -> bytes:
@@ -100,7 +102,7 @@ def _pack(payload: bytes) -> bytes:
 
 def _pack_arrays(label: str, arrays: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    named = {name: to_numpy(array) for name, array in arrays.items()}
+    named: dict[str, Any] = {name: to_numpy(array) for name, array in arrays.items()}
     np.savez(buffer, label__=np.array(label), **named)
     return buffer.getvalue()
 
@@ -145,8 +147,11 @@ class Journal:
             self._refuse_other(read_identity(self.path), rtol)
         else:
             self._write_anew([])
-        self._file = open(self.path, "r+b")
+        self._file = self._open()
         self._index()
+
+    def _open(self) -> BinaryIO:
+        return open(self.path, "r+b")
 
     def _refuse_other(self, stored: dict[str, Any], rtol: float) -> None:
         if not stored:
@@ -236,7 +241,7 @@ class Journal:
             kept = [self._payload(place) for place in self._states.values()]
             self._file.close()
             self._write_anew(kept)
-            self._file = open(self.path, "r+b")
+            self._file = self._open()
             self._index()
 
     def load(self, section: str) -> dict[str, np.ndarray] | None:
@@ -366,7 +371,9 @@ class JournalledOperator(LinearOperator):
         def compute() -> np.ndarray:
             block = torch.as_tensor(np.array(X, dtype=self.dtype))
             block = block.reshape(len(X), -1).to(self._operand.device)
-            return to_numpy(self._operand.multiply(block, adjoint)).reshape(-1, *X.shape[1:])
+            return to_numpy(self._operand.multiply(block, adjoint)).reshape(
+                -1, *X.shape[1:]
+            )
 
         return self._journal.product(X, compute)
 

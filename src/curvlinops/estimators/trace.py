@@ -149,7 +149,7 @@ def hutchpp_trace(
     """
     with Run(A, "hutchpp_trace", options, distribution, num_matvecs) as run:
         limit = require_num_matvecs(run, num_matvecs, multiple_of=3)
-        sketch, exact, spent = RangeSketch(run), 0.0, 0
+        sketch, exact, spent = RangeSketch(run), torch.zeros(()), 0
 
         def residual(V: Tensor) -> Tensor:
             V = V - Q @ (Q.mH @ V)
@@ -341,8 +341,8 @@ def xnystrace(
 
     Notes
     -----
-    Costs ``m`` products and the memory of ``4 m`` vectors. A shift by rounding error times
-    :math:`\|A\Omega\|_F` makes the inverse safe, and is taken off the trace again.
+    Costs ``m`` products and the memory of ``4 m`` vectors. A shift by rounding error
+    times :math:`\|A\Omega\|_F` makes the inverse safe, and is taken off again.
 
     References
     ----------
@@ -384,13 +384,15 @@ def _xnystrace_samples(run: Run, Y: Tensor) -> Callable[[int | None], Tensor]:
     R = double(torch.linalg.qr(shifted, mode="r")[1])
 
     def samples(left_out: int | None) -> Tensor:
-        keep = torch.arange(k, device=Y.device) != (-1 if left_out is None else left_out)
+        keep = torch.arange(k, device=Y.device) != (
+            -1 if left_out is None else left_out
+        )
         core, size = VY[keep][:, keep], int(keep.sum())
         C, info = torch.linalg.cholesky_ex((core + core.mH) / 2, upper=True)
         if int(info):
             raise ValueError(
-                "xnystrace needs a positive semi-definite matrix; this one has negative "
-                "quadratic forms. Use xtrace, which takes any matrix."
+                "xnystrace needs a positive semi-definite matrix; this one has "
+                "negative quadratic forms. Use xtrace, which takes any matrix."
             )
         B = torch.linalg.solve_triangular(C, R[:, keep], upper=True, left=False)
         T = torch.linalg.inv(C).mH

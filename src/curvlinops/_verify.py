@@ -1,0 +1,535 @@
+r"""Does an operator multiply by the matrix it claims? Checks on the user's own problem.
+
+The references here take another road than the operators: the model is evaluated at
+shifted parameters, the user's loss function on the concatenated outputs of all data,
+and derivatives are central differences of these and plain gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Generator, Tensor, nn
+
+from curvlinops._data import checked_pair, cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._model import Model
+from curvlinops._random import Probes, Rng, as_seed
+from curvlinops.losses import Loss, LossFunction
+
+if TYPE_CHECKING:
+    from curvlinops.risk import EmpiricalRisk
+
+#: A check's two sides; they should be equal.
+Sides: TypeAlias = tuple[Tensor, Tensor]
+Outputs: TypeAlias = list[Tensor]
+
+#: Largest tolerance: a check that allows more would show nothing.
+MAX_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of a report.
+
+    Attributes
+    ----------
+    name : str
+        What was checked.
+    error : float
+        Norm of the difference over the norm of what was expected; NaN if the check was
+        not made, or raised.
+    tolerance : float
+        Largest error that passes.
+    note : str
+        Why it was not made or did not pass, if that is known.
+    passed : bool
+        Whether it passed. A check that does not apply has.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    note: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of :func:`verify`.
+
+    Attributes
+    ----------
+    operator : str
+        The operator's name and shape.
+    checks : tuple of Check
+        All checks.
+    """
+
+    operator: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all checks passed."""
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        """Return one line per check."""
+        lines = [self.operator]
+        for c in self.checks:
+            skipped = c.passed and math.isnan(c.error)
+            mark = "skip" if skipped else "ok" if c.passed else "FAIL"
+            numbers = "" if skipped else f"  {c.error:.1e} (allowed {c.tolerance:.1e})"
+            note = f"  {c.note}" if c.note else ""
+            lines.append(f"  {mark:4}  {c.name:34}{numbers}{note}")
+        return "\n".join(lines)
+
+
+class _SkippedError(Exception):
+    """A check does not apply; the message says why."""
+
+
+def verify(A: Any, rng: Rng = 0) -> Report:
+    r"""Check an operator on its own model, loss and data.
+
+    Parameters
+    ----------
+    A : RiskOperator
+        An operator that is built from an empirical risk.
+    rng : int, numpy.random.Generator, torch.Generator, or None, optional
+        Source of the random directions :math:`u, v, w`.
+
+    Returns
+    -------
+    Report
+        One row per check. Nothing is raised; a check that raises has failed.
+
+    Notes
+    -----
+    * *adjoint*: :math:`\langle A u, w \rangle = \langle u, A^\top w \rangle`. For a
+      self-adjoint operator this is its symmetry.
+    * *linearity*: :math:`A (2 u - 3 v) = 2 A u - 3 A v`.
+    * *freshness*: :math:`A u` equals the product of an operator of the same kind that
+      has recorded nothing. It fails if a recording is stale, after changes that cannot
+      be seen; ``A.refresh()`` is the cure.
+    * *batch split*: :math:`A u` is the same when every batch is cut in two. It fails
+      if the model or loss treats the data of a batch jointly. Sampled operators draw
+      other samples then, and skip it.
+    * *finite differences*: :math:`A u` equals a product from central differences of
+      gradients and outputs, with the user's loss on the concatenated outputs. For a
+      diagonal three entries are compared. The step is :math:`\epsilon^{1/3}` of the
+      parameters' norm, with :math:`\epsilon` the machine epsilon. What the result
+      changes when the step is doubled counts as tolerance, too (kinks), and if that is
+      more than half of :data:`MAX_TOLERANCE` the check is skipped.
+
+    Errors are relative, in the Euclidean norm. The tolerance is :math:`32 \sqrt{n}
+    \epsilon` for :math:`n` the larger dimension, at most :data:`MAX_TOLERANCE`, and
+    :math:`\epsilon^{2/3}` in place of :math:`\epsilon` for finite differences.
+
+    Cost: seven products and at most 20 passes over the data without recordings, whose
+    results are dropped; memory for the outputs of all data and one batch's graph.
+    Parameters, data, recordings and random states stay as they are.
+    """
+    N, M = A.shape[1], A.shape[0]
+    seed = as_seed(rng)
+    u, v = Probes(N, "normal", seed, A.torch_dtype, A.device).block(0, 2).unbind(1)
+    w = Probes(M, "normal", seed + 1, A.torch_dtype, A.device).block(0, 1)[:, 0]
+    plain = _Plain(A.risk)
+
+    def adjoint() -> Sides:
+        Au = A @ u
+        scale = Au.double().norm() * w.double().norm() / math.sqrt(M)
+        left = _dot(Au, w)
+        return _above(left, scale), _above(_dot(u, A.adjoint() @ w), scale)
+
+    def linearity() -> Sides:
+        return A @ (2 * u - 3 * v), 2 * (A @ u) - 3 * (A @ v)
+
+    def freshness() -> Sides:
+        return A @ u, _twin(A, cache="off") @ u
+
+    def batch_split() -> Sides:
+        if _samples(A):
+            raise _SkippedError("the samples depend on the batches")
+        halves = _Halves(A.risk)
+        halves.check()
+        return A @ u, _twin(A, data=halves, cache="off") @ u
+
+    def finite_differences(scale: float) -> Sides:
+        return _reference(A)(A, plain, scale, u, w)
+
+    size = max(A.shape)
+    exact = _tolerance(A.torch_dtype, size, 1.0)
+    rows = [
+        _row("adjoint", adjoint, exact),
+        _row("linearity", linearity, exact),
+        _row("freshness", freshness, exact),
+        _row("batch split", batch_split, exact),
+        _converged(finite_differences, _tolerance(A.torch_dtype, size, 2 / 3)),
+    ]
+    return Report(f"{type(A).__name__} of shape {M} x {N}", tuple(rows))
+
+
+def _tolerance(dtype: torch.dtype, size: int, exponent: float) -> float:
+    eps = torch.finfo(dtype).eps
+    return min(32 * math.sqrt(size) * eps**exponent, MAX_TOLERANCE)
+
+
+def _row(name: str, sides: Callable[[], Sides], tolerance: float) -> Check:
+    """Compare two sides; whatever goes wrong is a note."""
+    try:
+        error = _distance(*sides())
+    except _SkippedError as reason:
+        return Check(name, math.nan, tolerance, str(reason), True)
+    except Exception as error_:  # a report, not an exception, is what was asked for
+        note = f"{type(error_).__name__}: {error_}"
+        return Check(name, math.nan, tolerance, note, False)
+    return Check(name, error, tolerance, "", error <= tolerance)
+
+
+def _converged(sides: Callable[[float], Sides], tolerance: float) -> Check:
+    """Compare with finite differences that two step widths agree on."""
+    spread = 0.0
+
+    def both() -> Sides:
+        nonlocal spread
+        if tolerance >= MAX_TOLERANCE:
+            raise _SkippedError("finite differences are too coarse in this precision")
+        actual, expected = sides(1.0)
+        spread = _distance(sides(2.0)[1], expected)
+        if spread > MAX_TOLERANCE / 2:
+            raise _SkippedError(
+                f"finite differences do not converge (they change by {spread:.1e}): "
+                "does the model have kinks?"
+            )
+        return actual, expected
+
+    check = _row("finite differences", both, tolerance)
+    if math.isnan(check.error):
+        return check
+    tolerance = tolerance + 2 * spread
+    passed = check.error <= tolerance
+    return Check(check.name, check.error, tolerance, check.note, passed)
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.double(), expected.double()
+    scale = float(expected.norm())
+    error = float((actual - expected).norm())
+    return error / scale if scale else error
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.double(), b.double())
+
+
+def _above(value: Tensor, scale: Tensor) -> Tensor:
+    """Attach the scale that a scalar is compared on, so that it may vanish."""
+    return torch.stack([value, scale])
+
+
+def _twin(A: Any, **changes: Any) -> Any:
+    """Return the operator on the same problem without its recordings."""
+    twin = copy.copy(A)
+    twin.risk = A.risk.twin(progressbar=False, **changes)
+    return twin
+
+
+def _samples(A: Any) -> int:
+    """Return the number of Monte-Carlo samples per term, 0 for an exact operator."""
+    return getattr(getattr(A, "_middle", None), "mc_samples", 0)
+
+
+class _Halves:
+    """Data whose every batch is cut in two."""
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        self.risk = risk
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the halves of one batch after the other."""
+        for index, item in enumerate(self.risk.data):
+            X, y = checked_pair(item, index)
+            size = self.risk.batch_size(X)
+            for start, stop in ((0, size // 2), (size // 2, size)):
+                if start < stop:
+                    yield (
+                        cut(X, size, start, stop),
+                        cut(y, size, start, stop, several=True),
+                    )
+
+    def check(self) -> None:
+        """Raise if a batch cannot be cut, or none needs to."""
+        sizes = []
+        try:
+            for X, _ in self.risk.data:
+                sizes.append(self.risk.batch_size(X))
+                if not any(t.ndim and len(t) == sizes[-1] for t in tensors_in(X)):
+                    raise _SkippedError("no input has the data along its first axis")
+        except ValueError as error:
+            raise _SkippedError("the number of data in a batch is not known") from error
+        if max(sizes) < 2:
+            raise _SkippedError("every batch is a single datum")
+
+
+class _Plain:
+    """Model and loss of a risk, evaluated as the user would.
+
+    Vectors of output space are lists with one tensor per batch.
+    """
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        self.risk = risk
+        self.dtype, self.device = risk.space.dtype, risk.space.device
+        self.theta = [p.detach() for p in risk.params.values()]
+
+    def step(self, u: Tensor, scale: float) -> float:
+        """Return the step width of central differences along a direction."""
+        norm = math.sqrt(sum(float(p.double().square().sum()) for p in self.theta))
+        root = torch.finfo(self.dtype).eps ** (1 / 3)
+        return scale * root * (1 + norm) / max(float(u.double().norm()), 1e-30)
+
+    def _run(self, shift: Tensor | None, body: Callable[[Model], Any]) -> Any:
+        """Return ``body(model)`` for the model at shifted parameters."""
+        risk = self.risk
+        theta = self.theta
+        if shift is not None:
+            shifts = risk.space.split(shift)
+            theta = [p + s for p, s in zip(theta, shifts, strict=True)]
+        params = dict(zip(risk.params, theta, strict=True))
+        model = Model(risk.model_func, params)
+        if risk.model._held is not None:
+            model.evaluate_in_place()
+        with preserved_rng(self.device):
+            return model.run(lambda: body(model))
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yield inputs and targets on the model's device."""
+        for index, item in enumerate(self.risk.data):
+            X, y = checked_pair(item, index)
+            yield cloned(moved(X, self.device)), moved(y, self.device)
+
+    def outputs(self, shift: Tensor | None = None) -> Outputs:
+        """Evaluate the model on all data."""
+        return self._run(
+            shift, lambda model: [model(X).detach() for X, _ in self.batches()]
+        )
+
+    @cached_property
+    def targets(self) -> list[Any]:
+        """Targets of all batches."""
+        return [y for _, y in self.batches()]
+
+    @cached_property
+    def here(self) -> Outputs:
+        """Outputs at the parameters as they are."""
+        return self.outputs()
+
+    def losses(self) -> list[Loss]:
+        """Return the loss of every batch, as the package knows it."""
+        if self.risk.loss is None:
+            raise _SkippedError("there is no loss function")
+        return list(map(self.risk.loss, self.here, self.targets))
+
+    def pull_back(self, U: Outputs, shift: Tensor | None = None) -> Tensor:
+        """Multiply by the transposed Jacobian."""
+
+        def body(model: Model) -> Tensor:
+            total = torch.zeros(self.risk.space.dim, dtype=self.dtype).to(self.device)
+            for (X, _), u in zip(self.batches(), U, strict=True):
+                if not (f := model(X)).requires_grad:
+                    continue
+                grads = torch.autograd.grad(
+                    f, model.leaves, u, allow_unused=True, materialize_grads=True
+                )
+                total += self.risk.space.join(grads)
+            return total
+
+        return self._run(shift, body)
+
+    def push_forward(self, u: Tensor, scale: float) -> Outputs:
+        """Multiply by the Jacobian, by differences of outputs."""
+        h = self.step(u, scale)
+        sides = zip(self.outputs(h * u), self.outputs(-h * u), strict=True)
+        return [(a - b) / (2 * h) for a, b in sides]
+
+    def loss(self, outputs: Outputs, loss_func: Any = None) -> Tensor:
+        """Evaluate a loss, by default the user's, on the concatenated outputs."""
+        loss_func = self.risk.loss_func if loss_func is None else loss_func
+        pairs = list(zip(outputs, self.targets, strict=True))
+        if len(pairs) == 1:
+            return _value(loss_func, *pairs[0])
+        if self._fit_together:
+            joined = torch.cat(outputs), torch.cat(self.targets)
+            return _value(loss_func, *joined)
+        if self.losses() and self.risk.loss.reduction == "sum":  # type: ignore[union-attr]
+            return torch.stack([_value(loss_func, *pair) for pair in pairs]).sum()
+        raise _SkippedError("the batches cannot be concatenated for a reference")
+
+    @cached_property
+    def _fit_together(self) -> bool:
+        """Whether outputs and targets of all batches can be concatenated."""
+        f, y = self.here, self.targets
+        if not all(torch.is_tensor(t) and t.ndim for t in [*f, *y]):
+            return False
+        one_shape = all(len({t.shape[1:] for t in side}) == 1 for side in (f, y))
+        return one_shape and self.losses()[0].class_axis != -f[0].ndim
+
+    def loss_gradient(self, outputs: Outputs) -> Outputs:
+        """Differentiate the loss of all data by the outputs."""
+        self.losses()
+        with torch.enable_grad():
+            leaves = [f.detach().requires_grad_() for f in outputs]
+            value = self.loss(leaves)
+            grads = torch.autograd.grad(value, leaves, materialize_grads=True)
+        return list(grads)
+
+    def share_of_a_term(self) -> float:
+        """Return the mean-reduced loss over the sum-reduced one, on any outputs."""
+        losses = self.losses()
+        if self.risk.loss.reduction == "sum":  # type: ignore[union-attr]
+            return 1.0
+        if losses[0].opaque:
+            raise _SkippedError("the loss is not known in closed form")
+        probe = [
+            torch.linspace(-1, 2, f.numel(), dtype=f.dtype, device=f.device).view_as(f)
+            for f in self.here
+        ]
+        summed = _summing(self.risk.loss_func)
+        return float(self.loss(probe) / self.loss(probe, summed))
+
+    def split(self, u: Tensor) -> Outputs:
+        """Cut a flat vector of output space into batches."""
+        parts = u.split([f.numel() for f in self.here])
+        return [part.view_as(f) for part, f in zip(parts, self.here, strict=True)]
+
+
+def _value(loss_func: Any, f: Tensor, y: Any) -> Tensor:
+    value = loss_func(f, y)
+    if not isinstance(value, Loss):
+        return value
+    return value.value() / (1 if loss_func.reduction == "sum" else value.count)
+
+
+def _summing(loss_func: Any) -> Any:
+    """Return the same loss with another reduction."""
+    if isinstance(loss_func, LossFunction):
+        return replace(loss_func, reduction="sum")
+    if not isinstance(loss_func, nn.Module):
+        return partial(loss_func, reduction="sum")
+    loss_func = copy.copy(loss_func)
+    loss_func.reduction = "sum"
+    return loss_func
+
+
+def _flat(outputs: Iterable[Tensor]) -> Tensor:
+    return torch.cat([f.reshape(-1) for f in outputs])
+
+
+# -- what every matrix is compared with ---------------------------------------------
+
+#: Maps the operator, plain evaluation, a factor of the step width, and random vectors
+#: of the operator's input and output to the two sides of a comparison.
+Reference: TypeAlias = "Callable[[Any, _Plain, float, Tensor, Tensor], Sides]"
+
+
+def _hessian(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+    h = plain.step(u, scale)
+
+    def gradient(shift: Tensor) -> Tensor:
+        return plain.pull_back(plain.loss_gradient(plain.outputs(shift)), shift)
+
+    return A @ u, (gradient(h * u) - gradient(-h * u)) / (2 * h)
+
+
+def _ggn(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+    Ju = plain.push_forward(u, scale)
+    if _samples(A):
+        return A @ u, plain.pull_back(_sampled_outer_mul(A, plain, Ju))
+    sizes = [float(_flat(fs).norm()) for fs in (plain.here, Ju)]
+    root = torch.finfo(plain.dtype).eps ** (1 / 3)
+    h = scale * root * (1 + sizes[0]) / max(sizes[1], 1e-30)
+    ahead, behind = (
+        plain.loss_gradient([f + t * d for f, d in zip(plain.here, Ju, strict=True)])
+        for t in (h, -h)
+    )
+    HJu = [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+    return A @ u, plain.pull_back(HJu)
+
+
+def _sampled_outer_mul(A: Any, plain: _Plain, U: Outputs) -> Outputs:
+    """Multiply by the mean of the samples' outer products."""
+    share, results = plain.share_of_a_term(), []
+    for index, (loss, u) in enumerate(zip(plain.losses(), U, strict=True)):
+        generator = Generator().manual_seed(A._middle.seed + index)
+        G = loss.sample_gradients(_samples(A), generator)
+        products = torch.stack([loss.outer_mul(g, u) for g in G])
+        results.append(share * products.mean(0))
+    return results
+
+
+def _empirical(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+    losses = plain.losses()
+    if losses[0].opaque:
+        raise _SkippedError("the loss is not known in closed form")
+    Ju, G = plain.push_forward(u, scale), plain.loss_gradient(plain.here)
+    share = plain.share_of_a_term()  # once in G, not twice
+    batches = zip(losses, G, Ju, strict=True)
+    return A @ u, plain.pull_back([p.outer_mul(g, d) / share for p, g, d in batches])
+
+
+def _diagonal(A: Any, plain: _Plain, scale: float, u: Tensor, w: Tensor) -> Sides:
+    places = {int(v.abs().argmax()) for v in (A @ torch.ones_like(u), u, w)}
+    sides = []
+    for i in places:
+        unit = torch.zeros_like(u)
+        unit[i] = 1.0
+        sides.append([side[i] for side in _ggn(A, plain, scale, unit, w)])
+    actual, expected = zip(*sides, strict=True)
+    return torch.stack(actual), torch.stack(expected)
+
+
+def _jacobian(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+    return A @ u, _flat(plain.push_forward(u, scale))
+
+
+def _transposed(A: Any, plain: _Plain, _scale: float, u: Tensor, _: Tensor) -> Sides:
+    return A @ u, plain.pull_back(plain.split(u))
+
+
+def _gram(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+    U = plain.split(u)
+    if not A.weighted:
+        JJTu = plain.push_forward(plain.pull_back(U), scale)
+        return A @ u, _flat(JJTu)
+    losses, share = plain.losses(), plain.share_of_a_term()
+    RU = [loss.factor_mul(part) for loss, part in zip(losses, U, strict=True)]
+    JJTRU = plain.push_forward(plain.pull_back(RU), scale)
+    batches = zip(losses, JJTRU, strict=True)
+    return A @ u, share * _flat(p.factor_transpose_mul(part) for p, part in batches)
+
+
+#: By the operator's class; subclasses share the entry of their nearest base.
+REFERENCES: dict[str, Reference] = {
+    "HessianLinearOperator": _hessian,
+    "GGNLinearOperator": _ggn,
+    "FisherMCLinearOperator": _ggn,
+    "EFLinearOperator": _empirical,
+    "GGNDiagonalLinearOperator": _diagonal,
+    "JacobianLinearOperator": _jacobian,
+    "TransposedJacobianLinearOperator": _transposed,
+    "GramLinearOperator": _gram,
+}
+
+
+def _reference(A: Any) -> Reference:
+    for base in type(A).__mro__:
+        if base.__name__ in REFERENCES:
+            return REFERENCES[base.__name__]
+    raise _SkippedError(f"there is no reference for {type(A).__name__}")

@@ -1,0 +1,505 @@
+"""Spectral densities by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvlinops._random import as_seed
+from curvlinops.estimators._base import require_positive_int
+from curvlinops.estimators._run import Options, Run
+from curvlinops.estimators.checkpoint import VERSIONS, matrix_fingerprint
+from curvlinops.estimators.density import SpectralDensity
+from curvlinops.estimators.eigenpairs import SciPyView, project_out, solve_eigenpairs
+from curvlinops.estimators.lanczos import (
+    BASIS_BYTES,
+    GaussRules,
+    Tridiagonal,
+    choose_reorthogonalization,
+    lanczos,
+    require_ncv,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Boundaries = tuple[float | None, float | None] | None
+
+
+def run_lanczos(
+    run: Run,
+    rules: GaussRules,
+    ncv: int,
+    num_repeats: int,
+    reorthogonalization: str = "auto",
+    deflated: Tensor | None = None,
+) -> None:
+    """Feed Lanczos runs with random start vectors to Gauss rules, to the limit.
+
+    Several runs go through one product if their bases fit into the memory of one.
+    """
+    require_ncv(ncv, run.dim)
+    require_positive_int("num_repeats", num_repeats)
+    choice = choose_reorthogonalization(reorthogonalization, run.operand, ncv)
+    if choice != "none":
+        basis = run.dim * ncv * run.operand.dtype.itemsize
+        run.block_size = max(1, min(run.block_size, BASIS_BYTES // basis))
+
+    def multiply(V: Tensor) -> Tensor:
+        return project_out(run.multiply(V), deflated)
+
+    def integrand(V: Tensor) -> Tridiagonal:
+        return lanczos(multiply, project_out(V, deflated), ncv, choice)
+
+    run.accumulate(rules, integrand, num_repeats, section="runs")
+
+
+def _distribution(
+    nodes: np.ndarray, weights: np.ndarray, norms: np.ndarray
+) -> np.ndarray:
+    """Return every run's cumulative distribution at 64 points: what ``until`` sees."""
+    points = np.linspace(nodes.min(), nodes.max(), 64)
+    return ((nodes[None] <= points[:, None, None]) * weights[None]).sum(2)
+
+
+class _CachedRuns:
+    r"""Lanczos runs of one Hermitian matrix, and the densities they give.
+
+    The arguments are those of :func:`lanczos_approximate_spectrum`.
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        ncv: int,
+        boundaries: Boundaries = None,
+        boundaries_tol: float = 0.01,
+        *,
+        deflate: int = 0,
+        reorthogonalization: str = "auto",
+        **options: Unpack[Options],
+    ) -> None:
+        if boundaries is not None and np.shape(boundaries) != (2,):
+            raise ValueError(f"boundaries are a pair (low, high), got {boundaries!r}.")
+        if deflate != int(deflate) or deflate < 0:
+            raise ValueError(f"deflate is a number of eigenvalues, got {deflate!r}.")
+        self._A, self._ncv = A, ncv
+        self._boundaries: Boundaries = boundaries
+        self._boundaries_tol = boundaries_tol
+        self._deflate, self._reorthogonalization = deflate, reorthogonalization
+        if options.get("checkpoint") is None:
+            options["rng"] = as_seed(options.get("rng"))
+        self._options = options
+        self._rules = GaussRules(_distribution)
+        self._found: dict[str, np.ndarray] = {}
+        self._fingerprint: list[float] | None = None
+        self.num_products = 0
+
+    def _run(self, num_repeats: int) -> dict[str, Any]:
+        """Have as many Lanczos runs as asked; return what is common to all results."""
+        settings: dict[str, Any] = {
+            "ncv": self._ncv,
+            "deflate": self._deflate,
+            "reorthogonalization": self._reorthogonalization,
+            "boundaries": None if self._boundaries is None else [*self._boundaries],
+        }
+        total = self._ncv * (num_repeats - self._rules.count)
+        task = "lanczos_approximate_spectrum"
+        with Run(self._A, task, self._options, "sphere", total, **settings) as run:
+            require_ncv(self._ncv, run.dim)
+            self._options["rng"] = run.seed
+            self._deflated(run)
+            vectors = self._found.get("vectors")
+            basis = None if vectors is None else torch.from_numpy(vectors)
+            basis = None if basis is None else basis.to(run.operand.device)
+            if self._rules.count < num_repeats:
+                run_lanczos(
+                    run,
+                    self._rules,
+                    self._ncv,
+                    num_repeats,
+                    self._reorthogonalization,
+                    basis,
+                )
+                run.check(*self._rules.mean_and_sem(), self._rules.count)
+            self._bounded(run, basis)
+            if self._fingerprint is None:
+                self._fingerprint = matrix_fingerprint(run.operand)
+            self.num_products += run.operand.num_products
+            nodes, weights = self._rules.rules()
+            spikes = self._found.get("spikes", np.zeros(0))
+            provenance = settings | {
+                "class": run.operand.name,
+                "shape": list(run.operand.shape),
+                "dtype": str(run.operand.dtype),
+                "fingerprint": self._fingerprint,
+                "seed": run.seed,
+                "num_repeats": self._rules.count,
+                "num_products": self.num_products,
+                "versions": VERSIONS,
+            }
+            return {
+                "nodes": nodes[:num_repeats],
+                "weights": weights[:num_repeats] * (1 - len(spikes) / run.dim),
+                "dim": run.dim,
+                "spikes": spikes,
+                "provenance": provenance,
+                "convert": run.operand.result,
+            }
+
+    def _section(self, run: Run, name: str, compute: Any) -> None:
+        """Find some arrays out once, and keep them here and in the checkpoint."""
+        stored = None if run.journal is None else run.journal.load(name)
+        if stored is None:
+            stored = compute()
+            if run.journal is not None:
+                run.journal.save(name, **stored)
+        self._found.update(stored)
+
+    def _deflated(self, run: Run) -> None:
+        if not self._deflate or "spikes" in self._found:
+            return
+        if self._deflate >= run.dim:
+            raise ValueError(f"deflate ({self._deflate}) must be below {run.dim}.")
+        tol = torch.finfo(run.operand.dtype).eps ** (2 / 3)
+
+        def compute() -> dict[str, np.ndarray]:
+            values, vectors = solve_eigenpairs(
+                run, self._deflate, "LM", view=SciPyView(run), tol=tol
+            )
+            return {"spikes": values, "vectors": vectors}
+
+        self._section(run, "deflation", compute)
+
+    def _bounded(self, run: Run, basis: Tensor | None) -> None:
+        if "ends" in self._found or None not in (self._boundaries or (None,)):
+            return
+
+        def compute() -> dict[str, np.ndarray]:
+            values, _ = solve_eigenpairs(
+                run,
+                min(2, run.dim),
+                "BE",
+                view=SciPyView(run, deflated=basis),
+                tol=self._boundaries_tol,
+            )
+            nodes = self._rules.rules()[0]
+            ends = [*values, nodes.min(), nodes.max()]
+            return {"ends": np.array([min(ends), max(ends)], dtype=np.float64)}
+
+        self._section(run, "boundaries", compute)
+
+    def _result(self, num_repeats: int, scale: str, settings: Any) -> SpectralDensity:
+        common = self._run(require_positive_int("num_repeats", num_repeats))
+        found = [float(end) for end in self._found.get("ends", np.zeros(2))]
+        given = self._boundaries or (None, None)
+        signed = [f if g is None else g for g, f in zip(given, found, strict=True)]
+        ends = signed if scale == "linear" else self._absolute(signed, common["nodes"])
+        if scale == "log":  # what was given are the ends of |A|
+            found = self._absolute(found, common["nodes"])
+            ends = [f if g is None else g for g, f in zip(given, found, strict=True)]
+        if ends[0] == ends[1]:  # a multiple of the identity
+            width = abs(ends[0]) / 1e3 or 1e-3
+            ends = [ends[0] - width, ends[1] + width]
+        return SpectralDensity(
+            boundaries=(float(ends[0]), float(ends[1])),
+            scale=scale,
+            **settings,
+            **common,
+        )
+
+    @staticmethod
+    def _absolute(ends: list[float], nodes: np.ndarray) -> list[float]:
+        """Return the ends of ``|A|``: of a definite matrix, its own; else by nodes."""
+        low, high = sorted(abs(end) for end in ends)
+        return [low if ends[0] * ends[1] > 0 else float(np.abs(nodes).min()), high]
+
+
+class LanczosApproximateSpectrumCached(_CachedRuns):
+    r"""Spectral densities of one Hermitian matrix, all from the same Lanczos runs.
+
+    Parameters
+    ----------
+    A : LinearOperator, array, sparse matrix, or Tensor
+        Hermitian matrix of shape ``(N, N)``.
+    ncv, boundaries, boundaries_tol, deflate, reorthogonalization, **options
+        See :func:`lanczos_approximate_spectrum`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = np.diag(np.linspace(-1.0, 1.0, 500))
+    >>> cached = LanczosApproximateSpectrumCached(A, 20, rng=0)
+    >>> coarse = cached.approximate_spectrum(num_repeats=2, kappa=1.1)
+    >>> products = cached.num_products
+    >>> fine = cached.approximate_spectrum(num_repeats=2, kappa=10.0)
+    >>> cached.num_products == products  # the second density costs nothing
+    True
+    """
+
+    def approximate_spectrum(
+        self,
+        num_repeats: int = 1,
+        num_points: int = 1024,
+        kappa: float = 3.0,
+        margin: float = 0.05,
+    ) -> SpectralDensity:
+        """Return the density of the eigenvalues.
+
+        Parameters
+        ----------
+        num_repeats : int, optional
+            Lanczos runs; those already made are reused.
+        num_points, kappa, margin : int, float, optional
+            See :class:`~curvlinops.estimators.SpectralDensity`.
+
+        Returns
+        -------
+        SpectralDensity
+            Unpacks as ``(grid, density)``.
+        """
+        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
+        return self._result(num_repeats, "linear", settings)
+
+    def approximate_abs_spectrum(
+        self,
+        num_repeats: int = 1,
+        num_points: int = 1024,
+        kappa: float = 3.0,
+        margin: float = 0.05,
+    ) -> SpectralDensity:
+        """Return the density of the eigenvalues' absolute values.
+
+        Takes and returns what :meth:`approximate_spectrum` does.
+        """
+        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
+        return self._result(num_repeats, "abs", settings)
+
+
+class LanczosApproximateLogSpectrumCached(_CachedRuns):
+    r"""Densities on a logarithmic scale, all from the same Lanczos runs.
+
+    Parameters
+    ----------
+    A : LinearOperator, array, sparse matrix, or Tensor
+        Hermitian matrix of shape ``(N, N)``.
+    ncv, boundaries, boundaries_tol, deflate, reorthogonalization, **options
+        See :func:`lanczos_approximate_log_spectrum`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = np.diag(np.geomspace(1e-3, 1.0, 500))
+    >>> cached = LanczosApproximateLogSpectrumCached(A, 20, rng=0)
+    >>> grid, density = cached.approximate_log_spectrum(num_repeats=2)
+    >>> bool(np.isclose(np.trapezoid(density, grid), 1.0))
+    True
+    """
+
+    def approximate_log_spectrum(
+        self,
+        num_repeats: int = 1,
+        num_points: int = 1024,
+        kappa: float = 1.04,
+        margin: float = 0.05,
+        epsilon: float = 1e-5,
+    ) -> SpectralDensity:
+        """Return the density of the eigenvalues of ``|A| + epsilon I``.
+
+        It is smoothed in the logarithm, and given per unit of the eigenvalue on a
+        geometric grid.
+
+        Parameters
+        ----------
+        num_repeats : int, optional
+            Lanczos runs; those already made are reused.
+        num_points, kappa, margin, epsilon : int, float, optional
+            See :class:`~curvlinops.estimators.SpectralDensity`.
+
+        Returns
+        -------
+        SpectralDensity
+            Unpacks as ``(grid, density)``.
+        """
+        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
+        return self._result(num_repeats, "log", settings | {"epsilon": epsilon})
+
+
+def lanczos_approximate_spectrum(
+    A: Any,
+    ncv: int,
+    num_points: int = 1024,
+    num_repeats: int = 1,
+    kappa: float = 3.0,
+    boundaries: Boundaries = None,
+    margin: float = 0.05,
+    boundaries_tol: float = 0.01,
+    *,
+    deflate: int = 0,
+    reorthogonalization: str = "auto",
+    **options: Unpack[Options],
+) -> SpectralDensity:
+    r"""Approximate the density of a Hermitian matrix's eigenvalues.
+
+    .. math::
+        \phi(\lambda) \approx \frac{1}{N} \sum_{i=1}^{N} \delta(\lambda - \lambda_i),
+        \quad \int \phi(\lambda) \, \mathrm{d}\lambda = 1
+
+    by Gauss rules of Lanczos runs with random start vectors, whose nodes are smoothed
+    by a normal kernel (formula in :class:`~curvlinops.estimators.SpectralDensity`).
+
+    Parameters
+    ----------
+    A : LinearOperator, array, sparse matrix, or Tensor
+        Hermitian matrix of shape ``(N, N)``.
+    ncv : int
+        Lanczos steps per run, at most ``N``: the resolution of the density.
+    num_points : int, optional
+        Points of the grid.
+    num_repeats : int, optional
+        Lanczos runs that are averaged; with ``until`` the limit.
+    kappa : float, optional
+        Width of the kernel, above 1; nearer to 1 is wider.
+    boundaries : tuple, optional
+        Smallest and largest eigenvalue; ``None`` entries are computed by
+        :func:`scipy.sparse.linalg.eigsh`.
+    margin : float, optional
+        How far the grid goes beyond them, relative to their distance.
+    boundaries_tol : float, optional
+        Relative accuracy asked of ``eigsh``.
+    deflate : int, optional
+        Number of eigenvalues of largest magnitude that are computed, removed, and
+        shown as spikes of their exact mass ``1 / N``.
+    reorthogonalization : str, optional
+        ``"full"``, ``"selective"``, ``"none"``, or ``"auto"``: full if the basis,
+        ``ncv`` vectors, fits into 2 GiB, else none. Without, eigenvalues may repeat;
+        their weights add up rightly, so that the density hardly changes.
+    **options : Options
+        See :class:`~curvlinops.estimators.Options`. ``until`` bounds the relative
+        standard error of the cumulative distribution; ``return_estimate`` has no
+        effect: the result holds its errors.
+
+    Returns
+    -------
+    SpectralDensity
+        Unpacks as ``(grid, density)``; holds error bands, nodes and weights, spikes,
+        and provenance.
+
+    Raises
+    ------
+    ValueError
+        If an argument breaks its rule, or a product is not finite.
+
+    Notes
+    -----
+    Costs ``ncv * num_repeats`` products, those of ``eigsh`` (about 20 per call), and
+    one for the fingerprint. Memory: the basis of one run, or 5 vectors without
+    reorthogonalisation, and the 20 vectors of ``eigsh`` unless boundaries are given.
+
+    References
+    ----------
+    Papyan, "Traces of class/cross-class structure pervade deep learning spectra", JMLR
+    21 (2020). Lin, Saad, Yang, "Approximating spectral densities of large matrices",
+    SIAM Review 58 (2016), arXiv:1308.5467. Ghorbani, Krishnan, Xiao, "An investigation
+    into neural net optimization via Hessian eigenvalue density", ICML 2019,
+    arXiv:1901.10159. Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic
+    Lanczos quadrature", SIAM J. Matrix Analysis and Applications 38 (2017),
+    doi:10.1137/16M1104974.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = np.diag(np.r_[np.linspace(-1.0, 1.0, 498), 50.0, 80.0])
+    >>> result = lanczos_approximate_spectrum(A, 20, deflate=2, rng=0)
+    >>> bool(np.allclose(result.spikes, [80, 50]))
+    True
+    >>> mass = np.trapezoid(result.density, result.grid) + 2 / 500
+    >>> bool(np.isclose(mass, 1.0))
+    True
+    """
+    cached = LanczosApproximateSpectrumCached(
+        A,
+        ncv,
+        boundaries,
+        boundaries_tol,
+        deflate=deflate,
+        reorthogonalization=reorthogonalization,
+        **options,
+    )
+    return cached.approximate_spectrum(num_repeats, num_points, kappa, margin)
+
+
+def lanczos_approximate_log_spectrum(
+    A: Any,
+    ncv: int,
+    num_points: int = 1024,
+    num_repeats: int = 1,
+    kappa: float = 1.04,
+    boundaries: Boundaries = None,
+    margin: float = 0.05,
+    boundaries_tol: float = 0.01,
+    epsilon: float = 1e-5,
+    *,
+    deflate: int = 0,
+    reorthogonalization: str = "auto",
+    **options: Unpack[Options],
+) -> SpectralDensity:
+    r"""Approximate the density of :math:`|A| + \epsilon I` on a logarithmic scale.
+
+    The nodes of the Gauss rules of ``A`` are mapped by
+    :math:`\theta \mapsto \log(|\theta| + \epsilon)` and smoothed there. The density is
+    given per unit of the eigenvalue, on a geometric grid: it integrates to one over the
+    grid.
+
+    Parameters
+    ----------
+    A : LinearOperator, array, sparse matrix, or Tensor
+        Hermitian matrix of shape ``(N, N)``.
+    ncv, num_points, num_repeats, kappa, margin, boundaries_tol : int, float, optional
+        See :func:`lanczos_approximate_spectrum`.
+    boundaries : tuple, optional
+        Smallest and largest eigenvalue of ``|A|``; ``None`` entries are computed. The
+        smallest of an indefinite matrix is that of the Gauss rules' nodes.
+    epsilon : float, optional
+        Shift of the logarithm, above 0, in the unit of ``A``.
+    deflate, reorthogonalization, **options
+        See :func:`lanczos_approximate_spectrum`.
+
+    Returns
+    -------
+    SpectralDensity
+        Unpacks as ``(grid, density)``.
+
+    Raises
+    ------
+    ValueError
+        If an argument breaks its rule, or a product is not finite.
+
+    References
+    ----------
+    Papyan, "Traces of class/cross-class structure pervade deep learning spectra", JMLR
+    21 (2020).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> A = np.diag(np.geomspace(1e-4, 1.0, 500))
+    >>> grid, density = lanczos_approximate_log_spectrum(A, 40, rng=0)
+    >>> bool(np.isclose(np.trapezoid(density, grid), 1.0))
+    True
+    """
+    cached = LanczosApproximateLogSpectrumCached(
+        A,
+        ncv,
+        boundaries,
+        boundaries_tol,
+        deflate=deflate,
+        reorthogonalization=reorthogonalization,
+        **options,
+    )
+    return cached.approximate_log_spectrum(
+        num_repeats, num_points, kappa, margin, epsilon
+    )

@@ -1,0 +1,238 @@
+"""Spectral quantities through training: one row per step of one tidy table."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from curvlinops._random import Rng, as_seed
+from curvlinops.estimators._base import Estimate, to_numpy
+from curvlinops.estimators.eigenpairs import Eigenpairs, top_eigenpairs
+from curvlinops.estimators.norm import hutchinson_squared_fro
+from curvlinops.estimators.trace import hutchinson_trace, hutchpp_trace
+
+#: Quantities that have a name: functions of a matrix, a number of products, a seed.
+QUANTITIES: dict[str, Callable[..., Any]] = {
+    "trace": hutchpp_trace,
+    "hutchinson_trace": hutchinson_trace,
+    "squared_fro": hutchinson_squared_fro,
+}
+EIGENVALUES = "eigenvalues"
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """A table with one row per step; ``track["trace"]`` is a column.
+
+    Attributes
+    ----------
+    columns : dict
+        NumPy arrays of one length by name. ``"trace_error"`` is the standard error of
+        ``"trace"``, ``"eigenvalue_0"`` the leading eigenvalue, ``"residual_0"`` the
+        norm of its residual, ``"overlap"`` that of the leading subspace with the step
+        before: :math:`\\|U_t^{\\mathrm{H}} U_{t-1}\\|_F^2 / k`, from 0 to 1.
+    eigenpairs : Eigenpairs or None
+        Those of the last step, to go on with.
+    """
+
+    columns: dict[str, np.ndarray]
+    eigenpairs: Eigenpairs | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a column."""
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.columns["step"])
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as comma-separated values with a header.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File to write.
+        """
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.columns)
+            rows = zip(
+                *(column.tolist() for column in self.columns.values()), strict=True
+            )
+            writer.writerows(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the columns to an npz file.
+
+        Parameters
+        ----------
+        path : str or path-like
+            File to write.
+        """
+        with open(path, "wb") as file:
+            np.savez(file, **self.columns)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Track:
+        """Read what :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+        """
+        with np.load(path) as file:
+            return cls({name: file[name] for name in file.files})
+
+
+def track(
+    operators_or_checkpoints: Iterable[Any],
+    quantities: Iterable[str] | Mapping[str, Callable[[Any], Any]] = (EIGENVALUES,),
+    *,
+    build: Callable[[Any], Any] | None = None,
+    k: int = 5,
+    which: str = "LA",
+    num_matvecs: int = 60,
+    steps: Iterable[Any] | None = None,
+    start: Eigenpairs | None = None,
+    rng: Rng = None,
+    progressbar: bool = False,
+) -> Track:
+    r"""Follow spectral quantities over a sequence of matrices, as in training.
+
+    Parameters
+    ----------
+    operators_or_checkpoints : iterable
+        Matrices; or with ``build`` anything else, e.g. state dictionaries, or paths of
+        files that :func:`torch.load` reads. One is looked at at a time.
+    quantities : iterable of str, or mapping, optional
+        Names: ``"eigenvalues"``, ``"trace"`` (Hutch++), ``"hutchinson_trace"``,
+        ``"squared_fro"``. Or a mapping from names to functions of the matrix that
+        return a number or an Estimate; the key ``"eigenvalues"`` may have the value
+        ``None``.
+    build : callable, optional
+        From a checkpoint to the matrix.
+    k, which : int, str, optional
+        Number and end of the eigenvalues, see :func:`top_eigenpairs`.
+    num_matvecs : int, optional
+        Products for each quantity given by name, see its function.
+    steps : iterable, optional
+        Numbers that name the rows; default 0, 1, 2, ...
+    start : Eigenpairs, optional
+        Where the eigensolver starts in the first step.
+    rng : int, numpy.random.Generator, torch.Generator, or None, optional
+        Source of randomness; all steps share their random vectors, so that differences
+        between steps are not those of the sample.
+    progressbar : bool, optional
+        Show steps and time left on stderr.
+
+    Returns
+    -------
+    Track
+        The table.
+
+    Raises
+    ------
+    ValueError
+        If a quantity is unknown, or an item is no matrix and ``build`` is not given.
+
+    Notes
+    -----
+    Eigenvectors of one step are the warm start of the next.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> D = np.diag(np.arange(100.0))
+    >>> table = track([D, 2 * D], ["eigenvalues", "trace"], k=2, rng=0)
+    >>> bool(np.allclose(table["eigenvalue_0"], [99, 198]))
+    True
+    >>> bool(np.allclose(table["overlap"][1:], 1.0))  # the eigenvectors stayed
+    True
+    """
+    seed = as_seed(rng)
+    functions = _functions(quantities, num_matvecs, seed)
+    rows: list[dict[str, Any]] = []
+    names = iter(steps) if steps is not None else None
+    pairs = start
+    items = tqdm(operators_or_checkpoints, "track", disable=not progressbar)
+    for index, item in enumerate(items):
+        A = _matrix(item, build)
+        row = {"step": index if names is None else next(names)}
+        for name, function in functions.items():
+            if name == EIGENVALUES:
+                before = pairs
+                pairs = top_eigenpairs(A, k, which, start=before, rng=seed)
+                row |= _eigenvalue_columns(pairs, before)
+            elif function is not None:
+                row |= _columns(name, function(A))
+        rows.append(row)
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return Track(columns, pairs)
+
+
+def _functions(
+    quantities: Iterable[str] | Mapping[str, Callable[[Any], Any]],
+    num_matvecs: int,
+    seed: int,
+) -> dict[str, Callable[[Any], Any] | None]:
+    """Return the functions behind the quantities; ``None`` for the eigenvalues."""
+    if isinstance(quantities, Mapping):
+        return dict(quantities)
+    functions: dict[str, Callable[[Any], Any] | None] = {}
+    for name in quantities:
+        if name not in (EIGENVALUES, *QUANTITIES):
+            raise ValueError(
+                f"A quantity is one of {', '.join((EIGENVALUES, *QUANTITIES))}, or a "
+                f"mapping from a name to a function; got {name!r}."
+            )
+        functions[name] = (
+            None if name == EIGENVALUES else _bind(name, num_matvecs, seed)
+        )
+    return functions
+
+
+def _bind(name: str, num_matvecs: int, seed: int) -> Callable[[Any], Any]:
+    def quantity(A: Any) -> Any:
+        return QUANTITIES[name](A, num_matvecs, rng=seed, return_estimate=True)
+
+    return quantity
+
+
+def _matrix(item: Any, build: Callable[[Any], Any] | None) -> Any:
+    if build is not None:
+        is_path = isinstance(item, (str, os.PathLike))
+        return build(torch.load(item) if is_path else item)
+    if not hasattr(item, "shape"):
+        raise ValueError(
+            f"{type(item).__name__} is no matrix. Say with `build` how to make one of "
+            "it, e.g. `build=lambda state: HessianLinearOperator(...)`."
+        )
+    return item
+
+
+def _columns(name: str, value: Any) -> dict[str, float]:
+    if isinstance(value, Estimate):
+        return {name: float(value), f"{name}_error": float(value.standard_error)}
+    return {name: float(value)}
+
+
+def _eigenvalue_columns(
+    pairs: Eigenpairs, before: Eigenpairs | None
+) -> dict[str, float]:
+    values, residuals = pairs.numpy(), to_numpy(pairs.residual_norms)
+    columns = {f"eigenvalue_{i}": float(value) for i, value in enumerate(values)}
+    columns |= {f"residual_{i}": float(norm) for i, norm in enumerate(residuals)}
+    columns["overlap"] = np.nan
+    if before is not None:
+        cosines = to_numpy(pairs.vectors).conj().T @ to_numpy(before.vectors)
+        columns["overlap"] = float(np.linalg.norm(cosines) ** 2 / len(values))
+    return columns

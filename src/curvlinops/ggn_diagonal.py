@@ -1,0 +1,205 @@
+"""The diagonal of the generalised Gauss-Newton matrix, exact or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvlinops._linearization import Linearization
+from curvlinops._model import Parameters
+from curvlinops.ggn import DEFAULT_SEED, LossHessian
+from curvlinops.risk import (
+    MAX_COLUMN_BYTES,
+    MAX_COLUMNS,
+    EmpiricalRisk,
+    RiskOperator,
+    as_risk,
+)
+from curvlinops.structured import DiagonalLinearOperator
+
+
+class GGNDiagonalLinearOperator(RiskOperator, LinearOperator):
+    r"""Diagonal of the generalised Gauss-Newton matrix as a diagonal operator.
+
+    .. math::
+
+        \operatorname{diag}(G) = \frac{1}{\sum_b D_b} \sum_b \sum_i
+        \left( J_b^\top a_{b,i} \right) \odot \left( J_b^\top b_{b,i} \right)
+        \in \mathbb{R}^{P},
+        \qquad \sum_i a_{b,i} b_{b,i}^\top = \nabla^2_f S_b
+
+    with the notation of :class:`~curvlinops.ggn.GGNLinearOperator`. The vectors are
+    the columns of a factor of the loss's Hessian, :math:`a = b`, where there is one,
+    and unit vectors and columns of the Hessian otherwise. Monte-Carlo: :math:`a = b`
+    are the sampled gradients of single terms, over :math:`\sqrt{M}`.
+
+    Parameters
+    ----------
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, \
+batch_size_fn, mc_samples, seed, **options
+        As for :class:`~curvlinops.ggn.GGNLinearOperator`, of which this is the
+        diagonal, also with samples: the same seed gives the same ones.
+
+    Raises
+    ------
+    ValueError
+        If ``mc_samples`` is negative.
+
+    Notes
+    -----
+    Exact for every model and loss that the GGN accepts: only backward passes through
+    the model are used, one per vector :math:`a`, never mixed. Self-adjoint; not
+    negative if the loss is convex in the output.
+
+    Cost: all in the first product, or in :meth:`diagonal`; later ones are
+    multiplications, until parameters or data change. A datum with :math:`C` outputs
+    takes a forward pass and :math:`C` backward passes (:math:`M` per term with
+    samples; twice as many if the loss has no factor) of that datum alone, vectorised
+    as far as they fit into a few MiB. Where a batch cannot be cut, or its data do not
+    contribute apart (which is checked), each of these passes is one of the whole
+    batch. Memory: recordings of a batch and of its single data.
+
+    References
+    ----------
+    F. Dangel, F. Kunstner, P. Hennig, "BackPACK: packing more into backprop",
+    arXiv:1912.10985.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from curvlinops import EmpiricalRisk, GGNDiagonalLinearOperator
+    >>> from curvlinops import GGNLinearOperator
+    >>> net, loss = torch.nn.Linear(3, 2).double(), torch.nn.CrossEntropyLoss()
+    >>> data = [(torch.rand(4, 3).double(), torch.tensor([0, 1, 1, 0]))]
+    >>> risk = EmpiricalRisk(net, loss, dict(net.named_parameters()), data)
+    >>> D, dense = GGNDiagonalLinearOperator(risk), GGNLinearOperator(risk).to_dense()
+    >>> bool(torch.allclose(D.to_dense(), dense.diag().diag()))
+    True
+    >>> inverse = D.inverse(damping=1e-3).diagonal()
+    >>> bool(torch.allclose(inverse, 1 / (dense.diag() + 1e-3)))
+    True
+    """
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
+        params: Parameters | None = None,
+        data: Iterable[Any] | None = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        mc_samples: int = 0,
+        seed: int = DEFAULT_SEED,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            as_risk(
+                model_func,
+                loss_func,
+                params,
+                data,
+                progressbar=progressbar,
+                check_deterministic=check_deterministic,
+                num_data=num_data,
+                batch_size_fn=batch_size_fn,
+                **options,
+            )
+        )
+        self._middle = LossHessian(self.risk, mc_samples, seed)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return V * self._current().unsqueeze(1)
+
+    def _current(self) -> Tensor:
+        """Return the diagonal, computed once until parameters or data change."""
+        key = type(self), self._middle.mc_samples, self._middle.seed
+        return self.risk.once(key, self._compute)
+
+    def _compute(self) -> Tensor:
+        space = self.risk.space
+        unused = torch.empty(space.dim, 1, dtype=space.dtype, device=space.device)
+        return self.risk.mean(
+            lambda b, _: self._products(b), unused, self._title("diagonal")
+        )[:, 0]
+
+    def _products(self, b: Linearization) -> list[Tensor]:
+        r"""Return :math:`\sum_i (J^\top a_i) \odot (J^\top b_i)` of a batch."""
+        risk = self.risk
+        dtype = torch.promote_types(risk.space.dtype, torch.float32)
+        total = torch.zeros(risk.space.dim, dtype=dtype, device=risk.space.device)
+        width = max(1, min(MAX_COLUMNS, MAX_COLUMN_BYTES // total.nbytes))
+        parts = risk.one_by_one(b)
+        sampled = self._middle.mc_samples > 0
+        vectors = self._sampled(b, parts, width) if sampled else _exact(parts, width)
+        for part, A, B in vectors:
+            JTA = risk.vjp(part, A).to(dtype)
+            JTB = JTA if B is A else risk.vjp(part, B).to(dtype)
+            total += (JTA * JTB).sum(0)
+        return risk.space.split(total)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, of shape ``(P,)``."""
+        return self._current().clone()
+
+    def inverse(self, damping: float = 0.0) -> DiagonalLinearOperator:
+        r"""Return :math:`(\operatorname{diag}(G) + \delta I)^{-1}`.
+
+        Of the present diagonal: it does not follow the parameters.
+
+        Parameters
+        ----------
+        damping : float, optional
+            The number :math:`\delta` that is added to every entry.
+
+        Returns
+        -------
+        DiagonalLinearOperator
+            The inverse, with vectors of the same shapes.
+
+        Raises
+        ------
+        numpy.linalg.LinAlgError
+            If an entry of the damped diagonal is zero.
+        """
+        entries = self.risk.space.split(self._current())
+        return DiagonalLinearOperator(entries).inverse(damping)
+
+    def _sampled(
+        self, b: Linearization, parts: list[Linearization], width: int
+    ) -> Iterator[tuple[Linearization, Tensor, Tensor]]:
+        r"""Yield every part with the sampled gradients of single terms."""
+        M = self._middle.mc_samples
+        G = self._middle.samples(b) / M**0.5
+        shares = G.chunk(len(parts), dim=1) if len(parts) > 1 else [G]
+        for part, share in zip(parts, shares, strict=True):
+            loss = part.loss
+            for ones in _unit_vectors(loss.row_shape, max(1, width // M), share):
+                if loss.class_axis is not None:
+                    ones = ones.unsqueeze(loss.class_axis)
+                A = (share.unsqueeze(1) * ones).flatten(0, 1)
+                yield part, A, A
+
+
+def _exact(
+    parts: list[Linearization], width: int
+) -> Iterator[tuple[Linearization, Tensor, Tensor]]:
+    r"""Yield every part with :math:`a` and :math:`b` of the loss's Hessian."""
+    for part in parts:
+        for ones in _unit_vectors(part.output.shape, width, part.output.detach()):
+            yield part, *part.loss.hessian_pair(ones)
+
+
+def _unit_vectors(shape: Sequence[int], width: int, like: Tensor) -> Iterator[Tensor]:
+    """Yield the unit vectors of a shape, ``[k, *shape]`` with ``k <= width``."""
+    dim = prod(shape)
+    for start in range(0, dim, width):
+        ones = like.new_zeros(min(width, dim - start), dim)
+        ones[:, start : start + width].fill_diagonal_(1.0)
+        yield ones.reshape(-1, *shape)

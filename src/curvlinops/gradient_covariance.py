@@ -1,0 +1,130 @@
+"""The covariance of the gradients of the loss terms (the empirical Fisher)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvlinops._linearization import Linearization
+from curvlinops._model import Parameters
+from curvlinops.risk import EmpiricalRisk, RiskOperator, as_risk
+
+
+class EFLinearOperator(RiskOperator, LinearOperator):
+    r"""Uncentred covariance of the loss terms' gradients, the empirical Fisher.
+
+    .. math::
+
+        E = \frac{1}{\sum_b D_b} \sum_b \sum_{t \in b}
+            \left( J_t^\top g_t \right) \left( J_t^\top g_t \right)^\top
+          \in \mathbb{R}^{P \times P}
+
+    with :math:`J_t = \partial f_t / \partial \theta` the Jacobian of the model's
+    outputs that belong to loss term :math:`t`, :math:`g_t` the gradient of that term
+    with respect to them, as a *sum* counts the term, and :math:`D_b` the number of
+    terms that a ``mean`` averages over (one overall for ``sum``).
+
+    Parameters
+    ----------
+    model_func, loss_func, params, data, progressbar, check_deterministic, num_data, \
+num_per_example_loss_terms, batch_size_fn, **options
+        As for :class:`~curvlinops.risk.EmpiricalRisk`, which may be passed in place of
+        the first four.
+
+    Raises
+    ------
+    ValueError
+        If there is no loss function; or, in a product, if a loss that is not known in
+        closed form meets outputs that cannot be told apart by datum.
+
+    Notes
+    -----
+    Scale: of the squared loss of a term, per squared unit of the parameters, once
+    averaged for ``mean``: the gradient of the mean is not squared as a whole, so the
+    factor is :math:`1 / \sum_b D_b` and not its square. Self-adjoint, positive
+    semi-definite, of rank at most the number of terms.
+
+    A term is one row of the output (a datum; a token, for targets per token) for
+    losses that are known in closed form. For any other callable it is one datum, whose
+    loss is evaluated without the others.
+
+    This is not the Fisher information: that takes the expectation over targets drawn
+    from the model, which gives the GGN for square and cross-entropy losses; here the
+    targets are the data's. The two are close only if the model describes the
+    distribution of the targets well and there are many data. Then the mean gradient is
+    nearly zero, too, and the matrix is a covariance. For square loss that also means
+    residuals of variance 1/2 (the likelihood that belongs to it); residuals
+    :math:`\sigma` times as large give :math:`2 \sigma^2` times the GGN. Class
+    weights enter squared, but linearly into the GGN. Where all targets are matched
+    exactly, this matrix is zero while the GGN is not.
+
+    Cost: as a product with the GGN, and one gradient of the loss with respect to the
+    outputs when a batch is recorded; one evaluation of the loss per datum there if it
+    is not known in closed form. One pass over the data, however many columns.
+
+    References
+    ----------
+    F. Kunstner, P. Hennig, L. Balles, "Limitations of the empirical Fisher
+    approximation for natural gradient descent", arXiv:1905.12558.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from curvlinops import EFLinearOperator
+    >>> from curvlinops.examples.functorch import functorch_empirical_fisher
+    >>> net, loss = torch.nn.Linear(3, 2).double(), torch.nn.CrossEntropyLoss()
+    >>> data = [(torch.rand(4, 3).double(), torch.tensor([0, 1, 1, 0]))]
+    >>> problem = net, loss, dict(net.named_parameters()), data
+    >>> E, dense = EFLinearOperator(*problem), functorch_empirical_fisher(*problem)
+    >>> bool(torch.allclose(E @ torch.eye(8).double(), dense))
+    True
+    """
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
+        params: Parameters | None = None,
+        data: Iterable[Any] | None = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        num_per_example_loss_terms: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        **options: Any,
+    ) -> None:
+        risk = as_risk(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar=progressbar,
+            check_deterministic=check_deterministic,
+            num_data=num_data,
+            num_per_example_loss_terms=num_per_example_loss_terms,
+            batch_size_fn=batch_size_fn,
+            **options,
+        )
+        if risk.loss is None:
+            raise ValueError(
+                "The empirical Fisher needs a loss function, got a risk without one."
+            )
+        super().__init__(risk)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self.risk.mean(
+            lambda b, v: b.vjp(self._outer_mul(b, b.jvp(v))), V, self._title(), "ef"
+        )
+
+    def _outer_mul(self, b: Linearization, U: Tensor) -> Tensor:
+        r"""Multiply by the terms' :math:`\sum_t g_t g_t^\top` in output space."""
+        if not b.loss.opaque:
+            return b.loss.outer_mul(b.once("gradients", b.loss.gradient), U)
+        G = b.once("gradients", lambda: self.risk.data_gradients(b))
+        leading = U.shape[: U.ndim - G.ndim]
+        by_datum = (self.risk.batch_size(b.X), -1)
+        products = (G * U).reshape(*leading, *by_datum).sum(-1, keepdim=True)
+        return (G.reshape(by_datum) * products).reshape(U.shape)

@@ -1,0 +1,443 @@
+"""Which functions use which parameter, with what input: seen in one forward pass.
+
+A :class:`Recorder` watches every call of a torch function. It recognises parameters by
+identity, so modules, plain callables and tied weights look alike to it, and nothing is
+attached to the user's model. A function that takes parameters has a *handler*, which
+calls it, or an equivalent, and notes the :class:`Use`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from curvlinops._model import graph_nodes
+
+
+@dataclass
+class Use:
+    """One call of a function with a parameter.
+
+    Attributes
+    ----------
+    kind : str
+        What the function does, a key of :data:`curvlinops.kfac._uses.KINDS`.
+    weight : str
+        The parameter's name.
+    bias : str or None
+        Name of a parameter that is added to each row of the function's result.
+    input : Tensor
+        What the weight is multiplied with.
+    edge : GradientEdge
+        Where in the autograd graph the gradient by the function's result is. It stays
+        there if the result is changed in place later.
+    shape : torch.Size
+        The result's shape.
+    options : dict
+        What else the geometry depends on.
+    """
+
+    kind: str
+    weight: str
+    bias: str | None
+    input: Tensor
+    edge: GradientEdge
+    shape: torch.Size
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Remember the version of the input's content."""
+        self._version = self.input._version
+
+    def checked_input(self) -> Tensor:
+        """Return the input, unless it was overwritten in place since."""
+        if self.input._version == self._version:
+            return self.input
+        raise ValueError(
+            f"The input of the layer with parameter {self.weight!r} is overwritten in "
+            "place after its use: replace the in-place operation by a plain one."
+        )
+
+
+class Recorder(TorchFunctionMode):
+    """Notes the uses of parameters while it is active.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Tensor
+        The parameters to watch for.
+
+    Attributes
+    ----------
+    uses : list of Use
+        What was understood, in order.
+    unknown : dict of str to str
+        Parameters that were used in another way, and the name of the function.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(p): name for name, p in parameters.items()}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self.uses: list[Use] = []
+        self.unknown: dict[str, str] = {}
+        self._calls: Counter[str] = Counter()
+        self._transposed: dict[int, tuple[Tensor, str]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function, and note it if parameters are among its arguments."""
+        kwargs = kwargs or {}
+        touched = [t for t in _tensors((args, *kwargs.values())) if self.owner(t)]
+        if not touched:
+            return func(*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(self, func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if any(t.requires_grad for t in _tensors([result])):
+            for tensor in touched:
+                self.unknown.setdefault(
+                    str(self.owner(tensor)), getattr(func, "__name__", repr(func))
+                )
+        return result
+
+    def name(self, tensor: Any) -> str | None:
+        """Return the name of a parameter, ``None`` for anything else."""
+        return self._names.get(id(tensor)) if torch.is_tensor(tensor) else None
+
+    def owner(self, tensor: Any) -> str | None:
+        """Return the name of a parameter or of one that is transposed."""
+        known = self._transposed.get(id(tensor))
+        return self.name(tensor) if known is None else known[1]
+
+    def transpose(self, weight: Tensor) -> Tensor:
+        """Return a weight's transpose, whose uses are the weight's."""
+        result, name = weight.T, self.name(weight)
+        assert name is not None
+        self._transposed[id(result)] = result, name
+        self._calls[name] += 1
+        return result
+
+    def note(
+        self,
+        kind: str,
+        weight: Tensor,
+        x: Tensor,
+        y: Tensor,
+        bias: Any = None,
+        counted: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        """Note a use with input ``x`` and result ``y``; return the result."""
+        name, added = self.owner(weight), self.name(bias)
+        assert name is not None
+        self.uses.append(
+            Use(kind, name, added, x.detach(), get_gradient_edge(y), y.shape, options)
+        )
+        if counted and id(weight) not in self._transposed:
+            self._calls[name] += 1
+        if counted and added is not None:
+            self._calls[added] += 1
+        return y
+
+    def check_complete(self, output: Tensor) -> None:
+        """Note as unknown what the graph says reaches a parameter, but was not seen.
+
+        Custom autograd functions, for example, are no torch functions.
+        """
+        reached: Counter[str] = Counter()
+        users: dict[str, str] = {}
+        for node in graph_nodes(output):
+            for following, _ in node.next_functions:
+                name = self.name(getattr(following, "variable", None))
+                if name is not None:
+                    reached[name] += 1
+                    users[name] = node.name()
+        for name, count in reached.items():
+            if count > self._calls[name]:
+                self.unknown.setdefault(name, users[name])
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+# -- handlers: (recorder, func, *args, **kwargs) -> result, or NotImplemented -------
+
+
+def _rows(
+    recorder: Recorder, kind: str, x: Tensor, W: Tensor, b: Any, call: Callable, **o: Any
+) -> Any:
+    """Note a function of a weight, and of a bias that is added along axis 1 or -1."""
+    if recorder.owner(x):
+        return NotImplemented
+    if recorder.owner(W):
+        return recorder.note(kind, W, x, call(b), b, **o)
+    return _shift(recorder, torch.add, call(None), b, len(o.get("kernel", ())))
+
+
+def _linear(
+    recorder: Recorder, _: Any, input: Tensor, weight: Tensor, bias: Any = None
+) -> Any:
+    if weight.ndim != 2:
+        return NotImplemented
+    flipped = id(weight) in recorder._transposed
+    kind = "linear-transposed" if flipped else "linear"
+    return _rows(
+        recorder, kind, input, weight, bias, lambda b: F.linear(input, weight, b)
+    )
+
+
+def _convolution(kind: str, *names: str) -> Callable:
+    """Handle ``func(input, weight, bias, *names)``."""
+
+    def handler(
+        recorder: Recorder,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
+        if recorder.owner(weight) and not recorder.name(weight):
+            return NotImplemented
+        return _rows(
+            recorder,
+            kind,
+            input,
+            weight,
+            bias,
+            lambda b: func(input, weight, b, **options),
+            kernel=weight.shape[2:],
+            **options,
+        )
+
+    return handler
+
+
+def _embedding(
+    recorder: Recorder, func: Any, input: Tensor, weight: Tensor, *args: Any, **kw: Any
+) -> Any:
+    bound = signature(F.embedding).bind(input, weight, *args, **kw).arguments
+    unusual = ("max_norm", "scale_grad_by_freq", "sparse")
+    if recorder.name(weight) is None or any(bound.get(name) for name in unusual):
+        return NotImplemented
+    V = len(weight)
+    padding = bound.get("padding_idx")
+    padding = padding if padding is None else padding % V
+    y = func(input, weight, *args, **kw)
+    return recorder.note("embedding", weight, input, y, size=V, padding=padding)
+
+
+def _transpose(recorder: Recorder, _: Any, tensor: Tensor, *args: Any) -> Any:
+    if not recorder.name(tensor) or tensor.ndim != 2:
+        return NotImplemented
+    if args and set(args) not in ({0, 1}, {-1, -2}):
+        return NotImplemented
+    return recorder.transpose(tensor)
+
+
+def _matmul(recorder: Recorder, func: Any, a: Tensor, b: Tensor) -> Any:
+    """Note ``x @ W``, ``x @ W.T``, ``W @ x`` and ``W.T @ x``."""
+    left = recorder.owner(a) is not None
+    W, x = (a, b) if left else (b, a)
+    if W.ndim != 2 or recorder.owner(x):
+        return NotImplemented
+    flipped = id(W) in recorder._transposed
+    # A matrix's rows are its outputs in `W @ x` and `x @ W.T`.
+    kind = "linear" if left != flipped else "linear-transposed"
+    return recorder.note(kind, W, x, func(a, b), columns=left and x.ndim > 1)
+
+
+def _addmm(
+    recorder: Recorder, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **kw: Any
+) -> Any:
+    """Note ``b + x @ W``, the form of HuggingFace's ``Conv1D``."""
+    if recorder.owner(mat1) or any(v != 1 for v in kw.values()):
+        return NotImplemented
+    if recorder.owner(mat2) is None or (recorder.owner(input) and input.ndim != 1):
+        return NotImplemented
+    flipped = id(mat2) in recorder._transposed
+    kind = "linear" if flipped else "linear-transposed"
+    return recorder.note(kind, mat2, mat1, func(input, mat1, mat2), input)
+
+
+def _scale(recorder: Recorder, func: Any, x: Any, p: Tensor, trailing: int = 0) -> Any:
+    """Note ``x * p``, with ``p`` broadcast to ``x`` after some trailing axes."""
+    size = torch.Size([*p.shape, *[1] * trailing])
+    y = func(x, p.reshape(size) if trailing else p)
+    x = torch.as_tensor(x, dtype=p.dtype, device=p.device)
+    return recorder.note("elementwise", p, x, y, size=size)
+
+
+def _shift(
+    recorder: Recorder, func: Any, x: Any, p: Tensor, trailing: int = 0, sign: int = 1
+) -> Any:
+    """Note ``x + p``, broadcast likewise."""
+    size = torch.Size([*p.shape, *[1] * trailing])
+    y = func(x, p.reshape(size) if trailing else p)
+    return recorder.note("elementwise", p, p.new_full((), sign), y, size=size)
+
+
+def _binary(note: Callable, swapped_sign: int = 1) -> Callable:
+    """Handle ``func(a, b)`` with a parameter as one of two operands."""
+
+    def handler(recorder: Recorder, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+        if kwargs or (recorder.owner(a) and recorder.owner(b)):
+            return NotImplemented
+        if recorder.name(b):
+            extra = {"sign": swapped_sign} if note is _shift else {}
+            return note(recorder, func, a, b, **extra)
+        if recorder.name(a):
+            return note(recorder, lambda x, p: func(p, x), b, a)
+        return NotImplemented
+
+    return handler
+
+
+def _expand(recorder: Recorder, func: Any, p: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+    if not recorder.name(p):
+        return NotImplemented
+    return _shift(recorder, lambda _, p: func(p, *sizes, **kwargs), None, p)
+
+
+def _norm(*names: str, channels: bool = True) -> Callable:
+    """Write a normalisation ``func(input, *names)`` with its affine part apart."""
+
+    def handler(
+        recorder: Recorder, func: Any, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
+        affine = [(torch.mul, _scale, options.pop("weight", None))]
+        affine += [(torch.add, _shift, options.pop("bias", None))]
+        if any(recorder.owner(p) and not recorder.name(p) for _, _, p in affine):
+            return NotImplemented
+        y = func(input, **options)
+        trailing = input.ndim - 2 if channels else 0
+        for op, note, p in affine:
+            if recorder.name(p):
+                y = note(recorder, op, y, p, trailing)
+            elif p is not None:
+                y = op(y, p.reshape(*p.shape, *[1] * trailing))
+        return y
+
+    return handler
+
+
+def _attention(recorder: Recorder, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Project outside of ``F.multi_head_attention_forward``, which then projects by I.
+
+    Inside of it torch functions are not dispatched.
+    """
+    bound = signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    inputs = [bound[n] for n in ("query", "key", "value")]
+    packed, b = bound["in_proj_weight"], bound["in_proj_bias"]
+    if bound.get("use_separate_proj_weight"):
+        weights = [bound[f"{n}_proj_weight"] for n in "qkv"]
+        if recorder.name(b):
+            recorder.unknown.setdefault(str(recorder.name(b)), "in_proj_bias")
+        biases = [None] * 3 if b is None else b.chunk(3)
+        projected = [
+            _project(recorder, x, W, None) if c is None else _project(recorder, x, W) + c
+            for x, W, c in zip(inputs, weights, biases, strict=True)
+        ]
+    elif inputs[0] is inputs[1] is inputs[2]:
+        projected = list(_project(recorder, inputs[0], packed, b).chunk(3, dim=-1))
+    else:
+        weights = packed.chunk(3)
+        biases = [None] * 3 if b is None else b.chunk(3)
+        projected = [
+            _project(recorder, x, W, c, packed, b, slot=(i, 3))
+            for i, (x, W, c) in enumerate(zip(inputs, weights, biases, strict=True))
+        ]
+    eye = torch.eye(bound["embed_dim_to_check"]).to(projected[0])
+    out, out_bias = bound["out_proj_weight"], bound["out_proj_bias"]
+    bound |= dict(zip(("query", "key", "value"), projected, strict=True))
+    bound |= {f"{n}_proj_weight": eye for n in "qkv"} | {"out_proj_weight": eye}
+    bound |= {"in_proj_weight": None, "in_proj_bias": None, "out_proj_bias": None}
+    attended, weights = func(**{**bound, "use_separate_proj_weight": True})
+    return _project(recorder, attended, out, out_bias), weights
+
+
+def _project(
+    recorder: Recorder,
+    x: Tensor,
+    W: Tensor,
+    b: Any = None,
+    whole: Any = None,
+    whole_bias: Any = None,
+    slot: tuple[int, int] | None = None,
+) -> Tensor:
+    """Multiply ``[length, batch, features]`` by (a slot of) a weight."""
+    x = x.transpose(0, 1) if x.ndim == 3 else x
+    if slot is None:
+        tracked = recorder.name(W) or recorder.name(b)
+        y = _linear(recorder, None, x, W, b) if tracked else F.linear(x, W, b)
+    else:
+        y = F.linear(x, W, b)
+        if recorder.name(whole):
+            options = {"slot": slot, "counted": slot[0] == 0}
+            recorder.note("linear", whole, x, y, whole_bias, **options)
+        elif recorder.name(whole_bias):
+            recorder.unknown.setdefault(str(recorder.name(whole_bias)), "in_proj_bias")
+    return y.transpose(0, 1) if y.ndim == 3 else y
+
+
+_HANDLERS: dict[Any, Callable] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    F.multi_head_attention_forward: _attention,
+    F.layer_norm: _norm("normalized_shape", "weight", "bias", "eps", channels=False),
+    F.rms_norm: _norm("normalized_shape", "weight", "eps", channels=False),
+    F.group_norm: _norm("num_groups", "weight", "bias", "eps"),
+    F.batch_norm: _norm(
+        *("running_mean", "running_var", "weight", "bias", "training", "momentum"),
+        "eps",
+    ),
+    F.instance_norm: _norm(
+        *("running_mean", "running_var", "weight", "bias", "use_input_stats"),
+        *("momentum", "eps"),
+    ),
+    torch.addmm: _addmm,
+    Tensor.expand: _expand,
+}
+for _d in (1, 2, 3):
+    _HANDLERS[getattr(F, f"conv{_d}d")] = _convolution(
+        "convolution", "stride", "padding", "dilation", "groups"
+    )
+    _HANDLERS[getattr(F, f"conv_transpose{_d}d")] = _convolution(
+        *("transposed-convolution", "stride", "padding", "output_padding"),
+        *("groups", "dilation"),
+    )
+for _functions, _handler in (
+    ((Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t), _transpose),  # type: ignore[attr-defined]
+    ((Tensor.transpose, torch.transpose, Tensor.swapaxes), _transpose),
+    ((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
+    ((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _binary(_scale)),
+    ((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _binary(_shift)),
+    ((torch.sub, Tensor.sub, Tensor.__sub__), _binary(_shift, swapped_sign=-1)),
+    ((Tensor.add_, Tensor.__iadd__), _binary(_shift)),
+):
+    _HANDLERS |= dict.fromkeys(_functions, _handler)

@@ -1,0 +1,320 @@
+r"""The geometry of layers: a use of a weight as rows of inputs and of output gradients.
+
+A parameter is viewed as :math:`G` matrices of shape :math:`(m, n)` such that its
+gradient by anything is a sum over *positions* :math:`r` of outer products,
+
+.. math::
+
+    \nabla_W = \sum_r b_r a_r^\top , \qquad b_r \in \mathbb{R}^m , \quad
+    a_r \in \mathbb{R}^n ,
+
+with inputs :math:`a_r` and gradients :math:`b_r` by the outputs. A linear layer has one
+position per datum (or several, if its input has more axes), a convolution one per
+output pixel whose :math:`a_r` is the input's patch, an embedding one per token whose
+:math:`a_r` is a unit vector. A parameter that scales or shifts is a column
+(:math:`n = 1`) with one position, and :math:`b` its gradient on one datum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvlinops.kfac._recording import Use
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    r"""How a weight, and maybe a bias, are ``G`` matrices ``(m, n)``.
+
+    The weight is reshaped to ``view``, its axes are put in ``order``, and the result is
+    reshaped to ``(G, m, n)``. The bias is one more column.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The weight's name, or weight and bias.
+    shapes : tuple of shapes
+        Their shapes.
+    view, order : tuple of int
+        See above.
+    size : tuple of int
+        ``(G, m, n)``, with the bias.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    view: Shape
+    order: Shape
+    size: Shape
+
+    @property
+    def groups(self) -> int:
+        """The number of matrices."""
+        return self.size[0]
+
+    def gather(self, tensors: list[Tensor]) -> Tensor:
+        """Turn ``[K, *shape]`` for each name into ``[K, G, m, n]``."""
+        K, (G, m, n) = len(tensors[0]), self.size
+        order = (0, *(i + 1 for i in self.order))
+        W = tensors[0].reshape(K, *self.view).permute(order)
+        if len(tensors) == 1:
+            return W.reshape(K, G, m, n)
+        parts = [W.reshape(K, G, m, n - 1), tensors[1].reshape(K, G, m, 1)]
+        return torch.cat(parts, dim=-1)
+
+    def scatter(self, M: Tensor) -> list[Tensor]:
+        """Turn ``[K, G, m, n]`` into ``[K, *shape]`` for each name."""
+        K = len(M)
+        inner = [self.view[i] for i in self.order]
+        inverse = (0, *(self.order.index(i) + 1 for i in range(len(self.order))))
+        W = M if len(self.names) == 1 else M[..., :-1]
+        tensors = [W.reshape(K, *inner).permute(inverse).reshape(K, *self.shapes[0])]
+        if len(self.names) == 2:
+            tensors.append(M[..., -1].reshape(K, *self.shapes[1]))
+        return tensors
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known about one kind of use.
+
+    Attributes
+    ----------
+    layout : callable
+        Maps weight shape and use to ``view, order, (G, m, n)``.
+    inputs, outputs : callable
+        Map use and number of data (the latter also the gradient by the result) to rows
+        ``[G, N, R, n]`` and ``[G, N, R, m]``.
+    """
+
+    layout: Callable[[Shape, Use], tuple[Shape, Shape, Shape]]
+    inputs: Callable[[Use, int], Tensor]
+    outputs: Callable[[Use, Tensor, int], Tensor]
+
+
+def data_first(x: Tensor, N: int, name: str) -> Tensor:
+    """Reshape ``[*leading, d]`` to ``[N, R, d]``, with the data's axis in front.
+
+    That is axis 0, or else the first axis of length ``N``, or else axis 0 split.
+    """
+    lead = x.shape[:-1]
+    if lead and lead[0] != N and N in lead:
+        x = x.movedim(lead.index(N), 0)
+    elif not lead or lead[0] % N:
+        raise ValueError(
+            f"The layer with parameter {name!r} sees a tensor of shape {tuple(x.shape)}"
+            f", in which no axis counts the batch's {N} data points. Keep the data on "
+            "axis 0, or pass `batch_size_fn`; or use `unsupported='diagonal'`."
+        )
+    return x.reshape(N, -1, x.shape[-1])
+
+
+# -- products with a matrix ---------------------------------------------------------
+
+
+def _matrix_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
+    _, G = use.options.get("slot", (0, 1))
+    m, n = shape
+    return (G, m // G, n), (0, 1, 2), (G, m // G, n)
+
+
+def _flipped_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
+    return shape, (1, 0), (1, *shape[::-1])
+
+
+def _columns(use: Use, x: Tensor) -> Tensor:
+    x = x.mT if use.options.get("columns") else x
+    return x.unsqueeze(0) if x.ndim == 1 else x
+
+
+def _matrix_inputs(use: Use, N: int) -> Tensor:
+    x = _columns(use, use.checked_input())
+    return data_first(x, N, use.weight).unsqueeze(0)
+
+
+def _matrix_outputs(use: Use, g: Tensor, N: int) -> Tensor:
+    return data_first(_columns(use, g), N, use.weight).unsqueeze(0)
+
+
+# -- embeddings ---------------------------------------------------------------------
+
+
+def _embedding_inputs(use: Use, N: int) -> Tensor:
+    ids = data_first(use.checked_input().unsqueeze(-1), N, use.weight)[..., 0]
+    units = F.one_hot(ids.long(), use.options["size"])
+    if (padding := use.options["padding"]) is not None:
+        units[..., padding] = 0
+    return units.unsqueeze(0)
+
+
+# -- convolutions -------------------------------------------------------------------
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    return list(value) if isinstance(value, (tuple, list)) else [value] * dims
+
+
+def padding_of(use: Use) -> list[tuple[int, int]]:
+    """Return the zeros in front of and behind every spatial axis."""
+    kernel, padding = use.options["kernel"], use.options.get("padding", 0)
+    dims = len(kernel)
+    if padding == "valid":
+        return [(0, 0)] * dims
+    if padding == "same":
+        dilation = _each(use.options.get("dilation", 1), dims)
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [(t // 2, t - t // 2) for t in total]
+    return [(p, p) for p in _each(padding, dims)]
+
+
+def padded(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
+    """Pad (or crop, if negative) the last axes by zeros."""
+    flat = list(chain.from_iterable(reversed(padding)))
+    return F.pad(x, flat) if any(flat) else x
+
+
+def batched(use: Use, x: Tensor) -> Tensor:
+    """Add the batch axis that an unbatched image lacks."""
+    return x.unsqueeze(0) if x.ndim == len(use.options["kernel"]) + 1 else x
+
+
+def _patches(x: Tensor, kernel: Shape, stride: list[int], dilation: list[int]) -> Tensor:
+    """View a padded image ``[N, C, *size]`` as patches ``[N, C, *out, *kernel]``."""
+    N, C, *size = x.shape
+    out = [
+        (s - d * (k - 1) - 1) // t + 1
+        for s, k, t, d in zip(size, kernel, stride, dilation, strict=True)
+    ]
+    steps = x.stride()[2:]
+    strides = [
+        *x.stride()[:2],
+        *(t * s for t, s in zip(stride, steps, strict=True)),
+        *(d * s for d, s in zip(dilation, steps, strict=True)),
+    ]
+    return x.as_strided((N, C, *out, *kernel), strides)
+
+
+def _patch_rows(patches: Tensor, dims: int, G: int) -> Tensor:
+    """Sort patches into rows ``[G, N, R, C / G * K]``."""
+    N, C, *rest = patches.shape
+    out, kernel = rest[:dims], rest[dims:]
+    split = patches.reshape(N, G, C // G, prod(out), prod(kernel))
+    return split.permute(1, 0, 3, 2, 4).reshape(G, N, prod(out), -1)
+
+
+def _convolution_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
+    G = use.options.get("groups", 1)
+    out, *inner = shape
+    size = (G, out // G, prod(inner))
+    return size, (0, 1, 2), size
+
+
+def _convolution_inputs(use: Use, N: int) -> Tensor:
+    o, kernel = use.options, use.options["kernel"]
+    dims, G = len(kernel), use.options.get("groups", 1)
+    x = padded(batched(use, use.checked_input()), padding_of(use))
+    stride, dilation = (_each(o.get(k, 1), dims) for k in ("stride", "dilation"))
+    return _split(_patch_rows(_patches(x, kernel, stride, dilation), dims, G), N)
+
+
+def _transposed_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
+    G = use.options.get("groups", 1)
+    inner, out, *kernel = shape
+    view = (G, inner // G, out, prod(kernel))
+    return view, (0, 2, 1, 3), (G, out, inner // G * prod(kernel))
+
+
+def _transposed_inputs(use: Use, N: int) -> Tensor:
+    """Return the patches of the plain convolution that gives the same result.
+
+    It runs over the input with zeros put between its pixels, with the kernel reversed.
+    """
+    o, kernel = use.options, use.options["kernel"]
+    dims, G = len(kernel), use.options.get("groups", 1)
+    stride, padding, extra, dilation = (
+        _each(o.get(k, default), dims)
+        for k, default in (
+            ("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)
+        )
+    )
+    x = batched(use, use.checked_input())
+    size = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *size)
+    spread[(..., *(slice(None, None, t) for t in stride))] = x
+    border = [
+        (d * (k - 1) - p, d * (k - 1) - p + e)
+        for k, p, e, d in zip(kernel, padding, extra, dilation, strict=True)
+    ]
+    patches = _patches(padded(spread, border).contiguous(), kernel, [1] * dims, dilation)
+    patches = patches.flip(list(range(-dims, 0)))
+    return _split(_patch_rows(patches, dims, G), N)
+
+
+def _convolution_outputs(use: Use, g: Tensor, N: int) -> Tensor:
+    G = use.options.get("groups", 1)
+    g = batched(use, g).flatten(2)
+    return _split(g.reshape(len(g), G, -1, g.shape[-1]).permute(1, 0, 3, 2), N)
+
+
+def _split(rows: Tensor, N: int) -> Tensor:
+    """Reshape ``[G, M, R, d]`` to ``[G, N, M / N * R, d]``."""
+    G, M, R, d = rows.shape
+    if M % N:
+        raise ValueError(
+            f"A convolution sees {M} images for the batch's {N} data points. Keep the "
+            "data on axis 0, or pass `batch_size_fn`."
+        )
+    return rows if M == N else rows.reshape(G, N, -1, d)
+
+
+# -- scales and shifts --------------------------------------------------------------
+
+
+def applies_elementwise(use: Use, N: int) -> bool:
+    """Whether a parameter is broadcast along the axis that counts data."""
+    size, shape = use.options["size"], use.shape
+    alone = len(size) < len(shape) or (len(size) > 0 and size[0] == 1)
+    return alone and len(shape) > 0 and shape[0] > 0 and shape[0] % N == 0
+
+
+def _elementwise_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
+    size = (1, prod(shape), 1)
+    return size, (0, 1, 2), size
+
+
+def _elementwise_inputs(use: Use, N: int) -> Tensor:
+    return use.input.new_ones(1, N, 1, 1)
+
+
+def _elementwise_outputs(use: Use, g: Tensor, N: int) -> Tensor:
+    """Return every datum's gradient by the parameter, ``[1, N, 1, m]``."""
+    if use.input.ndim or use.input != 1:
+        g = g * use.checked_input()
+    g = g.reshape(N, -1, *g.shape[1:])
+    size = use.options["size"]
+    missing = g.ndim - 1 - len(size)
+    axes = [1 + i for i in range(missing)]
+    axes += [1 + missing + i for i, s in enumerate(size) if s == 1]
+    return (g.sum(axes) if axes else g).reshape(1, N, 1, -1)
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(_matrix_layout, _matrix_inputs, _matrix_outputs),
+    "linear-transposed": Kind(_flipped_layout, _matrix_inputs, _matrix_outputs),
+    "embedding": Kind(_flipped_layout, _embedding_inputs, _matrix_outputs),
+    "convolution": Kind(_convolution_layout, _convolution_inputs, _convolution_outputs),
+    "transposed-convolution": Kind(
+        _transposed_layout, _transposed_inputs, _convolution_outputs
+    ),
+    "elementwise": Kind(_elementwise_layout, _elementwise_inputs, _elementwise_outputs),
+}

@@ -1,0 +1,34 @@
+"""Every law on every operator, on the problems that the law asks for."""
+
+import pytest
+
+from cases import OPERATORS, PROBLEMS, Operator, Problem
+from laws import LAWS, Law, subject
+
+
+def _cases() -> list:
+    # one problem after the other, so that what a law needs has just been computed
+    position = {problem.name: i for i, problem in enumerate(PROBLEMS)}
+    cases = [(law, *case) for law in LAWS for case in law.subjects()]
+    cases.sort(key=lambda case: (position[case[2].name], case[1].name))
+    return [
+        pytest.param(
+            law,
+            operator,
+            problem,
+            id=f"{operator.name}-{problem.name}-{law.check.__name__}",
+        )
+        for law, operator, problem in cases
+    ]
+
+
+@pytest.mark.parametrize(("law", "operator", "problem"), _cases())
+def test_law(law: Law, operator: Operator, problem: Problem):
+    law.check(subject(operator, problem))
+
+
+def test_operators_and_laws_have_distinct_names():
+    names = [operator.name for operator in OPERATORS]
+    assert len(set(names)) == len(names)
+    checks = [law.check.__name__ for law in LAWS]
+    assert len(set(checks)) == len(checks)

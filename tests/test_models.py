@@ -1,0 +1,937 @@
+"""The user's model, loss and data: left as found, never stale, whatever happens."""
+
+import copy
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import references
+from cases import OPERATORS, Operator, find
+from curvlinops import (
+    EmpiricalRisk,
+    FisherMCLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+)
+from tolerances import assert_close
+
+SIZES = (3, 2, 1)
+PAIR = (GGNLinearOperator, HessianLinearOperator)
+DENSE = {
+    GGNLinearOperator: references.ggn,
+    HessianLinearOperator: references.hessian,
+}
+
+
+# A model with everything that can be disturbed
+
+
+def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output + 0.1
+
+
+class Everything(nn.Module):
+    """Parameters, frozen ones, buffers, hooks, modes, attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.frozen = nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.5)
+        self.last = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.linspace(0, 1, 4))
+        self.frozen.requires_grad_(False)
+        self.first.register_forward_hook(hook)
+        self.scale = 1.0
+        self.extend()
+
+    def extend(self) -> None:
+        """Add what a subclass is about."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        h = self.norm(self.first(X)).tanh()
+        h = self.dropout(self.frozen(h).sin() + self.shift)
+        self.seen = h.shape  # as some models do
+        h = h * 2 if self.training else h
+        return self.scale * self.last(h)
+
+
+class WithLock(Everything):
+    """Cannot be deep-copied: it is evaluated in place."""
+
+    def extend(self) -> None:
+        self.lock = threading.Lock()
+
+
+class WithClosure(Everything):
+    """Its copy still reaches the original: it is evaluated in place."""
+
+    def extend(self) -> None:
+        last = self.last
+        self.apply_last = lambda h: last(h)
+
+    def forward(self, X: Tensor) -> Tensor:
+        h = self.norm(self.first(X)).tanh()
+        h = self.dropout(self.frozen(h).sin() + self.shift)
+        h = h * 2 if self.training else h
+        return self.scale * self.apply_last(h)
+
+
+class WithCheckpoint(Everything):
+    """Runs parts of the forward pass again in the backward pass."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        h = self.norm(self.first(X)).tanh()
+        h = self.dropout(self.frozen(h).sin() + self.shift)
+        h = h * 2 if self.training else h
+        return self.scale * checkpoint(self.last, h, use_reentrant=False)
+
+
+class WithCheckpointInPlace(WithCheckpoint, WithLock):
+    """Both at once: what is evaluated again is swapped, too."""
+
+
+MODELS = (Everything, WithLock, WithClosure, WithCheckpoint, WithCheckpointInPlace)
+
+
+def build(kind: type[nn.Module] = Everything, dtype: torch.dtype = torch.float64):
+    """Return a problem that is disturbed easily."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind().to(dtype)
+        for p in model.norm.parameters():
+            nn.init.uniform_(p, 0.5, 1.5)
+        model.norm.running_mean.uniform_(-0.5, 0.5)
+        model.norm.running_var.uniform_(0.5, 1.5)
+        model.eval()
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.full_like(p, i) if i % 2 else None
+        data = [
+            (torch.randn(n, 3, dtype=dtype), torch.randint(3, (n,))) for n in SIZES
+        ]
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss_func = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0], dtype=dtype))
+    return model, loss_func, params, data
+
+
+def vectors(A: Any, K: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(A.shape[1])
+    V = torch.randn(A.shape[1], K, generator=generator, dtype=torch.float64)
+    return V.to(A.torch_dtype)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a model of the plain kind with the same state."""
+    with torch.random.fork_rng(devices=[]):
+        plain = Everything().to(next(model.parameters()).dtype)
+    plain.load_state_dict(model.state_dict())
+    for copied, original in zip(plain.modules(), model.modules(), strict=True):
+        copied.training = original.training
+    plain.scale = model.scale
+    return plain
+
+
+def dense_now(dense: Callable, built: Any) -> Tensor:
+    """Compute the reference at the present state of a problem."""
+    model, loss_func, params, data = built
+    if isinstance(model, Everything):
+        model = twin(model)
+        params = {n: p.detach().clone() for n, p in params.items()}
+    return dense(model, loss_func, params, list(data))
+
+
+class Snapshot:
+    """Everything of the user's that a product could disturb."""
+
+    def __init__(self, model: nn.Module, loss_func: Any, params: Any, data: Any):
+        self.built = model, loss_func, params, data
+        self.before = self.look()
+
+    def look(self) -> list:
+        """List what is there; tensors by identity, place, and content."""
+        model, loss_func, params, data = self.built
+        state: list = [list(params), *map(self.tensor, params.values())]
+        for X, y in data:
+            state += [self.tensor(X), self.tensor(y)]
+        for module in (*model.modules(), loss_func):
+            own = {k: v for k, v in vars(module).items() if k != "seen"}
+            state += [
+                module.training,
+                {k: id(v) for k, v in own.items() if not isinstance(v, dict)},
+                {k: list(v) for k, v in own.items() if isinstance(v, dict)},
+                [(n, self.tensor(b)) for n, b in module.named_buffers(recurse=False)],
+                [
+                    (n, self.tensor(p), id(p.grad), self.tensor(p.grad))
+                    for n, p in module.named_parameters(recurse=False)
+                ],
+            ]
+        numpy_state = np.random.get_state()
+        state += [
+            torch.get_rng_state().tolist(),
+            [*numpy_state[:1], numpy_state[1].tolist(), *numpy_state[2:]],
+            random.getstate(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.get_default_dtype(),
+        ]
+        return state
+
+    @staticmethod
+    def tensor(t: Tensor | None) -> tuple | None:
+        if t is None:
+            return None
+        flags = (t.requires_grad, t.is_leaf, len(t._backward_hooks or ()))
+        return id(t), t.data_ptr(), t._version, *flags, t.tolist()
+
+    def assert_unchanged(self) -> None:
+        for before, now in zip(self.before, self.look(), strict=True):
+            assert before == now
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("cls", PAIR)
+def test_nothing_is_left_changed(cls: type, kind: type[nn.Module], cache: str):
+    built = build(kind)
+    before = Snapshot(*built)
+    A = cls(*built, cache=cache)
+    before.assert_unchanged()
+    expected = dense_now(DENSE[cls], built)
+    for _ in range(3):
+        assert_close(A.to_dense(), expected)
+        before.assert_unchanged()
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
+def test_no_operator_leaves_anything_changed(operator: Operator):
+    built = build()
+    before = Snapshot(*built)
+    A = operator.build(*built)
+    V = vectors(A)
+    assert_close(A @ V, dense_now(operator.dense, built) @ V, exponent=operator.exponent)
+    A.H @ vectors(A.H)
+    before.assert_unchanged()
+
+
+def test_random_states_survive_a_loader_that_draws():
+    model, loss_func, params, data = build()
+    dataset = TensorDataset(*(torch.cat(side) for side in zip(*data, strict=True)))
+    for shuffle in (False, True):
+        before = Snapshot(model, loss_func, params, data)
+        loader = DataLoader(dataset, batch_size=2, shuffle=shuffle)
+        A = GGNLinearOperator(model, loss_func, params, loader, cache="off")
+        A @ vectors(A)
+        before.assert_unchanged()
+
+
+# Interrupts
+
+
+class Trip:
+    """Raises at the n-th call once it is armed, in copies, too."""
+
+    def __init__(self) -> None:
+        self.left = -1
+
+    def __deepcopy__(self, memo: dict) -> "Trip":
+        return self
+
+    def arm(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+class Tripping(torch.autograd.Function):
+    """The identity, which may be interrupted in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.trip()
+        return Tripping.apply(grad, ctx.trip), None
+
+
+def interruptible(kind: type[nn.Module], where: str) -> tuple[type[nn.Module], Trip]:
+    """Return a kind of model that is interrupted in one of its passes."""
+    trip = Trip()
+
+    class Interrupted(kind):
+        def extend(self) -> None:
+            super().extend()
+            self.trip = trip
+
+        def forward(self, X: Tensor) -> Tensor:
+            if where == "forward":
+                self.trip()
+                return super().forward(X)
+            return Tripping.apply(super().forward(X), self.trip)
+
+    return Interrupted, trip
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("cls", PAIR)
+def test_interrupt_leaves_nothing_changed(cls: type, kind: type[nn.Module], where: str):
+    kind, trip = interruptible(kind, where)
+    built = build(kind)
+    before = Snapshot(*built)
+    A = cls(*built, cache="off")
+    expected = dense_now(DENSE[cls], built)
+    for calls in range(1, 6):
+        trip.arm(calls)
+        with pytest.raises(KeyboardInterrupt):
+            while trip.left > 0:
+                A @ vectors(A)
+        before.assert_unchanged()
+    assert_close(A.to_dense(), expected)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_interrupt_at_construction_leaves_nothing_changed(kind: type[nn.Module]):
+    kind, trip = interruptible(kind, "forward")
+    built = build(kind)
+    before = Snapshot(*built)
+    for calls in (1, 2, 5):
+        trip.arm(calls)
+        with pytest.raises(KeyboardInterrupt):
+            GGNLinearOperator(*built)
+        before.assert_unchanged()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_interrupted_recording_is_not_used(kind: type[nn.Module]):
+    kind, trip = interruptible(kind, "backward")
+    built = build(kind)
+    A = HessianLinearOperator(*built)
+    expected = dense_now(references.hessian, built)
+    for calls in (1, 2, 4):
+        trip.arm(calls)
+        with pytest.raises(KeyboardInterrupt):
+            while trip.left > 0:
+                A @ vectors(A)
+    trip.arm(-1)
+    assert_close(A.to_dense(), expected)
+
+
+def test_failing_forward_leaves_nothing_changed():
+    class Failing(WithLock):
+        def forward(self, X: Tensor) -> Tensor:
+            raise RuntimeError("out of order")
+
+    built = build(Failing)
+    before = Snapshot(*built)
+    with pytest.raises((RuntimeError, ValueError), match="out of order"):
+        GGNLinearOperator(*built)
+    before.assert_unchanged()
+
+
+# Models that cannot be copied
+
+
+@pytest.mark.parametrize("kind", [WithLock, WithClosure, WithCheckpointInPlace])
+@pytest.mark.parametrize("cls", PAIR)
+def test_model_in_place_takes_the_given_parameters(cls: type, kind: type[nn.Module]):
+    model, loss_func, params, data = build(kind)
+    perturbed = {n: p.detach() + 0.3 for n, p in params.items()}
+    built = model, loss_func, perturbed, data
+    before = Snapshot(*built)
+    A = cls(*built)
+    for _ in range(2):
+        assert_close(A.to_dense(), dense_now(DENSE[cls], built))
+    before.assert_unchanged()
+
+
+def test_closure_over_frozen_parameters_is_noticed():
+    """A frozen parameter leaves no trace in the graph that tells whose it is."""
+    frozen = nn.Linear(4, 4).double().requires_grad_(False)
+    head = nn.Linear(4, 3).double()
+
+    class Closure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.head = frozen, head
+            self.function = lambda X: frozen(X).tanh()
+
+        def forward(self, X: Tensor) -> Tensor:
+            return self.head(self.function(X))
+
+    model = Closure()
+    X, y = torch.rand(5, 4).double(), torch.rand(5, 3).double()
+    built = model, nn.MSELoss(), dict(model.named_parameters()), [(X, y)]
+    plain = nn.Sequential(copy.deepcopy(frozen), nn.Tanh(), copy.deepcopy(head))
+    plain.requires_grad_(True)
+    expected = references.ggn(plain, nn.MSELoss(), dict(plain.named_parameters()), built[3])
+    assert_close(GGNLinearOperator(*built).to_dense(), expected)
+    assert not frozen.weight.requires_grad
+
+
+def test_closure_over_another_model_is_explained():
+    model, loss_func, params, data = build()
+    with pytest.raises(ValueError, match=r"directly instead of through its `params`"):
+        GGNLinearOperator(lambda params, X: model(X), loss_func, params, data)
+
+
+# Threads
+
+
+@contextmanager
+def eager_switching() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("cache", ["auto", "off", 8_000])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("cls", PAIR)
+def test_threads_share_an_operator(cls: type, kind: type[nn.Module], cache: Any):
+    built = build(kind)
+    before = Snapshot(*built)
+    expected = dense_now(DENSE[cls], built)
+    A = cls(*built, cache=cache)
+    _multiply_in_threads(A, expected)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_threads_start_with_an_operator_nobody_used(kind: type[nn.Module]):
+    built = build(kind)
+    expected = dense_now(references.ggn, built)
+    for _ in range(5):
+        A = GGNLinearOperator(*built, check_deterministic=False)
+        _multiply_in_threads(A, expected, products=1)
+
+
+def _multiply_in_threads(A: Any, expected: Tensor, products: int = 6) -> None:
+    barrier = threading.Barrier(4)
+
+    def work(i: int) -> None:
+        generator = torch.Generator().manual_seed(i)
+        barrier.wait()
+        for k in range(products):
+            V = torch.randn(
+                A.shape[1], 1 + k % 3, generator=generator, dtype=torch.float64
+            )
+            assert_close(A @ V, expected @ V)
+            assert_close(A @ V[:, 0].numpy(), expected @ V[:, 0])
+
+    with eager_switching(), ThreadPoolExecutor(4) as pool:
+        for result in [pool.submit(work, i) for i in range(4)]:
+            result.result()
+
+
+def test_threads_with_operators_of_one_model_in_place():
+    built = build(WithLock)
+    model, loss_func, params, data = built
+    moved = {n: p.detach() + 0.2 for n, p in params.items()}
+    problems = [built, (model, loss_func, moved, data)]
+    expected = [dense_now(references.hessian, problem) for problem in problems]
+    operators = [HessianLinearOperator(*problem, cache="off") for problem in problems]
+
+    def work(i: int) -> None:
+        A, dense = operators[i % 2], expected[i % 2]
+        for _ in range(5):
+            V = vectors(A)
+            assert_close(A @ V, dense @ V)
+
+    with eager_switching(), ThreadPoolExecutor(4) as pool:
+        for result in [pool.submit(work, i) for i in range(4)]:
+            result.result()
+
+
+def test_threads_leave_the_random_state_as_found():
+    model, loss_func, params, data = build()
+    dataset = TensorDataset(*(torch.cat(side) for side in zip(*data, strict=True)))
+    loader = DataLoader(dataset, batch_size=1)  # draws from the global state
+    A = GGNLinearOperator(model, loss_func, params, loader, cache="off")
+    expected = dense_now(references.ggn, (model, loss_func, params, data))
+    for _ in range(5):
+        state = torch.get_rng_state()
+        _multiply_in_threads(A, expected, products=2)
+        assert torch.equal(state, torch.get_rng_state())
+
+
+# Freshness
+
+
+def _optimiser_step(model: nn.Module, params: dict, data: list) -> None:
+    optimiser = torch.optim.SGD(params.values(), lr=0.1)
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    optimiser.step()
+
+
+def _load_state(model: nn.Module, params: dict, data: list) -> None:
+    state = {n: t * 1.1 for n, t in model.state_dict().items()}
+    model.load_state_dict({n: t.long() if "batches" in n else t for n, t in state.items()})
+
+
+def _in_place(model: nn.Module, params: dict, data: list) -> None:
+    with torch.no_grad():
+        params["first.weight"].mul_(1.1)
+
+
+def _data_in_place(model: nn.Module, params: dict, data: list) -> None:
+    params["last.bias"].data.add_(0.4)
+
+
+def _new_data(model: nn.Module, params: dict, data: list) -> None:
+    params["last.weight"].data = params["last.weight"].data * 1.3
+
+
+def _numpy(model: nn.Module, params: dict, data: list) -> None:
+    params["first.bias"].detach().numpy()[:] += 0.2
+
+
+def _swap_values(model: nn.Module, params: dict, data: list) -> None:
+    # the same entries in another order
+    with torch.no_grad():
+        params["first.bias"].copy_(params["first.bias"].flip(0))
+
+
+def _frozen(model: nn.Module, params: dict, data: list) -> None:
+    model.frozen.weight.data.mul_(0.5)
+
+
+def _inputs(model: nn.Module, params: dict, data: list) -> None:
+    data[1][0].mul_(2)
+
+
+def _inputs_by_numpy(model: nn.Module, params: dict, data: list) -> None:
+    data[0][0].numpy()[0] *= -1
+
+
+def _targets(model: nn.Module, params: dict, data: list) -> None:
+    data[0][1].copy_((data[0][1] + 1) % 3)
+
+
+def _targets_by_numpy(model: nn.Module, params: dict, data: list) -> None:
+    y = data[0][1].numpy()
+    y[:] = (y + 1) % 3
+
+
+def _other_batch(model: nn.Module, params: dict, data: list) -> None:
+    data[2] = (data[2][0] + 1, (data[2][1] + 1) % 3)
+
+
+def _buffer(model: nn.Module, params: dict, data: list) -> None:
+    model.norm.running_mean.add_(0.5)
+
+
+def _other_buffer(model: nn.Module, params: dict, data: list) -> None:
+    model.norm.running_var = model.norm.running_var * 2
+
+
+def _mode(model: nn.Module, params: dict, data: list) -> None:
+    model.training = not model.training
+
+
+CHANGES = (
+    _in_place,
+    _data_in_place,
+    _new_data,
+    _numpy,
+    _swap_values,
+    _load_state,
+    _optimiser_step,
+    _frozen,
+    _inputs,
+    _inputs_by_numpy,
+    _targets,
+    _targets_by_numpy,
+    _other_batch,
+    _buffer,
+    _other_buffer,
+    _mode,
+)
+
+
+def assert_fresh(A: Any, dense: Callable, built: Any, exponent: float = 1.0) -> None:
+    V = vectors(A)
+    assert_close(A @ V, dense_now(dense, built) @ V, exponent=exponent)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
+def test_numbers_are_fresh(operator: Operator):
+    built = model, _, params, data = build()
+    A = operator.build(*built)
+    for change in (*CHANGES, *CHANGES[::-1]):
+        for _ in range(2):
+            assert_fresh(A, operator.dense, built, operator.exponent)
+        change(model, params, data)
+    assert_fresh(A, operator.dense, built, operator.exponent)
+
+
+@pytest.mark.parametrize("kind", MODELS[1:])
+@pytest.mark.parametrize("cls", PAIR)
+def test_numbers_are_fresh_for_every_kind(cls: type, kind: type[nn.Module]):
+    built = model, _, params, data = build(kind)
+    A = cls(*built)
+    for change in CHANGES:
+        assert_fresh(A, DENSE[cls], built)
+        change(model, params, data)
+        assert_fresh(A, DENSE[cls], built)
+
+
+@pytest.mark.parametrize("cls", PAIR)
+def test_change_of_the_loss_is_seen(cls: type):
+    built = _, loss_func, _, _ = build()
+    A = cls(*built)
+    assert_fresh(A, DENSE[cls], built)
+    loss_func.weight.mul_(torch.tensor([1.0, 3.0, 0.5]))
+    assert_fresh(A, DENSE[cls], built)
+    loss_func.weight.numpy()[0] = 4.0
+    assert_fresh(A, DENSE[cls], built)
+
+
+@pytest.mark.parametrize("cls", PAIR)
+def test_refresh_sees_attributes(cls: type):
+    built = model, loss_func, _, _ = build()
+    A = cls(*built)
+    assert_fresh(A, DENSE[cls], built)
+    model.scale = 1.7
+    A.refresh()
+    assert_fresh(A, DENSE[cls], built)
+    loss_func.label_smoothing = 0.2
+    A.refresh()
+    assert_fresh(A, DENSE[cls], built)
+    loss_func.weight = loss_func.weight + 1
+    A.refresh()
+    assert_fresh(A, DENSE[cls], built)
+
+
+@pytest.mark.parametrize("cls", PAIR)
+def test_refresh_sees_the_data_behind_a_loader(cls: type):
+    model, loss_func, params, data = build()
+    X, y = (torch.cat(side) for side in zip(*data, strict=True))
+    loader = DataLoader(TensorDataset(X, y), batch_size=4)
+    A = cls(model, loss_func, params, loader)
+    built = model, loss_func, params, [(X, y)]
+    assert_fresh(A, DENSE[cls], built)
+    X.mul_(0.5)
+    A.refresh()
+    assert_fresh(A, DENSE[cls], built)
+
+
+def test_batches_added_and_removed_are_seen():
+    built = _, _, _, data = build()
+    A = HessianLinearOperator(*built)
+    assert_fresh(A, references.hessian, built)
+    data.append((data[0][0] * 2, data[0][1]))
+    assert_fresh(A, references.hessian, built)
+    del data[1]
+    assert_fresh(A, references.hessian, built)
+
+
+def test_operators_of_one_risk_are_fresh():
+    built = model, _, params, data = build()
+    risk = EmpiricalRisk(*built)
+    G, H = GGNLinearOperator(risk), HessianLinearOperator(risk)
+    for change in CHANGES:
+        assert_fresh(G, references.ggn, built)
+        change(model, params, data)
+        assert_fresh(H, references.hessian, built)
+
+
+def test_given_values_count_when_the_module_changes():
+    model, loss_func, params, data = build()
+    copied = {n: p.detach().clone() for n, p in params.items()}
+    A = GGNLinearOperator(model, loss_func, copied, data)
+    expected = A.to_dense()
+    with torch.no_grad():
+        for p in params.values():
+            p.mul_(3.0)
+    assert_close(A.to_dense(), expected)
+    copied["last.bias"].add_(1.0)
+    assert_fresh(A, references.ggn, (model, loss_func, copied, data))
+
+
+# Where the user stands
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        nullcontext,
+        torch.no_grad,
+        torch.inference_mode,
+        torch.enable_grad,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.random.fork_rng(devices=[]),
+    ],
+    ids=["none", "no_grad", "inference_mode", "enable_grad", "autocast", "fork_rng"],
+)
+@pytest.mark.parametrize("kind", MODELS)
+def test_works_in_every_context(context: Callable, kind: type[nn.Module]):
+    built = build(kind)
+    expected = dense_now(references.hessian, built)
+    with context():
+        A = HessianLinearOperator(*built)
+        inside = A @ vectors(A)
+        columns = A @ torch.eye(A.shape[1]).double()
+    assert not inside.requires_grad
+    assert_close(columns, expected)
+    outside = A @ vectors(A)
+    assert_close(inside, outside)
+
+
+def test_results_made_under_inference_mode_are_ordinary():
+    built = build()
+    A = GGNLinearOperator(*built)
+    with torch.inference_mode():
+        y = A @ vectors(A)
+        x = torch.ones(A.shape[1], dtype=torch.float64)
+    assert_close(A @ x, A @ torch.ones(A.shape[1], dtype=torch.float64))
+    assert_close(A @ y, A @ y.clone())
+
+
+def test_default_dtype_does_not_matter():
+    built = build(dtype=torch.float32)
+    expected = dense_now(references.hessian, built)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        A = HessianLinearOperator(*built)
+        assert_close(A.to_dense(), expected)
+        assert A.torch_dtype is torch.float32
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_parameters_may_be_frozen():
+    built = build()
+    expected = dense_now(references.ggn, built)
+    built[0].requires_grad_(False)
+    A = GGNLinearOperator(*built)
+    assert_close(A.to_dense(), expected)
+    assert not any(p.requires_grad for p in built[0].parameters())
+
+
+# Models that write
+
+
+class Writing(nn.Module):
+    """Writes into its input, by one road or another."""
+
+    def __init__(self, write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.write = write
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.write(X)
+        return self.layer(X).tanh()
+
+
+def _scale_in_place(X: Tensor) -> None:
+    X.mul_(2)
+
+
+def _scale_view(X: Tensor) -> None:
+    X[:, :2].mul_(2)
+
+
+def _scale_last_batch(X: Tensor) -> None:
+    if len(X) == 1:
+        X.mul_(2)
+
+
+def _scale_data(X: Tensor) -> None:
+    X.data.mul_(2)
+
+
+def _scale_numpy(X: Tensor) -> None:
+    X.detach().numpy()[:] *= 2
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize(
+    "write",
+    [_scale_in_place, _scale_view, _scale_last_batch, _scale_data, _scale_numpy],
+)
+def test_model_may_write_into_its_input(write: Callable, cache: str):
+    model = Writing(write).double()
+    X = [torch.rand(n, 3).double() for n in SIZES]
+    data = [(x, torch.rand(len(x), 2).double()) for x in X]
+    before = copy.deepcopy(data)
+    params = dict(model.named_parameters())
+    A = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=cache)
+    expected = references.hessian(model, nn.MSELoss(), params, copy.deepcopy(data))
+    for _ in range(3):
+        assert_close(A.to_dense(), expected)
+    for (a, b), (c, d) in zip(data, before, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_model_may_write_into_a_dictionary():
+    class Popping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, X: dict) -> Tensor:
+            return self.layer(X.pop("x")).tanh()
+
+    model = Popping().double()
+    data = [({"x": torch.rand(4, 3).double()}, torch.rand(4, 2).double())]
+    params = dict(model.named_parameters())
+    A = GGNLinearOperator(model, nn.MSELoss(), params, data, cache="off")
+    first = A.to_dense()
+    assert_close(A.to_dense(), first)
+    assert list(data[0][0]) == ["x"]
+
+
+def test_loss_may_not_write_into_the_output_unseen():
+    def loss_func(f: Tensor, y: Tensor) -> Tensor:
+        return f.clone().sub_(y).square().sum()
+
+    loss_func.reduction = "sum"
+    model, _, params, data = build()
+    data = [(X, F.one_hot(y, 3).double()) for X, y in data]
+    H = HessianLinearOperator(model, loss_func, params, data)
+    built = model, nn.MSELoss(reduction="sum"), params, data
+    assert_close(H.to_dense(), dense_now(references.hessian, built))
+
+
+# Train mode
+
+
+def test_statistics_of_the_batch_are_used_on_copied_buffers():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, X: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(X)).tanh())
+
+    model = Model().double().train()
+    data = [(torch.rand(n, 3).double(), torch.rand(n, 2).double()) for n in (4, 3)]
+    params = dict(model.named_parameters())
+    built = model, nn.MSELoss(), params, data
+    before = Snapshot(*built)
+    A = HessianLinearOperator(*built, check_deterministic=False)
+    expected = references.hessian(*built)
+    for _ in range(3):
+        assert_close(A.to_dense(), expected)
+    before.assert_unchanged()
+
+
+def test_unused_parameter_is_named_once():
+    problem = find("mlp-unused-param")
+    built = problem.build()
+    with pytest.warns(UserWarning, match=r"inner\.1\.weight.*zero") as caught:
+        A = GGNLinearOperator(*built)
+        A.to_dense()
+        A @ vectors(A)
+    assert len(caught) == 1
+
+
+# Loaders
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("cls", PAIR)
+def test_loader(cls: type, shuffle: bool):
+    model, loss_func, params, data = build()
+    X, y = (torch.cat(side) for side in zip(*data, strict=True))
+    loader = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=shuffle)
+    expected = dense_now(DENSE[cls], (model, loss_func, params, data))
+    A = cls(model, loss_func, params, loader)
+    for _ in range(3):
+        assert_close(A.to_dense(), expected)
+    # only batches that repeat are kept
+    assert bool(A.risk._recordings) is not shuffle
+
+
+def test_loader_without_check_is_read_in_every_product():
+    model, loss_func, params, data = build()
+    dataset = TensorDataset(*(torch.cat(side) for side in zip(*data, strict=True)))
+    loader = DataLoader(dataset, batch_size=4, shuffle=True)
+    A = GGNLinearOperator(model, loss_func, params, loader, check_deterministic=False)
+    expected = dense_now(references.ggn, (model, loss_func, params, data))
+    for _ in range(3):
+        assert_close(A.to_dense(), expected)
+    assert not A.risk._recordings
+
+
+def test_samples_need_a_fixed_order():
+    model, loss_func, params, data = build()
+    dataset = TensorDataset(*(torch.cat(side) for side in zip(*data, strict=True)))
+    loader = DataLoader(dataset, batch_size=2, shuffle=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        with pytest.raises(ValueError, match=r"shuffle=False"):
+            FisherMCLinearOperator(model, loss_func, params, loader)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("cls", PAIR)
+def test_recordings_stay_within_the_budget(cls: type):
+    built = build()
+    whole = cls(*built)
+    whole @ vectors(whole)
+    assert len(whole.risk._recordings) == len(SIZES)
+    sizes = [nbytes for _, nbytes in whole.risk._bytes.values()]
+    expected = dense_now(DENSE[cls], built)
+    for budget in (0, 1, max(sizes), sum(sizes) - 1, sum(sizes)):
+        A = cls(*built, cache=budget)
+        for _ in range(2):
+            assert_close(A.to_dense(), expected)
+        kept = A.risk._recordings
+        assert sum(batch.nbytes for batch in kept.values()) <= budget
+        assert (len(kept) == len(SIZES)) == (budget == sum(sizes))
+
+
+@pytest.mark.parametrize("cls", PAIR)
+def test_nothing_is_kept_without_a_cache(cls: type):
+    A = cls(*build(), cache="off")
+    A @ vectors(A)
+    assert not A.risk._recordings and not A.risk._bytes
+
+
+def test_first_batches_stay():
+    calls: list[int] = []
+    built = build()
+    whole = GGNLinearOperator(*built)
+    whole @ vectors(whole)
+    [first, *_] = [nbytes for _, nbytes in whole.risk._bytes.values()]
+    built[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    A = GGNLinearOperator(*built, cache=first)
+    A @ vectors(A)
+    for _ in range(3):
+        calls.clear()
+        A @ vectors(A)
+        assert list(A.risk._recordings) == [0]
+        assert len(calls) == len(SIZES) - 1
