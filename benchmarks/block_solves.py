@@ -2,9 +2,9 @@
 
 Run ``python benchmarks/block_solves.py [K]``. Both ways run SciPy's CG for a fixed
 number of iterations on ``K`` columns (default: 16); in step, all columns share block
-products. ``TOGETHER_MIN_COLUMNS`` and ``TOGETHER_MAX_DIM`` of ``curvlinops.inverse`` are
-chosen by the gain in the last column. Timings alternate in one process; the fastest of
-three counts.
+products. The gain in the last column is what ``TOGETHER_MIN_COLUMNS`` and
+``TOGETHER_MAX_DIM`` of ``curvlinops.inverse`` are chosen by. Timings alternate in one
+process; the fastest of three counts.
 """
 
 import sys

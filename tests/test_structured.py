@@ -9,7 +9,6 @@ import scipy.sparse
 import torch
 from numpy.linalg import LinAlgError
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh, lsmr, svds
-from tolerances import assert_close
 
 from curvlinops import blockdiagonal, diag, submatrix
 from curvlinops.structured import (
@@ -20,6 +19,7 @@ from curvlinops.structured import (
     SubmatrixLinearOperator,
     TensorLinearOperator,
 )
+from tolerances import assert_close
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -30,8 +30,9 @@ def randn(*shape, dtype=torch.float64, seed=0):
 
 
 def identity(dtype):
-    I = IdentityLinearOperator([(2, 2), (3,)], "cpu", dtype)
-    return I, torch.eye(7, dtype=dtype)
+    return IdentityLinearOperator([(2, 2), (3,)], "cpu", dtype), torch.eye(
+        7, dtype=dtype
+    )
 
 
 def diagonal(dtype):
@@ -175,7 +176,7 @@ def test_diagonal_copies_its_entries():
 
 
 def test_singular_diagonal_has_no_inverse():
-    with pytest.raises(LinAlgError, match="1 of its entries are zero. Pass another"):
+    with pytest.raises(LinAlgError, match="1 of its entries are zero"):
         DiagonalLinearOperator(torch.tensor([1.0, 0.0])).inverse()
 
 
@@ -205,7 +206,7 @@ FULL = randn(4, 5)
     ("rows", "cols"),
     [
         ([2, 0], [4, 1]),
-        ((3,), range(4, 0, -2)),
+        ([3], range(4, 0, -2)),
         (np.array([1, 2]), torch.tensor([0, 3])),
         (np.array([1, 2], dtype=np.uint8), [-1, -5]),
         (slice(None, None, -1), slice(1, 4)),
@@ -217,12 +218,10 @@ FULL = randn(4, 5)
 )
 def test_submatrix_indices(rows, cols):
     A = SubmatrixLinearOperator(FULL, rows, cols)
-    as_index = [np.asarray(i) if not isinstance(i, slice) else i for i in (rows, cols)]
-    as_index = [
-        i.astype(int) if isinstance(i, np.ndarray) and i.dtype.kind != "b" else i
-        for i in as_index
-    ]
-    expected = FULL.numpy()[as_index[0]][:, as_index[1]]
+    rows, cols = (
+        i if isinstance(i, slice) or len(i) else np.zeros(0, int) for i in (rows, cols)
+    )
+    expected = FULL.numpy()[np.arange(4)[rows]][:, np.arange(5)[cols]].copy()
     assert A.shape == expected.shape
     assert_close(A.to_dense(), expected)
     assert_close(A.T.to_dense(), expected.T)

@@ -295,7 +295,7 @@ def _filled(
 ) -> Vectors:
     """Replace missing derivatives by zeros."""
     return [
-        t.new_zeros(()).expand(*leading, *t.shape) if g is None else g
+        t.new_zeros(()).expand((*leading, *t.shape)) if g is None else g
         for g, t in zip(grads, inputs, strict=True)
     ]
 

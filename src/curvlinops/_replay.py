@@ -362,7 +362,9 @@ def _compiled(inputs: list[_Slot], calls: list[_Call], outputs: list[Any]) -> Pr
         targets = [f"t{o.number}" if o is not None else "_" for o in call.outputs]
         left = ", ".join(targets) + ("," if call.is_sequence else "")
         assign = f"{left} = " if targets else ""
-        lines.append(f"{assign}{name(call.func)}({', '.join(arguments)})")
+        # A view of the recorded layout may be none of a vectorised one.
+        func = torch.reshape if call.func is torch.ops.aten.view.default else call.func
+        lines.append(f"{assign}{name(func)}({', '.join(arguments)})")
         seen = {s.number for s in call.slots()} | {
             o.number for o in call.outputs if o is not None
         }

@@ -207,7 +207,7 @@ class EmpiricalRisk:
         self._known_input = False
         self._reached: set[str] | None = set()
         self._vectorise: bool | None = None
-        self.refresh()
+        self._forget()
 
     def refresh(self) -> None:
         """Drop all recordings; the next product evaluates model and data anew.
@@ -215,6 +215,14 @@ class EmpiricalRisk:
         Needed only after changes that cannot be seen: Python attributes of the model
         or the loss, what a callable closes over, the data behind a loader.
         """
+        with self.model.exclusive(), self._lock:
+            in_place = self.model._held is not None
+            self.model = Model(self.model_func, self.params)
+            if in_place:
+                self.model.evaluate_in_place()
+            self._forget()
+
+    def _forget(self) -> None:
         with self._lock:
             self.loss = self._make_loss_function()
             self._unwritten: set[int] = set()
@@ -250,10 +258,6 @@ class EmpiricalRisk:
                 return
             if self._seen is not None:
                 self._check_space()
-                in_place = self.model._held is not None
-                self.model = Model(self.model_func, self.params)
-                if in_place:
-                    self.model.evaluate_in_place()
                 self.refresh()
             self._seen = seen
 

@@ -82,7 +82,7 @@ class _CachedRuns:
         reorthogonalization: str = "auto",
         **options: Unpack[Options],
     ) -> None:
-        if boundaries is not None and np.shape(boundaries) != (2,):
+        if boundaries is not None and len([*boundaries]) != 2:
             raise ValueError(f"boundaries are a pair (low, high), got {boundaries!r}.")
         if deflate != int(deflate) or deflate < 0:
             raise ValueError(f"deflate is a number of eigenvalues, got {deflate!r}.")
@@ -186,9 +186,7 @@ class _CachedRuns:
                 view=SciPyView(run, deflated=basis),
                 tol=self._boundaries_tol,
             )
-            nodes = self._rules.rules()[0]
-            ends = [*values, nodes.min(), nodes.max()]
-            return {"ends": np.array([min(ends), max(ends)], dtype=np.float64)}
+            return {"ends": np.array([values.min(), values.max()], dtype=np.float64)}
 
         self._section(run, "boundaries", compute)
 

@@ -29,7 +29,7 @@ EIGENVALUES = "eigenvalues"
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """A table with one row per step; ``track["trace"]`` is a column.
+    r"""A table with one row per step; ``track["trace"]`` is a column.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Track:
         NumPy arrays of one length by name. ``"trace_error"`` is the standard error of
         ``"trace"``, ``"eigenvalue_0"`` the leading eigenvalue, ``"residual_0"`` the
         norm of its residual, ``"overlap"`` that of the leading subspace with the step
-        before: :math:`\\|U_t^{\\mathrm{H}} U_{t-1}\\|_F^2 / k`, from 0 to 1.
+        before: :math:`\|U_t^{\mathrm{H}} U_{t-1}\|_F^2 / k`, from 0 to 1.
     eigenpairs : Eigenpairs or None
         Those of the last step, to go on with.
     """
@@ -171,7 +171,7 @@ def track(
             if name == EIGENVALUES:
                 before = pairs
                 pairs = top_eigenpairs(A, k, which, start=before, rng=seed)
-                row |= _eigenvalue_columns(pairs, before)
+                row |= _eigenvalue_columns(pairs, before, k)
             elif function is not None:
                 row |= _columns(name, function(A))
         rows.append(row)
@@ -226,13 +226,17 @@ def _columns(name: str, value: Any) -> dict[str, float]:
 
 
 def _eigenvalue_columns(
-    pairs: Eigenpairs, before: Eigenpairs | None
+    pairs: Eigenpairs, before: Eigenpairs | None, k: int
 ) -> dict[str, float]:
-    values, residuals = pairs.numpy(), to_numpy(pairs.residual_norms)
+    missing = (0, k - len(pairs.numpy()))  # did not converge
+    values, residuals = (
+        np.pad(to_numpy(x).astype(float), missing, constant_values=np.nan)
+        for x in (pairs.values, pairs.residual_norms)
+    )
     columns = {f"eigenvalue_{i}": float(value) for i, value in enumerate(values)}
     columns |= {f"residual_{i}": float(norm) for i, norm in enumerate(residuals)}
     columns["overlap"] = np.nan
     if before is not None:
         cosines = to_numpy(pairs.vectors).conj().T @ to_numpy(before.vectors)
-        columns["overlap"] = float(np.linalg.norm(cosines) ** 2 / len(values))
+        columns["overlap"] = float(np.linalg.norm(cosines) ** 2 / k)
     return columns

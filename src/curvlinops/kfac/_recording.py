@@ -248,7 +248,8 @@ def _embedding(
     padding = bound.get("padding_idx")
     padding = padding if padding is None else padding % V
     y = func(input, weight, *args, **kw)
-    return recorder.note("embedding", weight, input, y, size=V, padding=padding)
+    options = {"size": V, "padding": padding, "dtype": weight.dtype}
+    return recorder.note("embedding", weight, input, y, **options)
 
 
 def _transpose(recorder: Recorder, _: Any, tensor: Tensor, *args: Any) -> Any:

@@ -149,12 +149,24 @@ def _matrix_outputs(use: Use, g: Tensor, N: int) -> Tensor:
 # -- embeddings ---------------------------------------------------------------------
 
 
+def token_ids(use: Use, N: int) -> Tensor:
+    """Return an embedding's tokens, of shape ``[N, R]``."""
+    ids = use.checked_input().unsqueeze(-1).long()
+    return data_first(ids, N, use.weight)[..., 0]
+
+
 def _embedding_inputs(use: Use, N: int) -> Tensor:
-    ids = data_first(use.checked_input().unsqueeze(-1), N, use.weight)[..., 0]
-    units = F.one_hot(ids.long(), use.options["size"])
+    units = F.one_hot(token_ids(use, N), use.options["size"])
     if (padding := use.options["padding"]) is not None:
         units[..., padding] = 0
-    return units.unsqueeze(0)
+    return units.unsqueeze(0).to(use.options["dtype"])
+
+
+def _embedding_outputs(use: Use, g: Tensor, N: int) -> Tensor:
+    """Return the gradients, zero where a token is padding and the weight not used."""
+    if (padding := use.options["padding"]) is not None:
+        g = g * (use.checked_input() != padding).unsqueeze(-1)
+    return _matrix_outputs(use, g, N)
 
 
 # -- convolutions -------------------------------------------------------------------
@@ -311,7 +323,7 @@ def _elementwise_outputs(use: Use, g: Tensor, N: int) -> Tensor:
 KINDS: dict[str, Kind] = {
     "linear": Kind(_matrix_layout, _matrix_inputs, _matrix_outputs),
     "linear-transposed": Kind(_flipped_layout, _matrix_inputs, _matrix_outputs),
-    "embedding": Kind(_flipped_layout, _embedding_inputs, _matrix_outputs),
+    "embedding": Kind(_flipped_layout, _embedding_inputs, _embedding_outputs),
     "convolution": Kind(_convolution_layout, _convolution_inputs, _convolution_outputs),
     "transposed-convolution": Kind(
         _transposed_layout, _transposed_inputs, _convolution_outputs

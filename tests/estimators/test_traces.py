@@ -1,0 +1,222 @@
+"""Trace, diagonal and norm estimators: unbiased, calibrated, exact where they should be."""
+
+import numpy as np
+import pytest
+import torch
+from spectra import GUISES, Counting, TorchSide, symmetric
+
+import curvlinops.estimators as est
+
+N = 60
+RNG = np.random.default_rng(0)
+DECAYING = symmetric(1 / np.arange(1, N + 1))
+MATRICES = {
+    "psd": DECAYING,
+    "indefinite": symmetric(np.linspace(-1, 2, N), 1),
+    "nonsymmetric": DECAYING + 0.05 * RNG.standard_normal((N, N)),
+    "complex": 0.1 * (RNG.standard_normal((N, N)) + 1j * RNG.standard_normal((N, N))),
+}
+TRACES = {
+    "hutchinson": est.hutchinson_trace,
+    "hutch++": est.hutchpp_trace,
+    "xtrace": est.xtrace,
+    "xnystrace": est.xnystrace,
+}
+DIAGONALS = {"hutchinson": est.hutchinson_diag, "xdiag": est.xdiag}
+#: Estimators and the multiple that their number of products must be of.
+ALL = {
+    est.hutchinson_trace: 1,
+    est.hutchpp_trace: 3,
+    est.xtrace: 2,
+    est.xnystrace: 1,
+    est.hutchinson_diag: 1,
+    est.xdiag: 2,
+    est.hutchinson_squared_fro: 1,
+}
+
+
+CASES = [
+    (name, kind, distribution)
+    for name in TRACES
+    for kind in MATRICES
+    for distribution in ("rademacher", "normal")
+    if kind == "psd" or (name != "xnystrace" and distribution == "rademacher")
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "distribution"), CASES)
+def test_trace_is_unbiased_and_calibrated(name, kind, distribution):
+    A, exact = MATRICES[kind], np.trace(MATRICES[kind])
+    estimates = [
+        TRACES[name](A, 24, distribution, rng=seed, return_estimate=True)
+        for seed in range(200)
+    ]
+    values = np.array([e.value for e in estimates])
+    z = abs(values.mean() - exact) / (values.std() / np.sqrt(len(values)))
+    assert z < 4
+    half = [abs(e.confidence_interval()[1] - e.value) for e in estimates]
+    most = 1.0 if kind == "complex" else 0.99  # a disc covers more than an interval
+    assert 0.90 <= np.mean(abs(values - exact) <= half) <= most
+    error = np.sqrt(np.mean([abs(e.standard_error) ** 2 for e in estimates]))
+    assert 0.8 < error / values.std() < 1.25
+    assert {e.num_products for e in estimates} == {24}
+
+
+@pytest.mark.parametrize("name", DIAGONALS)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_diagonal_is_unbiased_and_calibrated(name, kind):
+    A = MATRICES[kind]
+    exact = np.diag(A)
+    estimates = [
+        DIAGONALS[name](A, 24, rng=seed, return_estimate=True) for seed in range(200)
+    ]
+    values = np.array([e.value for e in estimates])
+    z = abs(values.mean(0) - exact) / (values.std(0) / np.sqrt(len(values)))
+    assert z.max() < 5 and np.sqrt((z**2).mean()) < 1.5
+    half = [abs(e.confidence_interval()[1] - e.value) for e in estimates]
+    most = 1.0 if kind == "complex" else 0.99
+    assert 0.90 <= np.mean(abs(values - exact) <= half) <= most
+
+
+def test_frobenius_is_unbiased():
+    A = MATRICES["complex"][:40]
+    values = [est.hutchinson_squared_fro(A, 10, rng=seed) for seed in range(200)]
+    exact = np.linalg.norm(A) ** 2
+    assert abs(np.mean(values) - exact) < 4 * np.std(values) / np.sqrt(200)
+
+
+@pytest.mark.parametrize("estimator", [*TRACES.values(), *DIAGONALS.values()])
+def test_exact_for_low_rank(estimator):
+    if estimator in (est.hutchinson_trace, est.hutchinson_diag):
+        pytest.skip("knows nothing of rank")
+    A = symmetric(np.r_[np.full(5, 3.0), np.zeros(N - 5)])
+    exact = np.diag(A) if estimator is est.xdiag else np.trace(A)
+    for options in ({}, {"until": 1e-9}):
+        value = estimator(A, 24, rng=0, **options)
+        assert np.allclose(value, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ALL)
+def test_every_guise_gives_the_same(estimator):
+    values = {
+        name: estimator(guise(DECAYING), 12, rng=3) for name, guise in GUISES.items()
+    }
+    for name, value in values.items():
+        assert torch.is_tensor(value) == (name in ("tensor", "torch side")), name
+        assert np.allclose(np.asarray(value), values["array"], rtol=1e-12), name
+        assert value.dtype in (torch.float64, np.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision(dtype):
+    A = TorchSide(torch.from_numpy(DECAYING).to(dtype))
+    value = est.xtrace(A, 24, rng=0)
+    assert value.dtype == torch.float32
+    assert abs(value - est.xtrace(DECAYING, 24, rng=0)) < 0.2
+
+
+def test_integers_are_not_truncated():
+    A = np.arange(1, 101).reshape(10, 10)
+    assert est.hutchinson_trace(np.diag(np.diag(A)), 3, rng=0) == np.trace(A)
+
+
+@pytest.mark.parametrize("estimator", ALL)
+def test_same_seed_same_number_whatever_the_blocks(estimator):
+    def value(**options):
+        return np.asarray(estimator(DECAYING, 12, **options))
+
+    torch.manual_seed(1)
+    first = value()
+    torch.manual_seed(1)
+    assert (value() == first).all()
+    assert (value(rng=4) == value(rng=4)).all()
+    assert not np.allclose(value(rng=4), value(rng=5), rtol=1e-14, atol=0)
+    assert np.allclose(value(rng=4), value(rng=4, block_size=5))
+    rngs = [np.random.default_rng(8), torch.Generator().manual_seed(8)]
+    assert all(np.isfinite(value(rng=rng)).all() for rng in rngs)
+
+
+@pytest.mark.parametrize("estimator", ALL)
+def test_products_are_counted(estimator):
+    A = Counting(DECAYING)
+    A._adjoint = lambda: A
+    result = estimator(A, 12, rng=0, return_estimate=True)
+    assert A.count == result.num_products == 12
+    again = estimator(A, 12, rng=result.seed)
+    assert np.array_equal(np.asarray(again), result.numpy())
+    assert np.array_equal(np.asarray(result), result.numpy())
+
+
+@pytest.mark.parametrize("estimator", ALL)
+def test_adaptive(estimator):
+    A = symmetric(1 / np.arange(1, 401))
+    result = estimator(A, 360, rng=0, until=0.2, return_estimate=True)
+    norm = np.linalg.norm
+    assert norm(result.standard_error) <= 0.2 * norm(result.value)
+    assert result.converged and 8 <= result.num_products < 360
+
+
+@pytest.mark.parametrize("estimator", ALL)
+def test_limit_before_the_error(estimator):
+    with pytest.warns(UserWarning, match="above until"):
+        low = 0.5 if estimator is est.xnystrace else -1
+        result = estimator(
+            symmetric(np.linspace(low, 1.1, 200)),
+            24,
+            rng=0,
+            until=1e-9,
+            return_estimate=True,
+        )
+    assert not result.converged and result.num_products <= 24
+
+
+@pytest.mark.parametrize(("estimator", "multiple"), ALL.items())
+def test_rules_of_the_number_of_products(estimator, multiple):
+    if multiple > 1:
+        with pytest.raises(ValueError, match=f"multiple of {multiple}"):
+            estimator(DECAYING, 2 * multiple + 1)
+    with pytest.raises(ValueError, match="below the dimension"):
+        estimator(DECAYING, N)
+    with pytest.raises(ValueError, match="positive integer"):
+        estimator(DECAYING, 0)
+    with pytest.raises(TypeError, match="positive integer"):
+        estimator(DECAYING, 6.0)
+
+
+def test_other_rules():
+    with pytest.raises(ValueError, match="'rademacher', 'normal', 'sphere'; got 'foo'"):
+        est.hutchinson_trace(DECAYING, 3, distribution="foo")
+    with pytest.raises(ValueError, match="square"):
+        est.hutchinson_trace(DECAYING[:5], 3)
+    with pytest.raises(ValueError, match="until"):
+        est.hutchinson_trace(DECAYING, 3, until=-1.0)
+    with pytest.raises(TypeError, match="has no argument 'sed'"):
+        est.hutchinson_trace(DECAYING, 3, sed=1)
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        est.xnystrace(-DECAYING, 12, rng=0)
+
+
+def test_nonfinite_product_is_named():
+    with pytest.raises(ValueError, match=r"Product 7 with Counting.*NaN"):
+        est.hutchinson_trace(Counting(DECAYING, break_at=7), 12, block_size=1)
+
+
+def test_norms():
+    rng = np.random.default_rng(0)
+    for A in (rng.standard_normal((40, 70)), symmetric(np.linspace(-3, 1, 50))):
+        exact = np.linalg.norm(A, 2)
+        result = est.spectral_norm(A, rng=0, return_estimate=True)
+        assert np.isclose(result.value, exact, rtol=1e-4) and result.num_products > 0
+        condition = est.condition_number(A, rng=0, tol=1e-8)
+        assert np.isclose(condition, np.linalg.cond(A), rtol=1e-3)
+        rank = est.stable_rank(A, 35, rng=0, return_estimate=True)
+        stable = (np.linalg.norm(A) / exact) ** 2
+        assert abs(rank.value - stable) < 4 * rank.standard_error + 1e-3
+    assert est.condition_number(np.diag([1.0, 1.0, 0.0])) == np.inf
+    assert torch.is_tensor(est.spectral_norm(torch.eye(30)))
+
+
+def test_progress_bar(capsys):
+    est.hutchinson_trace(DECAYING, 12, progressbar=True)
+    err = capsys.readouterr().err
+    assert "hutchinson_trace MatrixLinearOperator on cpu" in err and "12/12" in err

@@ -1,0 +1,246 @@
+"""Recorded products: which calls are kept, when a recording is trusted, when not."""
+
+import pytest
+import torch
+from cases import find, problems
+from tolerances import assert_close
+from torch import nn
+
+from curvlinops import GGNLinearOperator, HessianLinearOperator, risk
+from curvlinops._replay import Route, Unrecordable, record
+
+OPERATORS = [GGNLinearOperator, HessianLinearOperator]
+
+
+@pytest.fixture
+def never_materialise(monkeypatch):
+    monkeypatch.setattr(risk, "MAX_DENSE_DIM", 0)
+
+
+def routes(A):
+    return [route for b in A.risk._recordings.values() for route in b._routes.values()]
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+# -- recording ----------------------------------------------------------------------
+
+
+def test_only_calls_that_depend_on_the_vector_are_kept():
+    W = torch.randn(4, 3, dtype=torch.float64)
+
+    def product(vectors):
+        constant = torch.tanh(W) + 1
+        return [constant @ vectors[0]]
+
+    v, w = torch.randn(2, 3, dtype=torch.float64)
+    (result,), program = record(product, [v])
+    assert program.num_calls <= 2  # matrix times vector is a view and a `mv`
+    assert torch.equal(result, product([v])[0])
+    assert torch.equal(program([w])[0], product([w])[0])
+
+
+def test_calls_without_use_are_dropped():
+    def product(vectors):
+        _unused = vectors[0].exp().sum()
+        return [2 * vectors[0]]
+
+    _, program = record(product, [torch.ones(3)])
+    assert program.num_calls == 1
+
+
+def test_calls_that_write_are_kept_though_their_result_is_unused():
+    def product(vectors):
+        out = vectors[0] * 2
+        out.add_(vectors[0])
+        return [out]
+
+    _, program = record(product, [torch.ones(3)])
+    assert program([torch.ones(3)])[0].tolist() == [3, 3, 3]
+
+
+def test_writing_into_part_of_a_constant_is_refused():
+    def product(vectors):
+        out = torch.zeros(2, 5)
+        out[:, :3] = vectors[0]
+        return [out]
+
+    with pytest.raises(Unrecordable, match="outside"):
+        record(product, [torch.ones(2, 3)])
+
+
+def test_a_buffer_that_is_written_to_is_made_anew_in_every_replay():
+    index = torch.tensor([0, 2, 0])
+
+    def product(vectors):
+        out = torch.zeros(4, dtype=torch.float64)
+        return [out.index_add_(0, index, vectors[0])]
+
+    _, program = record(product, [torch.ones(3, dtype=torch.float64)])
+    for _ in range(3):
+        w = torch.randn(3, dtype=torch.float64)
+        assert torch.equal(program([w])[0], product([w])[0])
+
+
+def test_replays_do_not_share_results():
+    _, program = record(lambda vs: [vs[0] * 2], [torch.ones(3)])
+    first = program([torch.ones(3)])[0]
+    program([torch.zeros(3)])
+    assert first.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (lambda v, kept: [v * v.sum().item()], "reads numbers"),
+        (lambda v, kept: [kept.add_(v).clone()], "did not create|outside"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(body, reason):
+    kept = torch.zeros(3)
+    with pytest.raises(Unrecordable, match=reason):
+        record(lambda vs: body(vs[0], kept), [torch.ones(3)])
+
+
+def test_an_earlier_view_of_a_written_tensor_is_refused():
+    def product(vectors):
+        out = torch.zeros(3)
+        view = out[:2]
+        out.add_(vectors[0])
+        return [view + vectors[0][:2]]
+
+    with pytest.raises(Unrecordable, match="view"):
+        record(product, [torch.ones(3)])
+
+
+def test_convolution_backward_computes_what_is_used():
+    x, w = leaf(2, 3, 6, 6), leaf(4, 3, 3, 3)
+    y = nn.functional.conv2d(x, w)
+
+    def product(vectors):
+        return [torch.autograd.grad(y, [x, w], vectors, retain_graph=True)[1]]
+
+    v = torch.randn_like(y)
+    (result,), program = record(product, [v.detach()])
+    (mask,) = [
+        value
+        for value in program._run.__globals__.values()
+        if isinstance(value, list) and value and isinstance(value[0], bool)
+    ]
+    assert mask == [False, True, False]
+    assert torch.equal(program([v])[0], result)
+
+
+# -- trust --------------------------------------------------------------------------
+
+
+def multiply(route, product, count=5):
+    for _ in range(count):
+        v = [torch.randn(3, dtype=torch.float64)]
+        assert_close(route.multiply(product, v, False)[0], product(v)[0])
+
+
+def test_a_faithful_recording_is_trusted():
+    W, route = torch.randn(3, 3, dtype=torch.float64), Route()
+    multiply(route, lambda vs: [W @ vs[0]])
+    assert route.trusted
+
+
+def test_work_outside_of_torch_is_seen_through_and_refused():
+    """NumPy's work is invisible, hence looks constant: wrong for the next vector."""
+    route = Route()
+    multiply(route, lambda vs: [torch.from_numpy(3 * vs[0].numpy()) + 0 * vs[0]])
+    assert not route.trusted
+
+
+def test_blocks_take_the_vectorised_recording_and_fall_back():
+    W, route = torch.randn(4, 3, dtype=torch.float64), Route()
+
+    def product(vectors):
+        return [vectors[0] @ W.T]
+
+    for _ in range(3):
+        V = torch.randn(5, 3, dtype=torch.float64)
+        assert_close(route.multiply(product, [V], True)[0], V @ W.T)
+    assert route.replays(several=True)
+
+
+# -- in operators -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("problem", problems(without=("heavy",)))
+@pytest.mark.filterwarnings("ignore:The model's output does not depend")
+def test_replayed_products_equal_plain_ones(operator, problem, never_materialise):
+    args = problem.build()
+    A, plain = operator(*args), operator(*args, cache="off")
+    N, dtype = A.shape[1], A.torch_dtype
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        v = torch.randn(N, generator=generator).to(dtype)
+        assert_close(A @ v, plain @ v, dtype, 16 * N)
+    assert all(route.trusted for route in routes(A))
+    assert all("output" not in vars(b) for b in A.risk._recordings.values())
+    V = torch.randn(N, 5, generator=generator).to(dtype)
+    assert_close(A @ V, plain @ V, dtype, 16 * N)
+
+
+def test_one_risk_serves_two_replayed_operators(never_materialise):
+    model, loss, params, data = find("mlp-tanh-ce").build()
+    shared = risk.EmpiricalRisk(model, loss, params, data)
+    H, G = HessianLinearOperator(shared), GGNLinearOperator(shared)
+    dense_H = HessianLinearOperator(model, loss, params, data, cache="off").to_dense()
+    dense_G = GGNLinearOperator(model, loss, params, data, cache="off").to_dense()
+    for _ in range(6):
+        v = torch.randn(H.shape[1], dtype=torch.float64)
+        assert_close(H @ v, dense_H @ v)
+        assert_close(G @ v, dense_G @ v)
+
+
+def test_replays_follow_changed_parameters(never_materialise):
+    model, loss, params, data = find("conv2d").build()
+    A = GGNLinearOperator(model, loss, params, data)
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+    for _ in range(5):
+        A @ v
+    with torch.no_grad():
+        next(iter(params.values())).mul_(2)
+    fresh = GGNLinearOperator(model, loss, params, data, cache="off")
+    assert_close(A @ v, fresh @ v)
+
+
+def test_autocast_around_a_replay_changes_nothing(never_materialise):
+    model, loss, params, data = find("mlp-float32").build()
+    A = GGNLinearOperator(model, loss, params, data)
+    v = torch.randn(A.shape[1])
+    expected = [A @ v for _ in range(5)][-1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(A @ v, expected, torch.float32, A.shape[1])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_small_matrices_are_materialised_once_that_pays(operator):
+    model, loss, params, data = find("mlp-tanh-ce").build()
+    A = operator(model, loss, params, data)
+    dense = operator(model, loss, params, data, cache="off").to_dense()
+    for _ in range(2 * A.shape[1]):
+        v = torch.randn(A.shape[1], dtype=torch.float64)
+        assert_close(A @ v, dense @ v)
+    (matrix,) = A.risk._matrices.values()
+    assert_close(matrix, dense)
+    with torch.no_grad():
+        next(iter(params.values())).mul_(2)
+    fresh = operator(model, loss, params, data, cache="off")
+    assert_close(A @ v, fresh @ v)
+    assert not A.risk._matrices
+
+
+def test_nothing_is_materialised_without_cache():
+    model, loss, params, data = find("mlp-tanh-ce").build()
+    A = GGNLinearOperator(model, loss, params, data, cache="off")
+    for _ in range(2 * A.shape[1]):
+        A @ torch.ones(A.shape[1], dtype=torch.float64)
+    assert not A.risk._matrices
+    assert not A.risk._recordings
