@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import find, problems
-from tolerances import assert_close
 from torch import nn
 
+from cases import find, problems
 from curvlinops import GGNLinearOperator, HessianLinearOperator, risk
 from curvlinops._replay import Route, Unrecordable, record
+from tolerances import assert_close
 
 OPERATORS = [GGNLinearOperator, HessianLinearOperator]
 

@@ -23,7 +23,6 @@ from curvlinops._spaces import (
     numeric_array,
     real_scalar,
     to_numpy,
-    to_torch,
 )
 
 
@@ -221,8 +220,8 @@ class TorchOperator:
             return (parts[:, :K] + 1j * parts[:, K:]).astype(dtype, copy=False)
         if X.shape[1] == 0:
             return np.zeros((self.shape[0], 0), dtype)
-        result = to_numpy(self._apply(to_torch(X, self._in_space)))
-        return result.astype(dtype, copy=False)
+        with self._in_space.staging.convert(X, self._in_space) as V:
+            return to_numpy(self._apply(V)).astype(dtype, copy=False)
 
     def _multiply_torch(self, X: Tensor) -> Tensor:
         if X.requires_grad and X.grad_fn is not None:

@@ -7,7 +7,9 @@ of ``K`` vectors a tensor of shape ``(dim, K)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -72,6 +74,11 @@ class TensorSpace:
         )
         self.sizes = tuple(prod(shape) for shape in self.shapes)
         self.dim = sum(self.sizes)
+        self.staging = Staging()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what the space is, not its buffers."""
+        return TensorSpace, (self.shapes, self.dtype, self.device, self.names)
 
     @classmethod
     def flat(
@@ -201,24 +208,51 @@ def numeric_array(x: Any) -> np.ndarray:
     return array
 
 
-def to_torch(array: np.ndarray, space: TensorSpace) -> Tensor:
-    """Return a real NumPy array as a tensor of a space's dtype and device.
+class Staging(threading.local):
+    """One kept buffer per thread, through which NumPy operands are converted.
 
-    Shares the array's memory when that is possible (CPU, matching dtype, writeable,
-    no negative stride), and copies it otherwise. On CUDA the array is staged in
-    page-locked memory.
+    Fresh memory costs more than the conversion: a float64 vector of length 1e7 takes
+    33 ms to a fresh float32 array, 5.5 ms to a kept one.
     """
-    dtype = space.numpy_dtype
-    if (
-        array.dtype != dtype
-        or not array.flags.writeable
-        or any(stride < 0 for stride in array.strides)
-    ):
-        array = np.array(array, dtype=dtype)
-    tensor = torch.from_numpy(array)
-    if space.device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(space.device, space.dtype, non_blocking=True)
+
+    def __init__(self) -> None:
+        self._free: Tensor | None = None
+
+    @contextmanager
+    def convert(self, array: np.ndarray, space: TensorSpace) -> Iterator[Tensor]:
+        """Lend a real NumPy array as a tensor of a space's dtype and device.
+
+        Shares the array's memory if possible (CPU, matching dtype, writeable, no
+        negative stride). Otherwise the tensor may be valid only within the context.
+        On CUDA the buffer is page-locked.
+        """
+        on_cuda = space.device.type == "cuda"
+        shareable = (
+            array.dtype == space.numpy_dtype
+            and array.flags.writeable
+            and all(stride >= 0 for stride in array.strides)
+        )
+        if shareable and not on_cuda:
+            yield torch.from_numpy(array).to(space.dtype)
+            return
+        buffer, self._free = self._free, None  # ours alone, also if we are re-entered
+        if buffer is None or buffer.numel() < array.size:
+            buffer = torch.empty(
+                array.size, dtype=NUMPY_TORCH[space.dtype], pin_memory=on_cuda
+            )
+        try:
+            view = buffer[: array.size].view(array.shape)
+            np.copyto(view.numpy(), array, casting="unsafe")
+            yield view.to(space.device, space.dtype, non_blocking=True)
+        finally:
+            # Buffers of blocks are not kept: they are large, and rarely dominate.
+            self._free = buffer if array.shape[-1] == 1 else None
+
+
+def to_torch(array: np.ndarray, space: TensorSpace) -> Tensor:
+    """Return a real NumPy array as a tensor, shared or in memory of its own."""
+    with Staging().convert(array, space) as tensor:
+        return tensor
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

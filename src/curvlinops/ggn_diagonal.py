@@ -139,9 +139,11 @@ batch_size_fn, mc_samples, seed, **options
         sampled = self._middle.mc_samples > 0
         vectors = self._sampled(b, parts, width) if sampled else _exact(parts, width)
         for part, A, B in vectors:
-            JTA = risk.vjp(part, A).to(dtype)
-            JTB = JTA if B is A else risk.vjp(part, B).to(dtype)
-            total += (JTA * JTB).sum(0)
+            left = risk.vjps(part, A)
+            chunks = ((a, a) for a in left) if B is A else zip(left, risk.vjps(part, B))
+            for rows in chunks:
+                for sums, a, b in zip(risk.space.split(total), *rows, strict=True):
+                    sums.add_((a.to(dtype) * b.to(dtype)).sum(0))
         return risk.space.split(total)
 
     def diagonal(self) -> Tensor:

@@ -497,18 +497,31 @@ class EmpiricalRisk:
         self._refresh_if_changed()
         return self._session(run, key, U.shape[1] > 1)
 
-    def vjp(self, batch: Linearization, U: Tensor) -> Tensor:
-        r"""Return :math:`J_b^\top u` for vectors ``[K, *output.shape]``, ``(K, P)``.
+    def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
+        r"""Yield :math:`J_b^\top u` for vectors ``[K, *output.shape]``, in chunks.
 
-        Unlike :meth:`Linearization.vjp <curvlinops._linearization.Linearization.vjp>`,
-        falls back on single vectors where several at once are impossible or slower.
+        Yields
+        ------
+        list of Tensor
+            The next ``k`` products, in the shapes ``[k, *shape]`` of the parameters.
         """
-        outputs = TensorSpace([U.shape[1:]], U.dtype, U.device)
-        total = torch.zeros(len(U), self.space.dim, dtype=U.dtype, device=U.device)
-        columns = U.flatten(1).T if U.ndim > 1 else U.unsqueeze(0)
-        spaces = outputs, self.space
-        self._add_products(lambda b, u: b.vjp(u[0]), batch, columns, total, spaces)
-        return total
+
+        def body(b: Linearization, u: list[Tensor]) -> list[Tensor]:
+            return b.vjp(u[0])
+
+        columns, start = U.reshape(len(U), -1).T, 0
+        while start < len(U):
+            width = self._width(body, batch, columns, batch.output_space)
+            part = U[start : start + width]
+            try:
+                chunk = batch.vjp(part) if len(part) > 1 else batch.vjp(part[0])
+            except RuntimeError:
+                if len(part) == 1:
+                    raise
+                self._vectorise = False  # an operation has no vectorised derivative
+                continue
+            yield chunk if len(part) > 1 else [g.unsqueeze(0) for g in chunk]
+            start += len(part)
 
     def _with_places(
         self, title: str, rows: int
@@ -828,11 +841,13 @@ class EmpiricalRisk:
         generator = torch.Generator().manual_seed(batch.index)
         U = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
         us = U.split(len(U) // len(parts))
-        gradient = torch.zeros_like(self.space.join(batch.vjp(U)))
+        gradient = self.space.join(batch.vjp(U))
+        total = torch.zeros_like(gradient)
         for part, u in zip(parts, us, strict=True):
-            gradient += self.space.join(part.vjp(u))
+            for row, g in zip(self.space.split(total), part.vjp(u), strict=True):
+                row.add_(g)
         outputs = torch.cat([part.output.detach() for part in parts])
-        pairs = [(outputs, f), (gradient, self.space.join(batch.vjp(U)))]
+        pairs = [(outputs, f), (total, gradient)]
         if self.loss is not None:
             HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
             pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))

@@ -435,7 +435,7 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
         if number is None or not low <= number <= high:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'an integer' if kind is int else 'a number'} "
-                f"from {low:g} to {high:g}"
+                f"from {low} to {high}"
             )
         return number
 

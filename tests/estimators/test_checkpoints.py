@@ -1,0 +1,207 @@
+"""Interrupted computations go on, bit by bit as if nothing had happened."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse.linalg import cg, eigsh
+from spectra import Counting, TorchSide, symmetric
+
+import curvlinops.estimators as est
+from curvlinops.estimators.checkpoint import read_identity
+
+N = 90
+A = symmetric(np.r_[np.linspace(0.1, 1, N - 2), 5.0, 9.0])
+
+
+def density(A, **options):
+    result = est.lanczos_approximate_spectrum(A, 12, num_repeats=4, deflate=2, **options)
+    return np.concatenate([np.asarray(result.density), result.spikes])
+
+
+#: Computations as functions of matrix and options.
+TASKS = {
+    "hutchinson_trace": lambda A, **o: est.hutchinson_trace(A, 40, **o),
+    "hutchpp_trace": lambda A, **o: est.hutchpp_trace(A, 39, **o),
+    "adaptive hutchpp": lambda A, **o: est.hutchpp_trace(A, 75, until=0.02, **o),
+    "xtrace": lambda A, **o: est.xtrace(A, 40, **o),
+    "adaptive xtrace": lambda A, **o: est.xtrace(A, 80, until=1e-2, **o),
+    "xnystrace": lambda A, **o: est.xnystrace(A, 40, **o),
+    "diagonal": lambda A, **o: est.hutchinson_diag(A, 40, **o),
+    "xdiag": lambda A, **o: est.xdiag(A, 40, **o),
+    "density": density,
+    "logdet": lambda A, **o: est.logdet(A, ncv=10, num_repeats=4, **o),
+    "eigenpairs": lambda A, **o: np.concatenate(
+        [x.ravel() for x in est.top_eigenpairs(A, 3, **o)]
+    ),
+}
+
+
+class Killed(Exception):
+    """What stops a computation in a test."""
+
+
+def broken(at, matrix=A):
+    B = Counting(matrix, break_at=at, error=Killed())
+    B._adjoint = lambda: B
+    return B
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_goes_on_with_the_same_bits(task, tmp_path):
+    path, options = tmp_path / "journal", {"rng": 3}
+    if task != "eigenpairs":
+        options["block_size"] = 4
+    whole = np.asarray(TASKS[task](broken(10**6), **options))
+    stopped = 0
+    for at in (2, 11, 23, 31):
+        try:
+            TASKS[task](broken(at), checkpoint=path, **options)
+        except Killed:
+            stopped += 1
+    assert stopped >= 1
+    last = broken(10**6)
+    value = TASKS[task](last, checkpoint=path, **options)
+    assert np.array_equal(np.asarray(value), whole)
+    again = broken(10**6)
+    repeated = TASKS[task](again, checkpoint=path, **options)
+    assert np.array_equal(np.asarray(repeated), whole)
+    assert again.count <= 2  # the matrix's fingerprint, and that of the result
+
+
+def test_seed_is_kept(tmp_path):
+    path = tmp_path / "journal"
+    with pytest.raises(Killed):
+        est.xtrace(broken(15), 40, checkpoint=path, block_size=2)
+    result = est.xtrace(A, 40, checkpoint=path, block_size=2, return_estimate=True)
+    assert result.seed == read_identity(path)["seed"]
+    assert np.array_equal(result.value, est.xtrace(A, 40, rng=result.seed, block_size=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"A": A + 1e-3}, "fingerprint"),
+        ({"rng": 4}, "seed"),
+        ({"A": A.astype(np.float32)}, "dtype"),
+        ({"distribution": "normal"}, "distribution"),
+        ({"A": torch.from_numpy(A)}, "class"),
+    ],
+)
+def test_another_problem_is_refused(tmp_path, change, named):
+    path = tmp_path / "journal"
+    arguments = {"A": A, "num_matvecs": 20, "rng": 3, "checkpoint": path}
+    est.hutchinson_trace(**arguments)
+    with pytest.raises(ValueError, match=f"another computation.*{named}"):
+        est.hutchinson_trace(**(arguments | change))
+    with pytest.raises(ValueError, match="task"):
+        est.xtrace(**arguments)
+
+
+def test_damaged_end_is_reported_and_dropped(tmp_path):
+    path = tmp_path / "journal"
+    options = {"rng": 3, "block_size": 4, "checkpoint": path}
+    whole = est.xtrace(A, 40, **options)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 255
+    for damaged in (content[: len(content) * 2 // 3], bytes(flipped), content + b"junk"):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"damaged or cut off at byte \d+ of"):
+            assert est.xtrace(A, 40, **options) == whole
+        assert path.read_bytes() == content
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        est.xtrace(A, 40, **options)
+
+
+def test_journal_does_not_grow_without_bound(tmp_path):
+    path, B = tmp_path / "journal", np.diag(np.arange(1.0, 20_001.0))[:50, :50]
+    big = np.eye(3000)
+    est.hutchinson_diag(big, 400, rng=0, block_size=1, checkpoint=path)
+    assert path.stat().st_size < 2**23
+    est.lanczos_approximate_spectrum(B, 40, num_repeats=20, checkpoint=tmp_path / "b")
+
+
+def test_scipy_solvers_go_on(tmp_path):
+    b = np.arange(N) * 1.0
+    for solve in (
+        lambda J: cg(J, b, rtol=1e-10)[0],
+        lambda J: eigsh(J, 3, v0=b, return_eigenvectors=False),
+    ):
+        path = tmp_path / f"{id(solve)}"
+        with pytest.raises(Killed), est.JournalledOperator(broken(9), path) as J:
+            solve(J)
+        with est.JournalledOperator(A, tmp_path / "whole") as J:
+            whole, products = solve(J), J.num_products
+        (tmp_path / "whole").unlink()
+        # Another class of operator is another computation; a plain one here.
+        with est.JournalledOperator(broken(10**6), path) as J:
+            assert np.array_equal(solve(J), whole)
+            assert J.num_products == products - 7
+    with (
+        est.JournalledOperator(broken(10**6), path) as J,
+        pytest.raises(ValueError, match="made with another vector"),
+    ):
+        cg(J, b + 1)
+
+
+def test_route_is_fixed_and_stored(tmp_path):
+    class Routed(TorchSide):
+        asked = ()
+
+        def fix_route(self, route):
+            self.asked = (*self.asked, route)
+            return route or "replay"
+
+    B = Routed(torch.from_numpy(A))
+    for _ in range(2):
+        est.hutchinson_trace(B, 20, rng=0, checkpoint=tmp_path / "journal")
+    assert B.asked == (None, "replay")
+
+
+SCRIPT = """
+    import sys, time
+    import numpy as np
+    from scipy.sparse.linalg import LinearOperator
+    from curvlinops.estimators import lanczos_approximate_spectrum
+
+    class Slow(LinearOperator):
+        def __init__(self, pause):
+            super().__init__(np.float64, (400, 400))
+            self.pause, self.d = pause, np.linspace(-1, 1, 400) ** 3
+        def _matvec(self, x):
+            time.sleep(self.pause)
+            print(".", end="", flush=True)
+            return self.d * x.ravel()
+
+    result = lanczos_approximate_spectrum(
+        Slow(float(sys.argv[2])), 30, num_repeats=3, rng=0, block_size=1,
+        checkpoint=sys.argv[1],
+    )
+    np.save(sys.argv[1] + ".npy", result.numpy())
+"""
+
+
+def test_kill_9(tmp_path):
+    def start(name, pause):
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SCRIPT), tmp_path / name, pause],
+            stdout=subprocess.PIPE,
+            env={"PYTHONPATH": str(Path(est.__file__).parents[2]), "PATH": ""},
+        )
+
+    killed = start("a", "0.02")
+    assert killed.stdout.read(40)  # in the middle of the second run
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    resumed, whole = start("a", "0"), start("b", "0")
+    few, many = (len(p.communicate()[0]) for p in (resumed, whole))
+    assert resumed.returncode == whole.returncode == 0 and few <= many - 30
+    results = [np.load(tmp_path / f"{name}.npy") for name in "ab"]
+    assert np.array_equal(*results)
