@@ -15,6 +15,7 @@ from curvlinops import (
     GGNDiagonalLinearOperator,
     GGNLinearOperator,
 )
+from curvlinops._linearization import Linearization
 from curvlinops.structured import DiagonalLinearOperator
 from tolerances import assert_close
 
@@ -202,19 +203,23 @@ def test_pickles_and_copies():
 
 def test_memory_is_bounded(monkeypatch):
     """Vectors are pulled back in chunks, also where a batch does not come apart."""
-    widths: list[int] = []
-    original = EmpiricalRisk.vjp
-
-    def noting(self, batch, U):
-        widths.append(len(U))
-        return original(self, batch, U)
-
-    monkeypatch.setattr(EmpiricalRisk, "vjp", noting)
-    monkeypatch.setattr("curvlinops.ggn_diagonal.MAX_COLUMN_BYTES", 3 * 8 * 26)
     X, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
     D, expected = one_batch(mlp(3, 4, 2).double(), F.huber_loss, X, y)
+    widths: list[int] = []
+    original = Linearization.vjp
+
+    def noting(self, U):
+        widths.append(len(U) if U.ndim > self.output.ndim else 1)
+        return original(self, U)
+
+    monkeypatch.setattr(Linearization, "vjp", noting)
+    monkeypatch.setattr("curvlinops.ggn_diagonal.MAX_COLUMN_BYTES", 3 * 8 * 26)
     assert_close(D.diagonal(), expected)
-    assert max(widths) <= 3
+    assert max(widths) == 2  # outputs per datum
+    monkeypatch.setattr(EmpiricalRisk, "one_by_one", lambda self, batch: [batch])
+    D.refresh()
+    assert_close(D.diagonal(), expected)
+    assert max(widths) == 3
 
 
 def test_negative_number_of_samples():

@@ -128,7 +128,7 @@ def test_unknown_outputs_of_a_datum_are_an_error():
         data,
         batch_size_fn=lambda X: 3,
     )
-    with pytest.raises(ValueError, match="3 data points.*batch_size_fn"):
+    with pytest.raises(ValueError, match=r"3 data points.*batch_size_fn"):
         E @ torch.ones(8).double()
 
 

@@ -172,9 +172,9 @@ def test_outputs_that_change_their_number():
     JT = J.H
     for other in ([(torch.randn(5, 3).double(), None)], [*data, data[0]]):
         data[:] = other
-        with pytest.raises(ValueError, match="had 12 entries.*new operator"):
+        with pytest.raises(ValueError, match=r"had 12 entries.*new operator"):
             J @ torch.ones(8).double()
-        with pytest.raises(ValueError, match="had 12 entries.*new operator"):
+        with pytest.raises(ValueError, match=r"had 12 entries.*new operator"):
             JT @ torch.ones(12).double()
 
 

@@ -90,8 +90,10 @@ def test_diagonal_blocks(problem, cls, dense):
         i = places(problem[2], name)
         assert block.H is block
         assert_close(block.to_dense(), expected[i][:, i], size=100)
-    copied = pickle.loads(pickle.dumps(blocks["head.bias"]))
-    assert_close(copied.to_dense(), blocks["head.bias"].to_dense())
+    bias = blocks["head.bias"].to_dense()
+    assert_close(pickle.loads(pickle.dumps(blocks["head.bias"])).to_dense(), bias)
+    copied = pickle.loads(pickle.dumps(cls(*problem)))
+    assert_close(copied.block("head.bias").to_dense(), bias)
 
 
 def test_a_product_with_a_block_costs_one_product(problem, monkeypatch):
@@ -127,12 +129,17 @@ def test_names_that_match_nothing(problem, pattern, hint):
 
 
 def test_names_of_what_is_no_parameter(problem):
-    model, loss, params, data = problem
+    model, _, params, data = problem
     J = JacobianLinearOperator(model, params, data)
     K = GramLinearOperator(*problem)
     for A in (J, J.H, K):
         with pytest.raises(TypeError, match="does not map parameters to parameters"):
             A.block("head.*")
+
+
+def test_no_names(problem):
+    with pytest.raises(ValueError, match="at least one name"):
+        HessianLinearOperator(*problem).block([])
 
 
 def test_an_exact_name_is_no_pattern():
@@ -172,5 +179,5 @@ def test_tied_parameters_by_pattern():
 
 def test_a_pattern_needs_a_module():
     data = [(torch.ones(1, 2), torch.ones(1, 2))]
-    with pytest.raises(TypeError, match="callable has no named parameters.*dict"):
+    with pytest.raises(TypeError, match=r"callable has no named parameters.*dict"):
         EmpiricalRisk(lambda p, X: p["a"] * X, nn.MSELoss(), "a", data)

@@ -119,15 +119,14 @@ batch_size_fn, mc_samples, seed, **options
 
     def _current(self) -> Tensor:
         """Return the diagonal, computed once until parameters or data change."""
-        key = type(self), self._middle.mc_samples, self._middle.seed
-        return self.risk.once(key, self._compute)
+        risk, middle = self.risk, self._middle
 
-    def _compute(self) -> Tensor:
-        space = self.risk.space
-        unused = torch.empty(space.dim, 1, dtype=space.dtype, device=space.device)
-        return self.risk.mean(
-            lambda b, _: self._products(b), unused, self._title("diagonal")
-        )[:, 0]
+        def compute() -> Tensor:
+            ones = torch.ones(risk.space.dim, 1, dtype=risk.space.dtype)
+            ones, title = ones.to(risk.space.device), self._title("diagonal")
+            return risk.mean(lambda b, _: self._products(b), ones, title)[:, 0]
+
+        return risk.once((type(self), middle.mc_samples, middle.seed), compute)
 
     def _products(self, b: Linearization) -> list[Tensor]:
         r"""Return :math:`\sum_i (J^\top a_i) \odot (J^\top b_i)` of a batch."""
@@ -140,10 +139,14 @@ batch_size_fn, mc_samples, seed, **options
         vectors = self._sampled(b, parts, width) if sampled else _exact(parts, width)
         for part, A, B in vectors:
             left = risk.vjps(part, A)
-            chunks = ((a, a) for a in left) if B is A else zip(left, risk.vjps(part, B))
-            for rows in chunks:
-                for sums, a, b in zip(risk.space.split(total), *rows, strict=True):
-                    sums.add_((a.to(dtype) * b.to(dtype)).sum(0))
+            right = None if B is A else risk.vjps(part, B)
+            for JTA in left:
+                JTB = JTA if right is None else next(right)
+                for row, x, y in zip(risk.space.split(total), JTA, JTB, strict=True):
+                    # The first without a temporary: often there is no other.
+                    row.addcmul_(x[0].to(dtype), y[0].to(dtype))
+                    if len(x) > 1:
+                        row.add_((x[1:].to(dtype) * y[1:].to(dtype)).sum(0))
         return risk.space.split(total)
 
     def diagonal(self) -> Tensor:

@@ -1037,17 +1037,16 @@ class RiskOperator(TorchOperator):
         -----
         A product costs one product with the operator.
         """
-        if self._in_space is not self.risk.space or self._out_space is not (
-            self.risk.space
-        ):
+        names = self.risk.space.names
+        if not self._in_space.names == self._out_space.names == names:
             raise TypeError(
                 f"Blocks are chosen by parameter name, but {self!r} does not map "
                 'parameters to parameters. Choose the parameters with `params="..."` '
                 "when the operator is built, or use `SubmatrixLinearOperator`."
             )
-        names = _chosen(rows, self.risk.space)
+        chosen = _chosen(rows, names)
         return ParameterBlock(
-            self, names, names if cols is None else _chosen(cols, self.risk.space)
+            self, chosen, chosen if cols is None else _chosen(cols, names)
         )
 
     def blocks(self) -> dict[str, ParameterBlock]:
@@ -1107,11 +1106,13 @@ class ParameterBlock(TorchOperator, LinearOperator):
         return ParameterBlock(A.adjoint(), cols, rows)
 
 
-def _chosen(patterns: str | Iterable[str], space: TensorSpace) -> list[str]:
-    """Return the names that match one of some patterns, in the space's order."""
+def _chosen(patterns: str | Iterable[str], names: Sequence[str]) -> list[str]:
+    """Return the names that match one of some patterns, in their own order."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = {n for pattern in patterns for n in matching_names(pattern, space.names)}
-    return [name for name in space.names if name in found]
+    found = {name for pattern in patterns for name in matching_names(pattern, names)}
+    if not found:
+        raise ValueError("Got no names: pass at least one name or pattern.")
+    return [name for name in names if name in found]
 
 
 def _subspace(space: TensorSpace, names: list[str]) -> tuple[TensorSpace, Tensor]:

@@ -184,7 +184,7 @@ class Operand:
             Y = torch.from_numpy(np.array(A @ x.numpy())).to(self.dtype)
         self.num_products += X.shape[1]
         self.require_finite(Y)
-        return Y.reshape(-1, X.shape[1])
+        return Y.reshape(len(Y), X.shape[1])
 
     def require_finite(self, Y: Tensor) -> None:
         """Raise if the product made last is not finite."""

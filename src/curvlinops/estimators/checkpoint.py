@@ -1,8 +1,9 @@
 """Journals: a long computation that was killed goes on where it was.
 
 A journal is one append-only file of records, each with its length and its checksum. It
-is created, and compacted, by writing a new file, ``fsync`` and ``rename``; records are
-appended and ``fsync``-ed. Records are of two kinds: the state of a named section of
+is created, and compacted, by writing a new file, ``fsync`` and ``rename``. Records are
+appended and handed to the system at once, where they survive the end of the process;
+``fsync``, for power failures, follows at most once a second. Records are of two kinds: the state of a named section of
 the computation, and products made since the last state. Algorithms that can be told
 their state load it; all others (SciPy's solvers) are started again and get the recorded
 products replayed, which on the same machine leads them through the same bits.
@@ -18,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -147,7 +149,7 @@ class Journal:
             self._refuse_other(read_identity(self.path), rtol)
         else:
             self._write_anew([])
-        self._file = self._open()
+        self._file, self._synced = self._open(), monotonic()
         self._index()
 
     def _open(self) -> BinaryIO:
@@ -230,8 +232,13 @@ class Journal:
         start = self._file.seek(0, os.SEEK_END)
         self._file.write(_pack(payload))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if monotonic() - self._synced > 1:
+            self._sync()
         self._enter(label, start, len(payload))
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = monotonic()
 
     def save(self, section: str, **arrays: Any) -> None:
         """Record the state of a section; products recorded before are dropped."""
@@ -282,6 +289,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the file, which stays; a finished computation is returned from it."""
+        self._sync()
         self._file.close()
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from curvlinops.kfac._covariance import gram, patch_covariance
 from curvlinops.kfac._layers import Batch, Fisher, Layer, batches
-from curvlinops.kfac._uses import KINDS, Layout, token_ids
+from curvlinops.kfac._uses import Layout, token_ids
 from curvlinops.kronecker import (
     EighDecomposedLinearOperator,
     KroneckerProductLinearOperator,
@@ -46,7 +46,7 @@ class Settings:
 
     fisher: Fisher
     reduce: bool
-    joint: bool
+    bias: str
     unsupported: str
     max_factor: int
 
@@ -63,7 +63,6 @@ class Sums:
     B: Any = None
     count: Any = 0
     swapped: Any = None
-    corrections: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Estimation:
@@ -97,7 +96,7 @@ class Estimation:
         def run() -> None:
             self.diagonals = {} if diagonals else self.diagonals
             count: Any = 0
-            source = batches(self.risk, settings.joint, settings.unsupported, self.title)
+            source = batches(self.risk, settings.bias, settings.unsupported, self.title)
             for batch in source:
                 self._register(batch)
                 count = count + batch.loss.count
@@ -199,20 +198,18 @@ class Covariances:
         """Return a layer's sums, with zeros to begin with."""
         if layer.name not in self.sums:
             G, m, n = layer.layout.size
-            like = layer.uses[0][0].input
-            dtype = like.dtype if like.is_floating_point() else torch.float32
-            dtype = layer.uses[0][0].options.get("dtype", dtype)
-            ordinary = any(not swapped for _, swapped in layer.uses)
+            use = layer.uses[0][0]
+            dtype = use.options.get("dtype", use.input.dtype)
+            dtype = torch.promote_types(dtype, torch.float32)
 
             def zeros(d: int, diagonal: bool = False) -> Tensor:
                 shape = (G, d) if diagonal or self._is_large(layer, d) else (G, d, d)
-                return torch.zeros(shape, dtype=_working(dtype), device=like.device)
+                return torch.zeros(shape, dtype=dtype, device=use.input.device)
 
-            plain = _counts_tokens(layer, self.settings)
-            sums = Sums(layer, zeros(n, plain), zeros(m), zeros(1, True)[:, 0])
+            units = _counts_tokens(layer, self.settings)
+            sums = Sums(layer, zeros(n, units), zeros(m), zeros(1, True)[:, 0])
             if any(swapped for _, swapped in layer.uses):
                 sums.swapped = (zeros(n), zeros(m), zeros(1, True)[:, 0])
-            assert ordinary
             self.sums[layer.name] = sums
         return self.sums[layer.name]
 
@@ -278,9 +275,8 @@ class Covariances:
                 s.B = s.B if s.B.ndim == 2 else s.B.diagonal(dim1=1, dim2=2).clone()
                 for use, _ in layer.uses:
                     c = use.checked_input().expand(use.shape)
-                    squares = layer.outputs(use, c, batch.size)
-                    s.B += squares.sum((1, 2)) / (c.numel() / s.B.shape[1])
-                    s.count += 1
+                    s.B += layer.outputs(use, c, batch.size).sum((1, 2))
+                    s.count += c.numel() / s.B.shape[1]
 
     def finish(self, denominator: Any) -> None:
         """Turn sums into means; pool uses in which the roles are exchanged."""
@@ -290,17 +286,12 @@ class Covariances:
                 s.B = s.B / (s.count.clamp(min=1) if forward_only else denominator)
                 continue
             if forward_only:
-                s.B, denominator = torch.ones_like(_diagonal(s.B)), 1
+                s.B = torch.ones_like(_diagonal(s.B)) * s.count[:, None]
             if s.swapped is not None:
                 _pool(s, forward_only)
-            count = s.count.clamp(min=1)
-            s.A = s.A / count.reshape(-1, *[1] * (s.A.ndim - 1))
-            s.B = s.B / denominator
-            s.A, s.B = _symmetric(s.A), _symmetric(s.B)
-
-
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+            count = s.count.clamp(min=1).reshape(-1, *[1] * (s.A.ndim - 1))
+            s.A = _symmetric(s.A / count)
+            s.B = _symmetric(s.B / (s.count[:, None] if forward_only else denominator))
 
 
 def _diagonal(factor: Tensor) -> Tensor:
@@ -346,7 +337,8 @@ def _pool(s: Sums, forward_only: bool) -> None:
     other uses.
     """
     n_part, m_part, count = s.swapped
-    n_part = torch.ones_like(_diagonal(n_part)) * count if forward_only else n_part
+    if forward_only:
+        n_part = torch.ones_like(_diagonal(n_part)) * count[:, None]
     traces = [_diagonal(f).sum() for f in (n_part, m_part, s.A, s.B)]
     square = (traces[0] * traces[3] / (traces[1] * traces[2])).sqrt()
     square = square if bool(square.isfinite() & (square > 0)) else torch.ones(())
@@ -438,6 +430,7 @@ def gradients(
 def _side(factor: Tensor, groups: slice, rows: Tensor) -> Tensor:
     """Multiply rows ``[G, N, R, d]`` by a factor from the right."""
     factor = factor[groups]
+    rows = rows.to(factor.dtype)
     if factor.ndim == 2:
         return rows * factor[:, None, None]
     return rows @ factor.unsqueeze(1)
@@ -535,7 +528,6 @@ def kfoc(
     if estimation.settings.fisher.fisher_type == "forward-only":
         return blocks, sums
     chosen = {n: s for n, s in sums.items() if not s.layer.elementwise}
-    exact: dict[str, Tensor] = {}
     for s in chosen.values():
         s.A, s.B = (f if f.ndim == 3 else f.diag_embed() for f in (s.A, s.B))
     previous = dict.fromkeys(chosen, 0.0)
@@ -566,10 +558,7 @@ def kfoc(
             previous[name] = size
         if settled:
             break
-    del exact
-    keep = [
-        block for block in blocks if block[0].names[0] not in chosen
-    ]
+    keep = [block for block in blocks if block[0].names[0] not in chosen]
     keep += [(s.layer.layout, product(n, s.B, s.A)) for n, s in chosen.items()]
     return keep, sums
 
@@ -588,4 +577,3 @@ def _add_half(
             total += (M @ other.unsqueeze(1) @ M.mT).sum(1)
 
 
-__all__ = ["KINDS", "Estimation", "Settings", "Sums", "ekfac", "kfac", "kfoc"]

@@ -94,7 +94,7 @@ class Batch:
 
 
 def batches(
-    risk: EmpiricalRisk, joint: bool, unsupported: str, title: str
+    risk: EmpiricalRisk, bias: str, unsupported: str, title: str
 ) -> Iterator[Batch]:
     """Yield every batch with its layers (within ``risk.session``)."""
     recorder = Recorder(risk.model.aliases)
@@ -108,7 +108,7 @@ def batches(
         recorder.check_complete(batch.output)
         size = risk._size_or_none(batch.X) or len(batch.output)
         shapes = {name: tuple(p.shape) for name, p in risk.model.aliases.items()}
-        layers, unknown = resolve(recorder.uses, recorder.unknown, shapes, size, joint)
+        layers, unknown = resolve(recorder.uses, recorder.unknown, shapes, size, bias)
         if unknown and unsupported != "diagonal":
             listing = "; ".join(f"{n!r} in `{use}`" for n, use in unknown.items())
             raise ValueError(
@@ -124,9 +124,13 @@ def resolve(
     unknown: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     N: int,
-    joint: bool,
+    bias: str,
 ) -> tuple[list[Layer], dict[str, str]]:
-    """Sort uses into layers; return also which parameters are not understood."""
+    """Sort uses into layers; return also which parameters are not understood.
+
+    A bias that belongs to one weight is treated as ``bias`` says: ``"joint"`` with it,
+    ``"separate"`` as a block with the weight's output factor, ``"alone"`` like a shift.
+    """
     unknown = dict(unknown)
     by_weight: dict[str, list[Use]] = defaultdict(list)
     partners: dict[str, set[str]] = defaultdict(set)
@@ -135,17 +139,17 @@ def resolve(
         if use.bias is not None:
             partners[use.bias].add(use.weight)
     paired = {}
-    for bias, weights in partners.items():
+    for added, weights in partners.items():
         (weight, *others) = weights
-        alone = not others and bias not in by_weight
-        if alone and all(use.bias == bias for use in by_weight[weight]):
-            paired[weight] = bias
+        one = not others and added not in by_weight and bias != "alone"
+        if one and all(use.bias == added for use in by_weight[weight]):
+            paired[weight] = added
             continue
-        by_weight[bias] += [_as_shift(u, bias) for u in uses if u.bias == bias]
+        by_weight[added] += [_as_shift(u, added) for u in uses if u.bias == added]
     layers = []
     for name, its in by_weight.items():
         bias_name = paired.get(name)
-        layer = _layer(name, its, bias_name, shapes, N, joint)
+        layer = _layer(name, its, bias_name, shapes, N, bias == "joint")
         if layer is None or name in unknown or bias_name in unknown:
             for each in filter(None, (name, bias_name)):
                 unknown.setdefault(each, its[0].kind)
@@ -156,10 +160,9 @@ def resolve(
 
 def _as_shift(use: Use, bias: str) -> Use:
     """Return the addition of a bias as a use of its own."""
-    size = torch.Size([-1, *[1] * len(use.options.get("kernel", ()))])
-    width = use.shape[len(use.shape) - len(size)]
-    size = torch.Size([width, *size[1:]])
-    one = torch.ones((), device=use.input.device)
+    trailing = len(use.options.get("kernel", ()))
+    size = torch.Size([use.shape[-1 - trailing], *[1] * trailing])
+    one = use.input.new_ones(())
     options = {"size": size}
     return replace(
         use, kind="elementwise", weight=bias, bias=None, input=one, options=options
