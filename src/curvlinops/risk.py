@@ -284,6 +284,8 @@ class EmpiricalRisk:
         if isinstance(self.loss_func, nn.Module):
             tensors += [*self.loss_func.parameters(), *self.loss_func.buffers()]
         tensors += tensors_in(getattr(self.loss_func, "keywords", None))
+        if isinstance(self.loss_func, nn.Module):
+            tensors += self.loss_func.buffers()  # class weights
         if isinstance(self.data, (list, tuple)):
             for item in self.data:
                 tensors += tensors_in(item)
