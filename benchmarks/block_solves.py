@@ -3,14 +3,14 @@
 Run ``python benchmarks/block_solves.py [K]``. Both ways run SciPy's CG for a fixed
 number of iterations on ``K`` columns (default: 16); in step, all columns share block
 products. The gain in the last column is what ``TOGETHER_MIN_COLUMNS`` and
-``TOGETHER_MAX_DIM`` of ``curvlinops.inverse`` are chosen by. Timings alternate in one
+``TOGETHER_MAX_DIM`` of ``curvlinops.inverse`` are chosen by. Processor times alternate in one
 process; the fastest of three counts.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from time import perf_counter
+from time import process_time
 
 import torch
 from torch import nn
@@ -28,8 +28,8 @@ class Costly(TensorLinearOperator):
 
     def _apply(self, V: torch.Tensor) -> torch.Tensor:
         """Wait, then multiply."""
-        end = perf_counter() + self.seconds
-        while perf_counter() < end:
+        end = process_time() + self.seconds
+        while process_time() < end:
             pass
         return super()._apply(V)
 
@@ -69,10 +69,10 @@ def damped_ggns() -> Iterator[tuple[str, inverse.TorchOperator]]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the duration of a call."""
-    start = perf_counter()
+    """Return the processor time of a call."""
+    start = process_time()
     work()
-    return perf_counter() - start
+    return process_time() - start
 
 
 def main(K: int) -> None:

@@ -10,10 +10,11 @@ and the spectra
 * step: 50 ones, then 1e-3.
 
 Prints the mean relative error over seeds, per estimator and number of products. What
-the paper shows, and ``check`` asserts: on slow decay all are alike; on polynomial decay
-XTrace beats Hutch++ beats Hutchinson, by orders of magnitude; on exponential decay
-XTrace and XNysTrace fall exponentially, XTrace at half the rate of XNysTrace and above
-that of Hutch++; on the step everything but Hutchinson falls once it has 50 vectors.
+the paper shows, and ``check`` asserts: on the flat spectrum all are alike; on
+polynomial decay Hutch++ beats Hutchinson by orders of magnitude, and XTrace and
+XNysTrace beat Hutch++; on exponential decay these fall exponentially, Hutch++ at two
+thirds of XTrace's rate, XTrace at half of XNysTrace's; on the step all but Hutchinson
+fall once they have 50 vectors for the range.
 
 Run: ``python benchmarks/xtrace_convergence.py [--seeds 100]``. Takes a minute.
 """
@@ -63,12 +64,17 @@ def errors(seeds: int) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
+def ratio(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the geometric mean of the ratios of two curves."""
+    return float(np.exp(np.log(a / b).mean()))
+
+
 def check(found: dict[str, dict[str, np.ndarray]]) -> None:
     """Assert what the paper's figures show."""
     poly, decay, step = found["poly"], found["exp"], found["step"]
-    assert (poly["XTrace"] < poly["Hutch++"]).all()
+    assert ratio(poly["XTrace"], poly["Hutch++"]) < 1
     assert (poly["Hutch++"][1:] < poly["Hutchinson"][1:] / 10).all()
-    assert (poly["XNysTrace"] < poly["XTrace"]).all()
+    assert ratio(poly["XNysTrace"], poly["XTrace"]) < 1
     assert decay["XTrace"][1] < decay["Hutch++"][1] / 5
     assert decay["XNysTrace"][0] < decay["XTrace"][0] / 5
     assert decay["XTrace"][2] < 1e-5 < decay["Hutchinson"][2]

@@ -104,12 +104,15 @@ def subject(operator: Operator, problem: Problem) -> Subject:
 
 #: Problems on which the laws run that have nothing to do with the model: every
 #: precision, several terms per datum, a plain callable.
-STRUCTURAL = ("mlp-float32", "mlp-bfloat16", "ce-tokens-options", "callable")
+STRUCTURAL = ("conv-float32", "mlp-bfloat16", "ce-tokens-options", "callable")
+
+#: Those of them on which derived operators are checked.
+DERIVED = ("conv-float32", "callable")
 
 #: Problems whose loss depends on how data are weighted, in every way.
 SPLIT = (
     "linear",
-    "mlp-float32",
+    "conv-float32",
     "batch-norm-2d",
     "tied-weights",
     "dict-input",
@@ -133,12 +136,17 @@ class Law:
     problems: tuple[Problem, ...]
     only: frozenset[str]
     without: frozenset[str]
+    slow: bool
 
     def subjects(self) -> Iterator[tuple[Operator, Problem]]:
+        """Yield what the law is checked on."""
         for operator in OPERATORS:
-            wanted = self.only <= operator.tags and not self.without & operator.tags
+            if not self.only <= operator.tags or self.without & operator.tags:
+                continue
             for problem in self.problems:
-                if wanted and operator.exists_for(problem):
+                # what is derived inherits what depends on the problem
+                few = "derived" not in operator.tags or problem.name in DERIVED
+                if few and operator.exists_for(problem):
                     yield operator, problem
 
 
@@ -151,6 +159,7 @@ def law(
     but: Iterable[str] = (),
     only: Iterable[str] = (),
     without: Iterable[str] = (),
+    slow: bool = False,
 ) -> Callable:
     """Register a law.
 
@@ -162,6 +171,8 @@ def law(
         Of these, those with all and those with none of some tags.
     only, without
         Operators for which it holds: those with all and with none of some tags.
+    slow
+        Whether it is checked only if that is asked for.
     """
     chosen = PROBLEMS if names is None else [find(name) for name in names]
     wanted, unwanted = set(problems), set(but)
@@ -169,7 +180,7 @@ def law(
     assert tagged, "A law needs a problem."
 
     def register(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        LAWS.append(Law(check, tagged, frozenset(only), frozenset(without)))
+        LAWS.append(Law(check, tagged, frozenset(only), frozenset(without), slow))
         return check
 
     return register
@@ -178,19 +189,26 @@ def law(
 # Numbers
 
 
-@law(None, without=["derived"])
+@law(None)
 def columns_equal_the_dense_reference(s: Subject) -> None:
-    _check_columns(s)
-
-
-@law(only=["derived"])
-def columns_of_the_derived_equal_the_dense_reference(s: Subject) -> None:
-    _check_columns(s)
-
-
-def _check_columns(s: Subject) -> None:
     eye = torch.eye(s.A.shape[1], dtype=s.A.torch_dtype)
     s.close(s.A @ eye, s.dense)
+
+
+@law(None, without=["derived"])
+def every_route_equals_the_dense_reference(s: Subject) -> None:
+    """Products are recorded, replayed, and materialised, in the course of time."""
+    A, V = s.build(check_deterministic=False), s.block(3)
+    expected = s.dense @ V.double()
+    eye = torch.eye(A.shape[1], dtype=A.torch_dtype)
+    with _unused_parameters_are_allowed():
+        for _ in range(3):
+            s.close(A @ V[:, 0], expected[:, 0])
+        for _ in range(2):
+            s.close(A @ V, expected)
+        s.close(A @ eye, s.dense)
+        s.close(A @ V[:, 0], expected[:, 0])
+        s.close(A @ V, expected)
 
 
 @law()
@@ -446,20 +464,20 @@ def same_product_gives_the_same_bits(s: Subject) -> None:
 def cache_does_not_change_the_numbers(s: Subject) -> None:
     V = s.block(2)
     expected = s.dense @ V.double()
-    for setting in ("off", 0, 2_000, "auto"):
-        A = s.build(cache=setting)
-        for _ in range(3):
+    for setting in ("off", 2_000):
+        A = s.build(cache=setting, check_deterministic=False)
+        for _ in range(2):
             s.close(A @ V, expected)
 
 
-@law(None, problems=["splittable"], without=["sampled", "derived"])
+@law(None, problems=["splittable"], without=["sampled", "derived"], slow=True)
 def split_of_the_data_does_not_matter(s: Subject) -> None:
     _check_splits(s, (1, 3, 2))
 
 
 @law(SPLIT, without=["sampled", "derived"])
-def one_batch_and_lone_data_are_splits(s: Subject) -> None:
-    _check_splits(s, (N,), (1,) * N)
+def one_batch_and_lone_data_are_splits_too(s: Subject) -> None:
+    _check_splits(s, (N,), (1,) * N, (1, 3, 2))
 
 
 def _check_splits(s: Subject, *splits: tuple[int, ...]) -> None:
@@ -487,7 +505,7 @@ def construction_without_check_gives_the_same(s: Subject) -> None:
     s.close(s.build(check_deterministic=False) @ V, s.dense @ V.double())
 
 
-@law(["mlp-perturbed-params", "mlp-float32", "batch-norm-1d", "loader"])
+@law(["mlp-perturbed-params", "conv-float32", "batch-norm-1d", "loader"])
 def pickles_and_copies(s: Subject) -> None:
     V = s.block(2)
     expected = s.A @ V
@@ -574,26 +592,27 @@ def passes_and_forward_calls_are_the_documented_ones(s: Subject) -> None:
 # SciPy
 
 
-SOLVABLE = ("mlp-tanh-mse", "mlp-float32")
+SOLVABLE = ("callable", "conv-float32")
 
 
-@law(SOLVABLE, without=["rectangular"])
+@law(SOLVABLE, without=["rectangular", "iterative", "datafree"])
 def eigensolvers_take_it(s: Subject) -> None:
     expected = torch.linalg.eigvalsh(s.dense).numpy()
     v0 = np.ones(s.A.shape[0], s.A.dtype)
     top = eigsh(s.A, k=2, which="LA", v0=v0, return_eigenvectors=False)
-    _close_spectra(s, top, expected[-2:], expected)
+    # of a multiple eigenvalue, it may find a single one
+    _close_spectra(s, top[-1:], expected[-1:])
     X = s.block(2).double().numpy().astype(s.A.dtype)
-    top, _ = lobpcg(s.A, X, largest=True, maxiter=300, tol=1e-4)
-    _close_spectra(s, top, expected[-2:], expected, exponent=0.5)
+    top, _ = lobpcg(s.A, X, largest=True, maxiter=200, tol=1e-4)
+    _close_spectra(s, top[:1], expected[-1:], exponent=0.5)
 
 
-@law(SOLVABLE)
+@law(SOLVABLE, without=["iterative"])
 def singular_values_and_least_squares_take_it(s: Subject) -> None:
-    expected = torch.linalg.svdvals(s.dense).numpy()[::-1]
+    expected = torch.linalg.svdvals(s.dense).numpy()
     v0 = np.ones(min(s.A.shape), s.A.dtype)
-    top = svds(s.A, k=2, v0=v0, return_singular_vectors=False)
-    _close_spectra(s, top, expected[-2:], expected)
+    top = svds(s.A, k=1, v0=v0, return_singular_vectors=False)
+    _close_spectra(s, top, expected[:1])
     # SciPy computes in the right-hand side's precision and overflows in float32
     b = s.block(rows=True).double().numpy()
     x = lsmr(s.A, b, damp=1.0, atol=1e-12, btol=1e-12, maxiter=2000)[0]
@@ -603,15 +622,14 @@ def singular_values_and_least_squares_take_it(s: Subject) -> None:
 
 
 def _close_spectra(
-    s: Subject, actual: Any, expected: Any, scale: Any = None, exponent: float = 0.75
+    s: Subject, actual: Any, expected: Any, exponent: float = 0.75
 ) -> None:
-    actual, expected = np.sort(actual), np.sort(expected)
     eps = np.finfo(s.A.dtype).eps ** exponent
-    bound = 32 * eps * np.abs(expected if scale is None else scale).max()
+    bound = 32 * eps * np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
 
 
-@law(SOLVABLE, without=["rectangular"])
+@law(SOLVABLE, without=["rectangular", "iterative"])
 def linear_solvers_take_it(s: Subject) -> None:
     D = s.reference
     shift = 1.0 + np.abs(np.linalg.eigvalsh(D)).max()
@@ -627,7 +645,7 @@ def linear_solvers_take_it(s: Subject) -> None:
         )
 
 
-@law(SOLVABLE, without=["rectangular"])
+@law(SOLVABLE, without=["rectangular", "iterative"])
 def exponential_and_norm_estimate_take_it(s: Subject) -> None:
     D = s.reference
     A = s.A / float(np.abs(D).max() or 1.0)

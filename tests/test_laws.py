@@ -17,6 +17,7 @@ def _cases() -> list:
             operator,
             problem,
             id=f"{operator.name}-{problem.name}-{law.check.__name__}",
+            marks=[pytest.mark.slow] if law.slow else [],
         )
         for law, operator, problem in cases
     ]

@@ -119,9 +119,7 @@ def build(kind: type[nn.Module] = Everything, dtype: torch.dtype = torch.float64
         model.eval()
         for i, p in enumerate(model.parameters()):
             p.grad = torch.full_like(p, i) if i % 2 else None
-        data = [
-            (torch.randn(n, 3, dtype=dtype), torch.randint(3, (n,))) for n in SIZES
-        ]
+        data = [(torch.randn(n, 3, dtype=dtype), torch.randint(3, (n,))) for n in SIZES]
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     loss_func = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0], dtype=dtype))
     return model, loss_func, params, data
@@ -224,7 +222,9 @@ def test_no_operator_leaves_anything_changed(operator: Operator):
     before = Snapshot(*built)
     A = operator.build(*built)
     V = vectors(A)
-    assert_close(A @ V, dense_now(operator.dense, built) @ V, exponent=operator.exponent)
+    assert_close(
+        A @ V, dense_now(operator.dense, built) @ V, exponent=operator.exponent
+    )
     A.H @ vectors(A.H)
     before.assert_unchanged()
 
@@ -386,7 +386,9 @@ def test_closure_over_frozen_parameters_is_noticed():
     built = model, nn.MSELoss(), dict(model.named_parameters()), [(X, y)]
     plain = nn.Sequential(copy.deepcopy(frozen), nn.Tanh(), copy.deepcopy(head))
     plain.requires_grad_(True)
-    expected = references.ggn(plain, nn.MSELoss(), dict(plain.named_parameters()), built[3])
+    expected = references.ggn(
+        plain, nn.MSELoss(), dict(plain.named_parameters()), built[3]
+    )
     assert_close(GGNLinearOperator(*built).to_dense(), expected)
     assert not frozen.weight.requires_grad
 
@@ -491,7 +493,9 @@ def _optimiser_step(model: nn.Module, params: dict, data: list) -> None:
 
 def _load_state(model: nn.Module, params: dict, data: list) -> None:
     state = {n: t * 1.1 for n, t in model.state_dict().items()}
-    model.load_state_dict({n: t.long() if "batches" in n else t for n, t in state.items()})
+    model.load_state_dict(
+        {n: t.long() if "batches" in n else t for n, t in state.items()}
+    )
 
 
 def _in_place(model: nn.Module, params: dict, data: list) -> None:

@@ -61,7 +61,16 @@ def test_right_operators_pass(cls, name: str):
 
 @pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize(
-    "name", ["mlp-float32", "mlp-relu-ce", "mse-ragged", "loader", "mlp-bfloat16"]
+    "name",
+    [
+        "mlp-float32",
+        "mlp-bfloat16",
+        "mlp-relu-ce",
+        "mse-ragged",
+        "loader",
+        "embedding-padding",
+        "ce-tokens-ignored-batch",
+    ],
 )
 def test_right_operators_pass_where_it_is_hard(cls, name: str):
     report = build(cls, find(name).build()).verify(rng=1)
@@ -73,6 +82,13 @@ def test_losses_without_a_formula(cls):
     for name in ("generic-mean", "generic-sum"):
         report = build(cls, find(name).build()).verify()
         assert report.ok and not skipped(report), report
+
+
+def test_unused_parameters_are_not_warned_about_again():
+    with pytest.warns(UserWarning, match="does not depend on"):
+        G = build(GGNLinearOperator, find("mlp-unused-param").build())
+    report = G.verify()
+    assert report.ok and not skipped(report), report
 
 
 def test_unweighted_gram_matrix_and_exact_diagonal_with_samples():

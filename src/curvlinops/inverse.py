@@ -382,14 +382,21 @@ class _Watch:
 
     def _checked(self, name: str, v: np.ndarray, cure: str) -> np.ndarray:
         product = np.asarray(self.multiply(name, v), v.dtype)
-        curvature = float(v @ product)
-        if not isfinite(curvature):
-            raise ValueError(
-                f"The product of {name} with a vector is not finite in iteration "
-                f"{self.iterations + 1}. Look for NaN or overflow in the model or the "
-                "operator; precision may help: build it in float64."
+        with np.errstate(over="ignore", invalid="ignore"):
+            curvature = float(v @ product)
+            length, stretched = (sqrt(u @ u) for u in (v, product))
+        if not isfinite(curvature + length + stretched):
+            if np.isfinite(v).all() and not np.isfinite(product).all():
+                raise ValueError(
+                    f"The product of {name} with a vector is not finite in iteration "
+                    f"{self.iterations + 1}. Look for NaN or overflow in the model; it "
+                    "may help to compute in float64."
+                )
+            raise LinAlgError(
+                f"The solver's vectors overflow in iteration {self.iterations + 1}: "
+                f"{name} is singular or nearly so. Add damping (`A + d * I`), or limit "
+                "the iterations with `maxiter`."
             )
-        length, stretched = sqrt(v @ v), sqrt(product @ product)
         if length > 0:
             known = self.norms.get(name, 0.0)
             self.norms[name] = max(known, stretched / length)

@@ -337,6 +337,7 @@ class EmpiricalRisk:
         """
         new = object.__new__(type(self))
         new.__setstate__({**self.__getstate__(), **changes})
+        new._reached = None  # unused parameters are this risk's to warn about
         return new
 
     # -- the loop over data -----------------------------------------------------

@@ -33,10 +33,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from tqdm import tqdm
 
-from curvlinops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
-from curvlinops.examples import IdentityLinearOperator, TensorLinearOperator
+from curvlinops import (
+    CGInverseLinearOperator,
+    EmpiricalRisk,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    IdentityLinearOperator,
+    NeumannInverseLinearOperator,
+    TensorLinearOperator,
+)
 from curvlinops.examples.functorch import functorch_hessian
-from curvlinops.inverse import CGInverseLinearOperator, NeumannInverseLinearOperator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -445,6 +451,18 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example and return its exit status."""
     args = parse_arguments(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # more are no faster at this size, slower on a busy machine
+    try:
+        return run(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, multiply, solve, compare, draw; print what came out."""
     device, delta = args.device, args.damping
     bar: Bar = partial(tqdm, disable=args.quiet, leave=False)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops.kfac._covariance import gram, patch_covariance
+from curvlinops.kfac._covariance import gram, mirror, patch_covariance
 from curvlinops.kfac._layers import Batch, Fisher, Layer, batches
 from curvlinops.kfac._uses import Layout, token_ids
 from curvlinops.kronecker import (
@@ -99,7 +99,7 @@ class Estimation:
             source = batches(self.risk, settings.bias, settings.unsupported, self.title)
             for batch in source:
                 self._register(batch)
-                count = count + batch.loss.count
+                count = count + batch.linearization.count
                 if each_batch is not None:
                     each_batch(batch)
                 send = diagonals and batch.diagonal
@@ -283,26 +283,19 @@ class Covariances:
         for s in self.sums.values():
             forward_only = self.settings.fisher.fisher_type == "forward-only"
             if s.layer.elementwise:
-                s.B = s.B / (s.count.clamp(min=1) if forward_only else denominator)
+                s.B = mirror(s.B / (s.count.clamp(min=1) if forward_only else denominator))
                 continue
             if forward_only:
                 s.B = torch.ones_like(_diagonal(s.B)) * s.count[:, None]
             if s.swapped is not None:
                 _pool(s, forward_only)
             count = s.count.clamp(min=1).reshape(-1, *[1] * (s.A.ndim - 1))
-            s.A = _symmetric(s.A / count)
-            s.B = _symmetric(s.B / (s.count[:, None] if forward_only else denominator))
+            s.A = mirror(s.A.div_(count))
+            s.B = mirror(s.B.div_(s.count[:, None] if forward_only else denominator))
 
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
-
-
-def _symmetric(factor: Tensor) -> Tensor:
-    """Mirror the upper triangle, the only one that :func:`gram` fills."""
-    if factor.ndim == 2:
-        return factor
-    return factor.triu() + factor.triu(1).mT
 
 
 def _counts_tokens(layer: Layer, settings: Settings) -> bool:

@@ -172,7 +172,7 @@ def _embedding_outputs(use: Use, g: Tensor, N: int) -> Tensor:
 # -- convolutions -------------------------------------------------------------------
 
 
-def _each(value: Any, dims: int) -> list[int]:
+def each(value: Any, dims: int) -> list[int]:
     return list(value) if isinstance(value, (tuple, list)) else [value] * dims
 
 
@@ -183,10 +183,10 @@ def padding_of(use: Use) -> list[tuple[int, int]]:
     if padding == "valid":
         return [(0, 0)] * dims
     if padding == "same":
-        dilation = _each(use.options.get("dilation", 1), dims)
+        dilation = each(use.options.get("dilation", 1), dims)
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [(t // 2, t - t // 2) for t in total]
-    return [(p, p) for p in _each(padding, dims)]
+    return [(p, p) for p in each(padding, dims)]
 
 
 def padded(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
@@ -217,11 +217,15 @@ def _patches(x: Tensor, kernel: Shape, stride: list[int], dilation: list[int]) -
 
 
 def _patch_rows(patches: Tensor, dims: int, G: int) -> Tensor:
-    """Sort patches into rows ``[G, N, R, C / G * K]``."""
+    """Sort patches into rows ``[G, N, R, C / G * K]``, a view of their transpose.
+
+    Copied in this order, runs along the last image axis stay together.
+    """
     N, C, *rest = patches.shape
-    out, kernel = rest[:dims], rest[dims:]
-    split = patches.reshape(N, G, C // G, prod(out), prod(kernel))
-    return split.permute(1, 0, 3, 2, 4).reshape(G, N, prod(out), -1)
+    R = prod(rest[:dims])
+    order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
+    columns = patches.permute(order).reshape(G, C // G * prod(rest[dims:]), N, R)
+    return columns.permute(0, 2, 3, 1)
 
 
 def _convolution_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
@@ -235,7 +239,7 @@ def _convolution_inputs(use: Use, N: int) -> Tensor:
     o, kernel = use.options, use.options["kernel"]
     dims, G = len(kernel), use.options.get("groups", 1)
     x = padded(batched(use, use.checked_input()), padding_of(use))
-    stride, dilation = (_each(o.get(k, 1), dims) for k in ("stride", "dilation"))
+    stride, dilation = (each(o.get(k, 1), dims) for k in ("stride", "dilation"))
     return _split(_patch_rows(_patches(x, kernel, stride, dilation), dims, G), N)
 
 
@@ -254,7 +258,7 @@ def _transposed_inputs(use: Use, N: int) -> Tensor:
     o, kernel = use.options, use.options["kernel"]
     dims, G = len(kernel), use.options.get("groups", 1)
     stride, padding, extra, dilation = (
-        _each(o.get(k, default), dims)
+        each(o.get(k, default), dims)
         for k, default in (
             ("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)
         )
@@ -275,7 +279,8 @@ def _transposed_inputs(use: Use, N: int) -> Tensor:
 def _convolution_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     G = use.options.get("groups", 1)
     g = batched(use, g).flatten(2)
-    return _split(g.reshape(len(g), G, -1, g.shape[-1]).permute(1, 0, 3, 2), N)
+    columns = g.transpose(0, 1).reshape(G, -1, len(g), g.shape[-1])
+    return _split(columns.permute(0, 2, 3, 1), N)
 
 
 def _split(rows: Tensor, N: int) -> Tensor:
