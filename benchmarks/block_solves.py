@@ -3,8 +3,8 @@
 Run ``python benchmarks/block_solves.py [K]``. Both ways run SciPy's CG for a fixed
 number of iterations on ``K`` columns (default: 16); in step, all columns share block
 products. The gain in the last column is what ``TOGETHER_MIN_COLUMNS`` and
-``TOGETHER_MAX_DIM`` of ``curvlinops.inverse`` are chosen by. Processor times alternate in one
-process; the fastest of three counts.
+``TOGETHER_MAX_DIM`` of ``curvlinops.inverse`` are chosen by. Times are processor times
+of one process that alternates; the fastest of three counts.
 """
 
 import sys

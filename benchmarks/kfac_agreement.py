@@ -109,7 +109,10 @@ def compute():
             value = getattr(A, scalar)
             value = value() if callable(value) else value
             results[f"{name} / {scalar}"] = value.detach().reshape(1)
-        for label, extra in {"factors": {}, "exact": {"use_exact_damping": True}}.items():
+        for label, extra in {
+            "factors": {},
+            "exact": {"use_exact_damping": True},
+        }.items():
             inverse = curvlinops.KFACInverseLinearOperator(A, damping=DAMPING, **extra)
             results[f"{name} / inverse {label}"] = dense(inverse)
         if "joint" in name:

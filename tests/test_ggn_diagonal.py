@@ -10,10 +10,10 @@ from torch import Tensor, nn
 import references
 from cases import find, mlp, resplit
 from curvlinops import (
-    EmpiricalRisk,
     FisherMCLinearOperator,
     GGNDiagonalLinearOperator,
     GGNLinearOperator,
+    ggn_diagonal,
 )
 from curvlinops._linearization import Linearization
 from curvlinops.structured import DiagonalLinearOperator
@@ -76,14 +76,14 @@ def one_batch(model: nn.Module, loss: object, X: Tensor, y: Tensor, **options):
 def sizes_seen(monkeypatch) -> list[int]:
     """Note in how many parts every batch was cut."""
     seen: list[int] = []
-    original = EmpiricalRisk.one_by_one
+    original = ggn_diagonal.one_by_one
 
     def noting(self, batch):
         parts = original(self, batch)
         seen.append(len(parts))
         return parts
 
-    monkeypatch.setattr(EmpiricalRisk, "one_by_one", noting)
+    monkeypatch.setattr(ggn_diagonal, "one_by_one", noting)
     return seen
 
 
@@ -216,7 +216,7 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr("curvlinops.ggn_diagonal.MAX_COLUMN_BYTES", 3 * 8 * 26)
     assert_close(D.diagonal(), expected)
     assert max(widths) == 2  # outputs per datum
-    monkeypatch.setattr(EmpiricalRisk, "one_by_one", lambda self, batch: [batch])
+    monkeypatch.setattr(ggn_diagonal, "one_by_one", lambda risk, batch: [batch])
     D.refresh()
     assert_close(D.diagonal(), expected)
     assert max(widths) == 3

@@ -20,8 +20,13 @@ def matrices(*shapes, dtype=torch.float64):
     return [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
 
 
+def eye(size):
+    return torch.eye(size, dtype=torch.float64)
+
+
 def psd(*sizes):
-    return [m @ m.T / len(m) + 0.1 * torch.eye(len(m)) for m in matrices(*[(n, n) for n in sizes])]
+    squares = matrices(*((n, n) for n in sizes))
+    return [m @ m.T / len(m) + 0.1 * eye(len(m)) for m in squares]
 
 
 def kron(factors):
@@ -67,7 +72,7 @@ def test_groups():
     assert_close(K.logdet(), dense.logdet(), size=1000)
     assert_close(K.frobenius_norm(), dense.norm())
     assert_close(K.diagonal(), dense.diagonal())
-    inverse = torch.linalg.inv(dense + 0.5 * torch.eye(18))
+    inverse = torch.linalg.inv(dense + 0.5 * eye(18))
     assert_close(K.inverse(0.5, use_exact_damping=True).to_dense(), inverse)
 
 
@@ -87,20 +92,20 @@ def test_scalars(factors):
 @pytest.mark.parametrize("factors", SQUARE.values(), ids=SQUARE)
 def test_inverse_and_powers(factors):
     K, dense = KroneckerProductLinearOperator(*factors), kron(factors)
-    eye = torch.eye(len(dense)).double()
+    identity = eye(len(dense))
     dense_factors = [f.diag() if f.ndim == 1 else f for f in factors]
-    damped = kron([f + 0.3 * torch.eye(len(f)) for f in dense_factors])
+    damped = kron([f + 0.3 * eye(len(f)) for f in dense_factors])
     assert_close(K.inverse(0.3).to_dense(), torch.linalg.inv(damped), size=1000)
     exact = K.inverse(0.3, use_exact_damping=True).to_dense()
-    assert_close(exact, torch.linalg.inv(dense + 0.3 * eye), size=1000)
+    assert_close(exact, torch.linalg.inv(dense + 0.3 * identity), size=1000)
     several = tuple(0.1 * (i + 1) for i in range(len(factors)))
     damped = kron(
-        [f + d * torch.eye(len(f)) for f, d in zip(dense_factors, several, strict=True)]
+        [f + d * eye(len(f)) for f, d in zip(dense_factors, several, strict=True)]
     )
     assert_close(K.inverse(several).to_dense(), torch.linalg.inv(damped), size=1000)
     for A in (K, K.eigh()):
         root = A**-0.5
-        assert_close((root @ root @ A).to_dense(), eye, size=10_000)
+        assert_close((root @ root @ A).to_dense(), identity, size=10_000)
         assert_close((A**2).to_dense(), dense @ dense, size=100)
         assert_close((A**0.5 @ A**0.5).to_dense(), dense, size=1000)
 
@@ -108,13 +113,13 @@ def test_inverse_and_powers(factors):
 def test_heuristic_damping():
     B, A = factors = psd(3, 4)
     pi = ((A.trace() / 4) / (B.trace() / 3)).sqrt()
-    left = torch.linalg.inv(B + 0.2**0.5 / pi * torch.eye(3))
-    right = torch.linalg.inv(A + 0.2**0.5 * pi * torch.eye(4))
+    left = torch.linalg.inv(B + 0.2**0.5 / pi * eye(3))
+    right = torch.linalg.inv(A + 0.2**0.5 * pi * eye(4))
     K = KroneckerProductLinearOperator(*factors)
     inverse = K.inverse(0.2, use_heuristic_damping=True).to_dense()
     assert_close(inverse, torch.kron(left, right), size=100)
     floor = K.inverse(0.0, use_heuristic_damping=True, min_damping=10.0).to_dense()
-    damped = torch.kron(B + 10 * torch.eye(3), A + 10 * torch.eye(4))
+    damped = torch.kron(B + 10 * eye(3), A + 10 * eye(4))
     assert_close(floor, torch.linalg.inv(damped), size=100)
 
 
@@ -153,7 +158,9 @@ def test_eigendecomposed():
     A = EighDecomposedLinearOperator(*torch.linalg.eigh(matrix))
     assert_close(A.to_dense(), matrix)
     assert_close(A.diagonal(), matrix.diagonal())
-    assert_close(A.inverse(0.1).to_dense(), torch.linalg.inv(matrix + 0.1 * torch.eye(5)), size=100)
+    assert_close(
+        A.inverse(0.1).to_dense(), torch.linalg.inv(matrix + 0.1 * eye(5)), size=100
+    )
     assert A.adjoint() is A
 
 
@@ -185,7 +192,9 @@ def test_eigendecomposed():
             "1 dampings for 2",
         ),
         (
-            lambda: KroneckerProductLinearOperator(torch.full((2, 2), torch.nan)).eigh(),
+            lambda: KroneckerProductLinearOperator(
+                torch.full((2, 2), torch.nan)
+            ).eigh(),
             LinAlgError,
             "not finite",
         ),
@@ -200,17 +209,19 @@ def test_eigendecomposed():
             "inverse of a factor",
         ),
         (
-            lambda: EighDecomposedLinearOperator(torch.ones(3), torch.eye(2)),
+            lambda: EighDecomposedLinearOperator(torch.ones(3), eye(2)),
             ValueError,
             "3 eigenvalues",
         ),
         (
-            lambda: EighDecomposedLinearOperator(torch.ones(2).double(), torch.eye(2)),
+            lambda: EighDecomposedLinearOperator(torch.ones(2), eye(2)),
             TypeError,
             "bring both together",
         ),
         (
-            lambda: EighDecomposedLinearOperator(torch.zeros(2), torch.eye(2)).inverse(),
+            lambda: EighDecomposedLinearOperator(
+                torch.zeros(2).double(), eye(2)
+            ).inverse(),
             LinAlgError,
             "singular: 2",
         ),

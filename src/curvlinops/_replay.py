@@ -196,6 +196,7 @@ class _Call:
         self.mutates = func._schema.is_mutable
 
     def slots(self) -> list[_Slot]:
+        """Return the slots that the call reads."""
         flat, _ = tree_flatten((self.args, self.kwargs))
         return [value for value in flat if isinstance(value, _Slot)]
 
@@ -239,11 +240,12 @@ class _Recorder(TorchDispatchMode):
             return result
         if func._schema.is_mutable:
             self._adopt_targets(func, args, kwargs)
-        recorded = tree_map_only(Tensor, self._reference, (args, kwargs))
+        slots = tree_map_only(Tensor, self._reference, args)
+        options = tree_map_only(Tensor, self._reference, kwargs)
         result = func(*args, **kwargs)
         is_sequence = isinstance(result, (tuple, list))
         outputs = [self._output(t) for t in (result if is_sequence else [result])]
-        self._calls.append(_Call(func, *recorded, outputs, is_sequence))
+        self._calls.append(_Call(func, slots, options, outputs, is_sequence))
         return result
 
     def _constant(

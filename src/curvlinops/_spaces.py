@@ -135,7 +135,7 @@ class TensorSpace:
                 f"{[tuple(s) for s in self.shapes]} (with one more trailing dimension "
                 f"for several columns), got the shapes {given}."
             )
-        return torch.cat([t.reshape((-1, *columns)) for t in tensors])
+        return torch.cat([t.detach().reshape((-1, *columns)) for t in tensors])
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """Turn ``(dim,)`` or ``(dim, K)`` into a list of ``[*shape]``/``[*shape, K]``.

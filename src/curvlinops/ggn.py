@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
-from curvlinops.risk import EmpiricalRisk, RiskOperator, as_risk
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator, as_risk
 
 #: Seed of the Monte-Carlo samples unless the user gives one.
 DEFAULT_SEED = 2147483647

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
+from curvlinops._parts import one_by_one
 from curvlinops.ggn import DEFAULT_SEED, LossHessian
 from curvlinops.risk import (
     MAX_COLUMN_BYTES,
     MAX_COLUMNS,
     EmpiricalRisk,
-    RiskOperator,
-    as_risk,
 )
+from curvlinops.risk_operator import RiskOperator, as_risk
 from curvlinops.structured import DiagonalLinearOperator
 
 
@@ -134,7 +134,7 @@ batch_size_fn, mc_samples, seed, **options
         dtype = torch.promote_types(risk.space.dtype, torch.float32)
         total = torch.zeros(risk.space.dim, dtype=dtype, device=risk.space.device)
         width = max(1, min(MAX_COLUMNS, MAX_COLUMN_BYTES // total.nbytes))
-        parts = risk.one_by_one(b)
+        parts = one_by_one(risk, b)
         sampled = self._middle.mc_samples > 0
         vectors = self._sampled(b, parts, width) if sampled else _exact(parts, width)
         for part, A, B in vectors:

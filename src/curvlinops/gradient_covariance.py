@@ -10,7 +10,9 @@ from torch import Tensor
 
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
-from curvlinops.risk import EmpiricalRisk, RiskOperator, as_risk
+from curvlinops._parts import data_gradients
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator, as_risk
 
 
 class EFLinearOperator(RiskOperator, LinearOperator):
@@ -123,7 +125,7 @@ num_per_example_loss_terms, batch_size_fn, **options
         r"""Multiply by the terms' :math:`\sum_t g_t g_t^\top` in output space."""
         if not b.loss.opaque:
             return b.loss.outer_mul(b.once("gradients", b.loss.gradient), U)
-        G = b.once("gradients", lambda: self.risk.data_gradients(b))
+        G = b.once("gradients", lambda: data_gradients(self.risk, b))
         leading = U.shape[: U.ndim - G.ndim]
         by_datum = (self.risk.batch_size(b.X), -1)
         products = (G * U).reshape(*leading, *by_datum).sum(-1, keepdim=True)

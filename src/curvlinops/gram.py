@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curvlinops._model import Parameters
 from curvlinops.jacobian import output_space
-from curvlinops.risk import EmpiricalRisk, RiskOperator, as_risk
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator, as_risk
 
 
 class GramLinearOperator(RiskOperator, LinearOperator):

@@ -9,7 +9,8 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._model import Parameters
-from curvlinops.risk import EmpiricalRisk, RiskOperator, as_risk
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator, as_risk
 
 
 class HessianLinearOperator(RiskOperator, LinearOperator):

@@ -4,18 +4,14 @@ r"""Inverses as operators: every product solves a linear system.
 or a block of vectors, in NumPy or torch. What the solver did is found in
 ``A_inv.statistics`` afterwards.
 
-================================== ============== ====================================
-class                              needs          one iteration costs
-================================== ============== ====================================
-:class:`CGInverseLinearOperator`   A symmetric,   a product with ``A`` (and with ``M``)
-                                   positive
-                                   definite
-:class:`MINRESInverseLinearOperator` A symmetric  a product with ``A`` (and with ``M``)
-:class:`LSMRInverseLinearOperator` nothing        products with ``A`` and its adjoint
-:class:`NeumannInverseLinearOperator` eigenvalues a product with ``A`` (and with ``P``)
-                                   of ``scale PA``
-                                   in (0, 2)
-================================== ============== ====================================
+:class:`CGInverseLinearOperator`
+    for a symmetric positive definite ``A``: one product with ``A`` per iteration.
+:class:`MINRESInverseLinearOperator`
+    for a symmetric ``A``: one product with ``A`` per iteration.
+:class:`LSMRInverseLinearOperator`
+    for any square ``A``: a product with ``A`` and one with its adjoint per iteration.
+:class:`NeumannInverseLinearOperator`
+    if all eigenvalues of ``scale * P A`` lie in (0, 2): one product per term.
 
 Every solve makes one more product, for the true residual. The Krylov solvers are those
 of :mod:`scipy.sparse.linalg`, which take one right-hand side. Several are solved in
@@ -60,10 +56,10 @@ DEFAULT_RTOL = {
 
 #: When several right-hand sides share block products. Small models are bound by the
 #: fixed cost of a product, large ones by arithmetic and memory; handing a vector over
-#: costs about 50 microseconds. ``benchmarks/block_solves.py`` measured gains of 3.5,
-#: 2.0, 1.4, 1.0, and 0.8 for 16 columns at N = 1e3, 1e4, 5e4, 1e5, and 7e5; of 1.8 and
-#: 1.3 for 4 columns at N = 1e3 and 1e4; and of 0.7 to 1.1 for 2.
-TOGETHER_MIN_COLUMNS, TOGETHER_MAX_DIM = 4, 50_000
+#: costs about 50 microseconds. With GGNs of N = 1e3, 1e4, 5e4, and 7e5 on a CPU,
+#: ``benchmarks/block_solves.py`` measured gains of 2.9, 2.2, 1.2, and 0.8 for 16
+#: columns, of 1.0, 1.7, 1.1, and 0.9 for 8, and of 0.7, 1.3, 1.0, and 0.9 for 4.
+TOGETHER_MIN_COLUMNS, TOGETHER_MAX_DIM = 8, 50_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curvlinops._model import Parameters
 from curvlinops._spaces import TensorSpace
-from curvlinops.risk import EmpiricalRisk, RiskOperator, as_risk
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator, as_risk
 
 
 def output_space(risk: EmpiricalRisk) -> TensorSpace:

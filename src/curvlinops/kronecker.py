@@ -246,8 +246,10 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         if use_heuristic_damping and not several and len(self.factors) == 2:
             shares = self._heuristic(damping, min_damping)  # type: ignore[arg-type]
         else:
-            given = damping if isinstance(damping, tuple) else (damping,) * len(
-                self.factors
+            given = (
+                damping
+                if isinstance(damping, tuple)
+                else (damping,) * len(self.factors)
             )
             if len(given) < len(self.factors):
                 raise ValueError(
@@ -502,4 +504,6 @@ def _failed(what: str, factor: Tensor, name: str) -> LinAlgError:
         else "has entries that are not finite: look at the parameters and the data"
     )
     where = f" of {name}" if name else ""
-    return LinAlgError(f"The {what} of a factor of shape {shape}{where} failed. It {cause}.")
+    return LinAlgError(
+        f"The {what} of a factor of shape {shape}{where} failed. It {cause}."
+    )

@@ -16,13 +16,11 @@ import pickle
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from io import BytesIO
 from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,24 +29,15 @@ from curvlinops._data import (
     checked_pair,
     checksums,
     cloned,
-    cut,
     length_of,
     moved,
     preserved_rng,
     tensors_in,
 )
+from curvlinops._determinism import look, passes_agree
 from curvlinops._linearization import Linearization, budget_bytes
-from curvlinops._model import (
-    Model,
-    Parameters,
-    graph_leaves,
-    matching_names,
-    named_parameters,
-)
-from curvlinops._operator import TorchOperator
-from curvlinops._random import Rng
+from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
 from curvlinops._spaces import TensorSpace
-from curvlinops._verify import Report, verify
 from curvlinops.losses import Loss, LossFunction, as_loss_function
 
 T = TypeVar("T")
@@ -61,16 +50,8 @@ MAX_COLUMNS = 64
 MAX_COLUMN_BYTES = 4 << 20
 #: Largest dimension of a matrix that is materialised.
 MAX_DENSE_DIM = 4096
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a pass over the data saw, to compare two passes."""
-
-    batches: tuple[tuple[float, ...], ...]
-    size: int | None
-    loss: Tensor
-    gradient: Tensor
+#: Key of products with the transposed Jacobian alone.
+_VJPS = "vjps"
 
 
 class EmpiricalRisk:
@@ -182,7 +163,10 @@ class EmpiricalRisk:
             )
         self.model_func = model_func
         self.loss_func = loss_func
-        self.loss_options = {"num_terms_fn": num_terms_fn, "sampler": sampler}
+        self.loss_options: dict[str, Any] = {
+            "num_terms_fn": num_terms_fn,
+            "sampler": sampler,
+        }
         self.loss: LossFunction | None = self._make_loss_function()
         self.params = named_parameters(model_func, params)
         self.data = checked_data(data)
@@ -190,11 +174,16 @@ class EmpiricalRisk:
         self.batch_size_fn = batch_size_fn
         self.terms_per_datum = num_per_example_loss_terms or 1
         self.cache = cache
+        #: Whether the data is known to give the same batches in every pass, ...
         self._repeats = isinstance(self.data, (list, tuple))
+        #: ... or known not to.
+        self._shuffled = False
         self._start()
         budget_bytes(cache, self.space.device)  # raises on a wrong setting
         if check_deterministic:
-            self._check_deterministic(num_data)
+            same_batches = passes_agree(self, num_data)
+            self._repeats = self._repeats or same_batches
+            self._shuffled = not same_batches
 
     # -- state ------------------------------------------------------------------
 
@@ -206,7 +195,8 @@ class EmpiricalRisk:
         self._seen: tuple[Any, ...] | None = None
         self._known_input = False
         self._reached: set[str] | None = set()
-        self._vectorise: bool | None = None
+        # Whether each product, by key, agrees with itself vectorised.
+        self._vectorises: dict[Hashable, bool] = {}
         self._forget()
 
     def refresh(self) -> None:
@@ -284,8 +274,6 @@ class EmpiricalRisk:
         if isinstance(self.loss_func, nn.Module):
             tensors += [*self.loss_func.parameters(), *self.loss_func.buffers()]
         tensors += tensors_in(getattr(self.loss_func, "keywords", None))
-        if isinstance(self.loss_func, nn.Module):
-            tensors += self.loss_func.buffers()  # class weights
         if isinstance(self.data, (list, tuple)):
             for item in self.data:
                 tensors += tensors_in(item)
@@ -319,6 +307,10 @@ class EmpiricalRisk:
                     "instead of lambdas and local functions."
                 ) from error
         return super().__reduce_ex__(protocol)
+
+    def __copy__(self) -> Self:
+        """Share what is the user's, but no recordings."""
+        return self.twin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmpiricalRisk:
         """Copy model, parameters and data along; recordings are redone."""
@@ -402,9 +394,9 @@ class EmpiricalRisk:
             if key in self._matrices:
                 return self._matrices[key]
             spent = self._spent.get(key, 0.0)
-            self._spent[key] = spent + self._cost(V.shape[1])
+            self._spent[key] = spent + self._cost(key, V.shape[1])
             complete = self._num_batches == len(self._recordings)
-            if not complete or spent < self._cost(P):
+            if not complete or spent < self._cost(key, P):
                 return None
             used = sum(n for _, n in self._bytes.values())
             if self._budget is None or used + nbytes > self._budget:
@@ -414,9 +406,10 @@ class EmpiricalRisk:
             self._bytes["matrix", key] = (0, nbytes)
             return self._matrices[key]
 
-    def _cost(self, K: int) -> float:
+    def _cost(self, key: Hashable, K: int) -> float:
         """Return the cost of ``K`` columns in products with a single vector."""
-        width = min(map(self._columns_at_once, self._recordings.values()), default=1)
+        widths = [self._columns_at_once(key, b) for b in self._recordings.values()]
+        width = min(widths, default=1)
         return K if width == 1 else -(-K // width) * (1 + width / 16)
 
     def push_forward(
@@ -514,14 +507,14 @@ class EmpiricalRisk:
 
         columns, start = U.reshape(len(U), -1).T, 0
         while start < len(U):
-            width = self._width(body, batch, columns, batch.output_space)
+            width = self._width(_VJPS, body, batch, columns, batch.output_space)
             part = U[start : start + width]
             try:
                 chunk = batch.vjp(part) if len(part) > 1 else batch.vjp(part[0])
             except RuntimeError:
                 if len(part) == 1:
                     raise
-                self._vectorise = False  # an operation has no vectorised derivative
+                self._vectorises[_VJPS] = False  # some operation cannot
                 continue
             yield chunk if len(part) > 1 else [g.unsqueeze(0) for g in chunk]
             start += len(part)
@@ -556,7 +549,7 @@ class EmpiricalRisk:
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Return gradient (in parameter shapes) and loss of the whole data."""
-        seen = self.session(lambda: self._look(self.batches("gradient_and_loss")))
+        seen = self.session(lambda: look(self, self.batches("gradient_and_loss")))
         return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
 
     def session(self, run: Callable[[], T]) -> T:
@@ -629,7 +622,7 @@ class EmpiricalRisk:
         X, y = checked_pair(item, index)
         device = self.space.device
         X, y = moved(X, device), moved(y, device)
-        make_loss = None if self.loss is None else _MakeLoss(self, X)
+        make_loss = self._loss_maker(X)
         try:
             protect = index not in self._unwritten
             batch = Linearization(self.model, X, y, make_loss, index, protect)
@@ -647,6 +640,9 @@ class EmpiricalRisk:
         if self._reached is not None:
             self._reached |= self._names_reached(batch)
         return batch
+
+    def _loss_maker(self, X: Any) -> _MakeLoss | None:
+        return None if self.loss is None else _MakeLoss(self, X)
 
     def _names_reached(self, batch: Linearization) -> set[str]:
         leaves = {id(leaf) for leaf in graph_leaves(batch.output)}
@@ -735,40 +731,49 @@ class EmpiricalRisk:
         K = V.shape[1]
         start = 0
         while start < K:
-            width = min(self._width(body, batch, V, inputs), K - start)
+            width = min(self._width(key, body, batch, V, inputs), K - start)
             part, rows = V[:, start], total[start]
             if width > 1:
                 columns = slice(start, start + width)
                 part, rows = V[:, columns].T.contiguous(), total[columns]
+            # A recording that is made for one product only must pay within it.
+            pays = width == 1 or batch.index in self._recordings or K >= 4 * width
+            name = key if pays else None
             try:
-                products = batch.multiply(key, body, inputs.split(part), width > 1)
+                products = batch.multiply(name, body, inputs.split(part), width > 1)
             except RuntimeError:
                 if width == 1:
                     raise
-                self._vectorise = False  # an operation has no vectorised derivative
+                self._vectorises[key] = False  # some operation cannot
                 continue
             for row, product in zip(outputs.split(rows), products, strict=True):
                 row.add_(product)
             start += width
 
     def _width(
-        self, body: Body, batch: Linearization, V: Tensor, inputs: TensorSpace
+        self,
+        key: Hashable,
+        body: Body,
+        batch: Linearization,
+        V: Tensor,
+        inputs: TensorSpace,
     ) -> int:
         """Return how many columns to multiply at once."""
-        if V.shape[1] == 1 or (width := self._columns_at_once(batch)) == 1:
+        width = self._columns_at_once(key, batch)
+        if V.shape[1] == 1 or width == 1:
             return 1
-        if self._vectorise is None:
-            self._vectorise = self._vectorised_agrees(body, batch, V[:, :2], inputs)
-        return width if self._vectorise else 1
+        if key is None or key not in self._vectorises:
+            self._vectorises[key] = self._agrees(body, batch, V[:, :2], inputs)
+        return width if self._vectorises[key] else 1
 
-    def _columns_at_once(self, batch: Linearization) -> int:
+    def _columns_at_once(self, key: Hashable, batch: Linearization) -> int:
         """Return how many columns may be multiplied at once."""
         itemsize = self.space.dtype.itemsize
         per_column = batch.nbytes + self.space.dim * itemsize
         width = min(MAX_COLUMN_BYTES // per_column, MAX_COLUMNS)
-        return width if width >= 4 and self._vectorise is not False else 1
+        return width if width >= 4 and self._vectorises.get(key, True) else 1
 
-    def _vectorised_agrees(
+    def _agrees(
         self, body: Body, batch: Linearization, V: Tensor, inputs: TensorSpace
     ) -> bool:
         """Check a product with two columns at once against one with one column."""
@@ -811,85 +816,6 @@ class EmpiricalRisk:
         except ValueError:
             return None
 
-    # -- parts of a batch -------------------------------------------------------
-
-    def one_by_one(self, batch: Linearization) -> list[Linearization]:
-        """Linearise a batch's data one by one, if model and loss treat them apart.
-
-        Returns
-        -------
-        list of Linearization
-            One per datum. Or the batch alone, where its input cannot be cut, or where
-            outputs, Jacobian or loss Hessian of the parts are not those of the batch
-            (the latter two are compared in a random direction).
-        """
-        f = batch.output
-        size = self._size_or_none(batch.X)
-        if not size or size == 1 or f.ndim == 0 or len(f) % size:
-            return [batch]
-        try:
-            parts = [self._part(batch, i, size) for i in range(size)]
-            return parts if self._composes(batch, parts) else [batch]
-        except Exception:  # whatever the user's model or loss raises on a part
-            return [batch]
-
-    def _part(self, batch: Linearization, i: int, size: int) -> Linearization:
-        X, y = cut(batch.X, size, i, i + 1), cut(batch.y, size, i, i + 1, several=True)
-        make_loss = None if self.loss is None else _MakeLoss(self, X)
-        return Linearization(self.model, X, y, make_loss, batch.index)
-
-    def _composes(self, batch: Linearization, parts: list[Linearization]) -> bool:
-        """Whether parts together have the derivatives of their batch."""
-        f = batch.output.detach()
-        generator = torch.Generator().manual_seed(batch.index)
-        U = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
-        us = U.split(len(U) // len(parts))
-        gradient = self.space.join(batch.vjp(U))
-        total = torch.zeros_like(gradient)
-        for part, u in zip(parts, us, strict=True):
-            for row, g in zip(self.space.split(total), part.vjp(u), strict=True):
-                row.add_(g)
-        outputs = torch.cat([part.output.detach() for part in parts])
-        pairs = [(outputs, f), (total, gradient)]
-        if self.loss is not None:
-            HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
-            pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))
-        tolerance = torch.finfo(f.dtype).eps ** 0.5
-        return all(a.shape == b.shape and _close(a, b, tolerance) for a, b in pairs)
-
-    def data_gradients(self, batch: Linearization) -> Tensor:
-        """Return the gradients of the loss of every datum alone, by the outputs.
-
-        For losses that are not known in closed form, hence may couple data.
-
-        Returns
-        -------
-        Tensor
-            Of the output's shape.
-
-        Raises
-        ------
-        ValueError
-            If it is not known which outputs belong to which datum.
-        """
-        f, size = batch.output.detach(), self.batch_size(batch.X)
-        if f.ndim == 0 or len(f) % size:
-            raise ValueError(
-                f"Batch {batch.index} has {size} data points, but an output of shape "
-                f"{tuple(f.shape)}, whose first axis is no multiple of that: return "
-                "the outputs datum by datum, or pass `batch_size_fn`."
-            )
-        assert self.loss is not None
-        gradients = [
-            self.loss(
-                cut(f, size, i, i + 1, several=True),
-                cut(batch.y, size, i, i + 1, several=True),
-                self.terms_per_datum,
-            ).gradient()
-            for i in range(size)
-        ]
-        return torch.cat(gradients)
-
     # -- determinism ------------------------------------------------------------
 
     def require_fixed_order(self, what: str) -> None:
@@ -901,72 +827,6 @@ class EmpiricalRisk:
                 "`list(loader)`."
             )
 
-    _shuffled = False
-
-    def _look(self, batches: Iterable[Linearization]) -> Fingerprint:
-        """Evaluate loss and gradient in one pass."""
-        space = self.space
-        gradient = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
-        value = torch.zeros((), dtype=space.dtype, device=space.device)
-        marks: list[tuple[float, ...]] = []
-        sizes: list[int | None] = []
-        count: Any = 0
-        for batch in batches:
-            marks.append(checksums(tensors_in((batch.X, batch.y))))
-            sizes.append(self._size_or_none(batch.X))
-            if self.loss is None:
-                value += batch.output.detach().sum()
-                grads = batch.vjp(torch.ones_like(batch.output))
-            else:
-                value += _checked_loss(batch)
-                count = count + batch.count
-                grads = batch.gradient()
-            for row, grad in zip(space.split(gradient), grads, strict=True):
-                row.add_(grad)
-        denominator = self._denominator(count)
-        return Fingerprint(
-            tuple(marks),
-            None if None in sizes else sum(filter(None, sizes)),
-            value / denominator,
-            gradient / denominator,
-        )
-
-    def _check_deterministic(self, num_data: int | None) -> None:
-        """Compare two passes, run one after the other on one random stream."""
-        if isinstance(self.model_func, nn.Module):
-            _check_modes(self.model_func)
-
-        def run() -> tuple[Fingerprint, Fingerprint]:
-            first = self._look(self._fresh_batches("check 1/2"))
-            return first, self._look(self._fresh_batches("check 2/2"))
-
-        first, second = self.session(run)
-        if first.size is not None and num_data not in (None, first.size):
-            raise ValueError(
-                f"`num_data` is {num_data}, but the data has {first.size} points."
-            )
-        tolerance = torch.finfo(self.space.dtype).eps ** 0.5
-        same = _close(first.loss, second.loss, tolerance) and _close(
-            first.gradient, second.gradient, tolerance
-        )
-        same_batches = first.batches == second.batches
-        if not same:
-            raise ValueError(
-                "Two passes over the same data gave different losses or gradients "
-                f"({float(first.loss):.6e} and {float(second.loss):.6e}): "
-                + (
-                    "the model is random although the data repeats. Call "
-                    "`model.eval()`, or remove its randomness."
-                    if same_batches
-                    else "the data differs between the passes. Is this a shuffling "
-                    "`DataLoader` with `drop_last=True`, or random augmentation? Set "
-                    "`shuffle=False`, or pass `list(loader)`."
-                )
-                + " To go on all the same, pass `check_deterministic=False`."
-            )
-        self._repeats = self._repeats or same_batches
-        self._shuffled = not same_batches
-
     def _fresh_batches(self, title: str) -> Iterator[Linearization]:
         """Yield batches that are evaluated now, whatever is recorded."""
         title = f"{type(self).__name__}.{title}"
@@ -976,180 +836,6 @@ class EmpiricalRisk:
             yield from self.batches(title)
         finally:
             self._recordings, self._full = recordings, full
-
-
-class RiskOperator(TorchOperator):
-    """Mixin of the operators that are built from an empirical risk.
-
-    Parameters
-    ----------
-    risk : EmpiricalRisk
-        The risk.
-    in_space, out_space : TensorSpace, optional
-        Parameter space if absent.
-    """
-
-    risk: EmpiricalRisk
-
-    def __init__(
-        self,
-        risk: EmpiricalRisk,
-        in_space: TensorSpace | None = None,
-        out_space: TensorSpace | None = None,
-    ) -> None:
-        super().__init__(in_space or risk.space, out_space or risk.space)
-        self.risk = risk
-
-    def _title(self, task: str = "_matmat") -> str:
-        return f"{type(self).__name__}.{task}"
-
-    def refresh(self) -> None:
-        """Forget recordings, after changes that cannot be seen.
-
-        See :meth:`EmpiricalRisk.refresh <curvlinops.risk.EmpiricalRisk.refresh>`.
-        """
-        self.risk.refresh()
-
-    def block(
-        self, rows: str | Iterable[str], cols: str | Iterable[str] | None = None
-    ) -> ParameterBlock:
-        """Return the rows and columns of some parameters, chosen by name.
-
-        Parameters
-        ----------
-        rows : str, or iterable of str
-            Names of parameters, or patterns such as ``"encoder.*"``, in which ``*``
-            stands for anything, ``?`` for one character, ``[ab]`` for ``a`` or ``b``.
-        cols : str, or iterable of str, optional
-            The same for the columns; by default those of the rows.
-
-        Returns
-        -------
-        ParameterBlock
-            Parameters come in the order of the operator's. Lists of tensors have the
-            shapes of the chosen parameters.
-
-        Raises
-        ------
-        ValueError
-            If a name or pattern matches no parameter.
-        TypeError
-            If the operator's rows or columns are not those of parameters.
-
-        Notes
-        -----
-        A product costs one product with the operator.
-        """
-        names = self.risk.space.names
-        if not self._in_space.names == self._out_space.names == names:
-            raise TypeError(
-                f"Blocks are chosen by parameter name, but {self!r} does not map "
-                'parameters to parameters. Choose the parameters with `params="..."` '
-                "when the operator is built, or use `SubmatrixLinearOperator`."
-            )
-        chosen = _chosen(rows, names)
-        return ParameterBlock(
-            self, chosen, chosen if cols is None else _chosen(cols, names)
-        )
-
-    def blocks(self) -> dict[str, ParameterBlock]:
-        """Return the diagonal block of every parameter, by name."""
-        return {name: self.block([name]) for name in self.risk.params}
-
-    def verify(self, rng: Rng = 0) -> Report:
-        """Check this operator on its own model, loss and data.
-
-        See :func:`curvlinops._verify.verify` for what is checked, and at which cost.
-
-        Parameters
-        ----------
-        rng : int, numpy.random.Generator, torch.Generator, or None, optional
-            Source of the random directions.
-
-        Returns
-        -------
-        Report
-            ``report.ok``, and a table with all errors and tolerances as its string.
-        """
-        return verify(self, rng)
-
-
-class ParameterBlock(TorchOperator, LinearOperator):
-    r"""The block :math:`A_{R, C}` of an operator on parameter space, by names.
-
-    Parameters
-    ----------
-    A : TorchOperator
-        An operator from parameters to parameters.
-    rows, cols : list of str
-        Names of parameters.
-
-    Notes
-    -----
-    A product costs one product with ``A``. The adjoint is the block of ``A``'s adjoint
-    with rows and columns exchanged.
-    """
-
-    def __init__(self, A: TorchOperator, rows: list[str], cols: list[str]) -> None:
-        self.args = (A, rows, cols)
-        in_space, self._cols = _subspace(A._in_space, cols)
-        out_space, self._rows = _subspace(A._out_space, rows)
-        super().__init__(in_space, out_space)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        A, _, _ = self.args
-        full = V.new_zeros(A.shape[1], V.shape[1])
-        full[self._cols] = V
-        return A._apply(full)[self._rows]
-
-    def _adjoint(self) -> TorchOperator:
-        A, rows, cols = self.args
-        if A.adjoint() is A and rows == cols:
-            return self
-        return ParameterBlock(A.adjoint(), cols, rows)
-
-
-def _chosen(patterns: str | Iterable[str], names: Sequence[str]) -> list[str]:
-    """Return the names that match one of some patterns, in their own order."""
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = {name for pattern in patterns for name in matching_names(pattern, names)}
-    if not found:
-        raise ValueError("Got no names: pass at least one name or pattern.")
-    return [name for name in names if name in found]
-
-
-def _subspace(space: TensorSpace, names: list[str]) -> tuple[TensorSpace, Tensor]:
-    """Return the space of some of the tensors, and their places in a vector."""
-    numbers = [space.names.index(name) for name in names]
-    slices, places = space.slices(), torch.arange(space.dim)
-    shapes = [space.shapes[i] for i in numbers]
-    index = torch.cat([places[slices[i]] for i in numbers]).to(space.device)
-    return TensorSpace(shapes, space.dtype, space.device, names), index
-
-
-def as_risk(
-    model_func: Callable[..., Any] | EmpiricalRisk,
-    loss_func: Callable[..., Any] | None,
-    params: Parameters | None,
-    data: Iterable[Any] | None,
-    **options: Any,
-) -> EmpiricalRisk:
-    """Return an operator's risk, given as such or as its four ingredients.
-
-    Raises
-    ------
-    TypeError
-        If an ingredient is missing, or given beside a risk.
-    """
-    if isinstance(model_func, EmpiricalRisk):
-        if any(x is not None for x in (loss_func, params, data)):
-            raise TypeError("A risk already has its loss, parameters and data.")
-        return model_func
-    if params is None or data is None:
-        raise TypeError(
-            "Pass model, loss, params and data (or an `EmpiricalRisk` in their place)."
-        )
-    return EmpiricalRisk(model_func, loss_func, params, data, **options)
 
 
 class _CopyLeaksError(Exception):
@@ -1167,45 +853,3 @@ class _MakeLoss:
         assert risk.loss is not None
         size = risk._size_or_none(self.X)
         return risk.loss(output, y, size and size * risk.terms_per_datum)
-
-
-def _checked_loss(batch: Linearization) -> Tensor:
-    value = batch.loss.value().detach()
-    if not torch.isfinite(value):
-        raise ValueError(
-            f"The loss of batch {batch.index} is not finite ({float(value)}). Look at "
-            "that batch's inputs and targets."
-        )
-    return value
-
-
-def _check_modes(module: nn.Module) -> None:
-    """Raise if a module's mode makes results random or dependent on batches."""
-    for name, part in module.named_modules():
-        kind = type(part).__name__
-        label = f"{kind} {name!r}" if name else kind
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and (
-            part.training or part.running_mean is None
-        ):
-            raise ValueError(
-                f"{label} normalises with the statistics of the batch (it is in train "
-                "mode, or tracks no running statistics), so the loss is not a sum over "
-                "data points and depends on how the data is split. Call "
-                "`model.eval()`; or pass `check_deterministic=False` to use each "
-                "batch's statistics."
-            )
-        drops = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
-        if part.training and isinstance(part, drops):
-            probability = getattr(part, "p", getattr(part, "dropout", 0.0))
-            if not probability:
-                continue
-            raise ValueError(
-                f"{label} is in train mode and drops units at random (p = "
-                f"{probability}). Call `model.eval()`; or pass "
-                "`check_deterministic=False` to go on all the same."
-            )
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    scale = torch.maximum(a.abs().max(), b.abs().max())
-    return bool((a - b).abs().max() <= tolerance * scale)

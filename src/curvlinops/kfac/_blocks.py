@@ -127,12 +127,16 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
 
     # -- operators ------------------------------------------------------------------
 
-    def map(self, function: Callable[[Layout, Block], Block]) -> BlockwiseLinearOperator:
+    def map(
+        self, function: Callable[[Layout, Block], Block]
+    ) -> BlockwiseLinearOperator:
         """Replace every block by a function of it."""
         blocks = map(function, self.layouts, self.blocks)
         return BlockwiseLinearOperator(self._in_space, self.layouts, list(blocks))
 
-    def inverse(self, damping: Damping = 0.0, **options: Any) -> BlockwiseLinearOperator:
+    def inverse(
+        self, damping: Damping = 0.0, **options: Any
+    ) -> BlockwiseLinearOperator:
         """Return the damped inverse, block by block.
 
         Parameters
@@ -196,7 +200,9 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         for layout, block in zip(self.layouts, self.blocks, strict=True):
             if name in layout.names:
                 return block
-        raise KeyError(f"No parameter {name!r}; there are {list(self._in_space.names)}.")
+        raise KeyError(
+            f"No parameter {name!r}; there are {list(self._in_space.names)}."
+        )
 
     # -- files ------------------------------------------------------------------------
 
@@ -204,9 +210,13 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         """Write everything to an ``npz`` file that :func:`load` reads."""
         arrays: dict[str, np.ndarray] = {}
         described = []
-        for i, (layout, block) in enumerate(zip(self.layouts, self.blocks, strict=True)):
+        for i, (layout, block) in enumerate(
+            zip(self.layouts, self.blocks, strict=True)
+        ):
             spectral = isinstance(block, EighDecomposedLinearOperator)
-            Q: Any = block.Q if isinstance(block, EighDecomposedLinearOperator) else block
+            Q: Any = (
+                block.Q if isinstance(block, EighDecomposedLinearOperator) else block
+            )
             tensors = [*Q.factors]
             if isinstance(block, EighDecomposedLinearOperator):
                 tensors.append(block.evals)
@@ -254,7 +264,9 @@ def load(
             raise ValueError(f"{path!r} holds no Kronecker factors: it has no header.")
         header = json.loads(str(file["header"]))
         if header.get("format") != "curvlinops-blocks-1":
-            raise ValueError(f"{path!r} has an unknown format {header.get('format')!r}.")
+            raise ValueError(
+                f"{path!r} has an unknown format {header.get('format')!r}."
+            )
         layouts, blocks = [], []
         for i, (spectral, k, name, names, shapes, *rest) in enumerate(header["blocks"]):
             view, order, size = map(tuple, rest)
@@ -267,7 +279,9 @@ def load(
             ]
             Q = KroneckerProductLinearOperator(*tensors[:k], grouped=True, name=name)
             blocks.append(
-                EighDecomposedLinearOperator(tensors[k], Q, name=name) if spectral else Q
+                EighDecomposedLinearOperator(tensors[k], Q, name=name)
+                if spectral
+                else Q
             )
     dtype = getattr(torch, header["dtype"])
     space = TensorSpace(header["shapes"], dtype, device, header["names"])

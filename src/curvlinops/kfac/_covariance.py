@@ -85,7 +85,12 @@ def patch_covariance(total: Tensor, use: Use, joint: bool) -> int | None:
     kernel = o.get("kernel", ())
     dims = len(kernel)
     steps = {*each(o.get("stride", 1), dims), *each(o.get("dilation", 1), dims)}
-    if use.kind != "convolution" or steps != {1} or total.ndim != 3 or prod(kernel) == 1:
+    if (
+        use.kind != "convolution"
+        or steps != {1}
+        or total.ndim != 3
+        or prod(kernel) == 1
+    ):
         return None
     image = Image(batched(use, use.checked_input()), o.get("groups", 1), kernel)
     padding = padding_of(use)
@@ -165,7 +170,9 @@ class Image:
                 total = total if part is None else total + sign * part
         return total
 
-    def _sum(self, shift: tuple[int, ...], fixed: tuple[int | None, ...]) -> Tensor | None:
+    def _sum(
+        self, shift: tuple[int, ...], fixed: tuple[int | None, ...]
+    ) -> Tensor | None:
         """Sum over the pixels with some coordinates fixed; ``None`` if it is zero."""
         if (shift, fixed) not in self._known:
             self._known[shift, fixed] = self._product(shift, fixed)

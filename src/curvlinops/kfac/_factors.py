@@ -135,7 +135,10 @@ class Estimation:
         for n in range(batch.size):
             mine = index * batch.size // rows == n
             grads = torch.autograd.grad(
-                batch.linearization.output, leaves, U * mine, retain_graph=True,
+                batch.linearization.output,
+                leaves,
+                U * mine,
+                retain_graph=True,
                 allow_unused=True,
             )
             for name, leaf, g in zip(batch.diagonal, leaves, grads, strict=True):
@@ -155,7 +158,9 @@ class Estimation:
         for name, p in self.risk.model.aliases.items():
             if name not in known:
                 total = self.diagonals.get(name)
-                flat = p.new_zeros(1, p.numel()) if total is None else total.reshape(1, -1)
+                flat = (
+                    p.new_zeros(1, p.numel()) if total is None else total.reshape(1, -1)
+                )
                 size = (1, p.numel(), 1)
                 layout = Layout((name,), (tuple(p.shape),), size, (0, 1, 2), size)
                 blocks.append((layout, product(name, flat.detach() / self.denominator)))
@@ -283,7 +288,9 @@ class Covariances:
         for s in self.sums.values():
             forward_only = self.settings.fisher.fisher_type == "forward-only"
             if s.layer.elementwise:
-                s.B = mirror(s.B / (s.count.clamp(min=1) if forward_only else denominator))
+                s.B = mirror(
+                    s.B / (s.count.clamp(min=1) if forward_only else denominator)
+                )
                 continue
             if forward_only:
                 s.B = torch.ones_like(_diagonal(s.B)) * s.count[:, None]
@@ -529,7 +536,10 @@ def kfoc(
         totals = {n: torch.zeros_like(s.B if left else s.A) for n, s in chosen.items()}
 
         def add(
-            batch: Batch, grads: dict[int, Tensor], left: bool = left, totals: Any = totals
+            batch: Batch,
+            grads: dict[int, Tensor],
+            left: bool = left,
+            totals: Any = totals,
         ) -> None:
             for layer in batch.layers:
                 if not layer.elementwise:
@@ -568,5 +578,3 @@ def _add_half(
         else:
             M = M if left else M.mT
             total += (M @ other.unsqueeze(1) @ M.mT).sum(1)
-
-

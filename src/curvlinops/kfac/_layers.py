@@ -163,7 +163,7 @@ def _as_shift(use: Use, bias: str) -> Use:
     trailing = len(use.options.get("kernel", ()))
     size = torch.Size([use.shape[-1 - trailing], *[1] * trailing])
     one = use.input.new_ones(())
-    options = {"size": size}
+    options = {"size": size, "part": use.options.get("slot")}
     return replace(
         use, kind="elementwise", weight=bias, bias=None, input=one, options=options
     )

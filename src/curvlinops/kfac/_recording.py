@@ -186,7 +186,13 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _rows(
-    recorder: Recorder, kind: str, x: Tensor, W: Tensor, b: Any, call: Callable, **o: Any
+    recorder: Recorder,
+    kind: str,
+    x: Tensor,
+    W: Tensor,
+    b: Any,
+    call: Callable,
+    **o: Any,
 ) -> Any:
     """Note a function of a weight, and of a bias that is added along axis 1 or -1."""
     if recorder.owner(x):
@@ -318,7 +324,9 @@ def _binary(note: Callable, swapped_sign: int = 1) -> Callable:
     return handler
 
 
-def _expand(recorder: Recorder, func: Any, p: Tensor, *sizes: Any, **kwargs: Any) -> Any:
+def _expand(
+    recorder: Recorder, func: Any, p: Tensor, *sizes: Any, **kwargs: Any
+) -> Any:
     if not recorder.name(p):
         return NotImplemented
     return _shift(recorder, lambda _, p: func(p, *sizes, **kwargs), None, p)
@@ -355,55 +363,64 @@ def _attention(recorder: Recorder, func: Any, *args: Any, **kwargs: Any) -> Any:
     bound = signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
     inputs = [bound[n] for n in ("query", "key", "value")]
     packed, b = bound["in_proj_weight"], bound["in_proj_bias"]
+    biases = [None] * 3 if b is None else b.chunk(3)
     if bound.get("use_separate_proj_weight"):
         weights = [bound[f"{n}_proj_weight"] for n in "qkv"]
-        if recorder.name(b):
-            recorder.unknown.setdefault(str(recorder.name(b)), "in_proj_bias")
-        biases = [None] * 3 if b is None else b.chunk(3)
-        projected = [
-            _project(recorder, x, W, None) if c is None else _project(recorder, x, W) + c
-            for x, W, c in zip(inputs, weights, biases, strict=True)
-        ]
+        projected = [_project(recorder, *pair) for pair in zip(inputs, weights, strict=True)]
+        if b is not None:
+            projected = [
+                _shift_part(recorder, y, c, b, i)
+                for i, (y, c) in enumerate(zip(projected, biases, strict=True))
+            ]
     elif inputs[0] is inputs[1] is inputs[2]:
         projected = list(_project(recorder, inputs[0], packed, b).chunk(3, dim=-1))
     else:
-        weights = packed.chunk(3)
-        biases = [None] * 3 if b is None else b.chunk(3)
+        parts = zip(inputs, packed.chunk(3), biases, strict=True)
         projected = [
-            _project(recorder, x, W, c, packed, b, slot=(i, 3))
-            for i, (x, W, c) in enumerate(zip(inputs, weights, biases, strict=True))
+            _project_part(recorder, *part, packed, b, i) for i, part in enumerate(parts)
         ]
     eye = torch.eye(bound["embed_dim_to_check"]).to(projected[0])
     out, out_bias = bound["out_proj_weight"], bound["out_proj_bias"]
     bound |= dict(zip(("query", "key", "value"), projected, strict=True))
     bound |= {f"{n}_proj_weight": eye for n in "qkv"} | {"out_proj_weight": eye}
     bound |= {"in_proj_weight": None, "in_proj_bias": None, "out_proj_bias": None}
-    attended, weights = func(**{**bound, "use_separate_proj_weight": True})
-    return _project(recorder, attended, out, out_bias), weights
+    attended, scores = func(**{**bound, "use_separate_proj_weight": True})
+    return _project(recorder, attended, out, out_bias), scores
 
 
-def _project(
-    recorder: Recorder,
-    x: Tensor,
-    W: Tensor,
-    b: Any = None,
-    whole: Any = None,
-    whole_bias: Any = None,
-    slot: tuple[int, int] | None = None,
+def _swapped(x: Tensor) -> Tensor:
+    """Exchange the first two axes of ``[length, batch, features]``, if there are."""
+    return x.transpose(0, 1) if x.ndim == 3 else x
+
+
+def _project(recorder: Recorder, x: Tensor, W: Tensor, b: Any = None) -> Tensor:
+    """Multiply ``[length, batch, features]`` by a weight."""
+    x = _swapped(x)
+    tracked = recorder.name(W) or recorder.name(b)
+    y = _linear(recorder, None, x, W, b) if tracked else F.linear(x, W, b)
+    return _swapped(y)
+
+
+def _project_part(
+    recorder: Recorder, x: Tensor, W: Tensor, c: Any, whole: Tensor, b: Any, i: int
 ) -> Tensor:
-    """Multiply ``[length, batch, features]`` by (a slot of) a weight."""
-    x = x.transpose(0, 1) if x.ndim == 3 else x
-    if slot is None:
-        tracked = recorder.name(W) or recorder.name(b)
-        y = _linear(recorder, None, x, W, b) if tracked else F.linear(x, W, b)
-    else:
-        y = F.linear(x, W, b)
-        if recorder.name(whole):
-            options = {"slot": slot, "counted": slot[0] == 0}
-            recorder.note("linear", whole, x, y, whole_bias, **options)
-        elif recorder.name(whole_bias):
-            recorder.unknown.setdefault(str(recorder.name(whole_bias)), "in_proj_bias")
-    return y.transpose(0, 1) if y.ndim == 3 else y
+    """Multiply by the ``i``-th third of a weight."""
+    x = _swapped(x)
+    if recorder.name(whole):
+        y, options = F.linear(x, W, c), {"slot": (i, 3), "counted": i == 0}
+        recorder.note("linear", whole, x, y, b, **options)
+        return _swapped(y)
+    y = _swapped(F.linear(x, W))
+    return y if b is None else _shift_part(recorder, y, c, b, i)
+
+
+def _shift_part(recorder: Recorder, y: Tensor, c: Tensor, b: Tensor, i: int) -> Tensor:
+    """Add the ``i``-th third of a bias."""
+    y = _swapped(y) + c
+    if recorder.name(b):
+        options = {"part": (i, 3), "size": c.shape, "counted": i == 0}
+        recorder.note("elementwise", b, b.new_ones(()), y, **options)
+    return _swapped(y)
 
 
 _HANDLERS: dict[Any, Callable] = {

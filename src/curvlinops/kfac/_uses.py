@@ -200,7 +200,9 @@ def batched(use: Use, x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.ndim == len(use.options["kernel"]) + 1 else x
 
 
-def _patches(x: Tensor, kernel: Shape, stride: list[int], dilation: list[int]) -> Tensor:
+def _patches(
+    x: Tensor, kernel: Shape, stride: list[int], dilation: list[int]
+) -> Tensor:
     """View a padded image ``[N, C, *size]`` as patches ``[N, C, *out, *kernel]``."""
     N, C, *size = x.shape
     out = [
@@ -260,7 +262,10 @@ def _transposed_inputs(use: Use, N: int) -> Tensor:
     stride, padding, extra, dilation = (
         each(o.get(k, default), dims)
         for k, default in (
-            ("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)
+            ("stride", 1),
+            ("padding", 0),
+            ("output_padding", 0),
+            ("dilation", 1),
         )
     )
     x = batched(use, use.checked_input())
@@ -271,7 +276,9 @@ def _transposed_inputs(use: Use, N: int) -> Tensor:
         (d * (k - 1) - p, d * (k - 1) - p + e)
         for k, p, e, d in zip(kernel, padding, extra, dilation, strict=True)
     ]
-    patches = _patches(padded(spread, border).contiguous(), kernel, [1] * dims, dilation)
+    patches = _patches(
+        padded(spread, border).contiguous(), kernel, [1] * dims, dilation
+    )
     patches = patches.flip(list(range(-dims, 0)))
     return _split(_patch_rows(patches, dims, G), N)
 
@@ -322,7 +329,11 @@ def _elementwise_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     missing = g.ndim - 1 - len(size)
     axes = [1 + i for i in range(missing)]
     axes += [1 + missing + i for i, s in enumerate(size) if s == 1]
-    return (g.sum(axes) if axes else g).reshape(1, N, 1, -1)
+    rows = (g.sum(axes) if axes else g).reshape(1, N, 1, -1)
+    if (part := use.options.get("part")) is None:
+        return rows
+    i, parts = part
+    return F.pad(rows, (i * rows.shape[-1], (parts - 1 - i) * rows.shape[-1]))
 
 
 KINDS: dict[str, Kind] = {

@@ -17,7 +17,8 @@ from curvlinops.ggn import DEFAULT_SEED
 from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping, load
 from curvlinops.kfac._factors import Estimation, Settings, ekfac, kfac, kfoc
 from curvlinops.kfac._layers import Fisher
-from curvlinops.risk import EmpiricalRisk, RiskOperator, as_risk
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator, as_risk
 
 #: Largest factor that is kept as a matrix: 256 MiB in single precision.
 MAX_FACTOR = 8192

@@ -1,0 +1,145 @@
+"""Whether model, loss and data give the same risk in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops._data import checksums, tensors_in
+from curvlinops._linearization import Linearization
+
+if TYPE_CHECKING:
+    from curvlinops.risk import EmpiricalRisk
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a pass over the data saw, to compare two passes."""
+
+    batches: tuple[tuple[float, ...], ...]
+    size: int | None
+    loss: Tensor
+    gradient: Tensor
+
+
+def look(risk: EmpiricalRisk, batches: Iterable[Linearization]) -> Fingerprint:
+    """Evaluate loss and gradient in one pass."""
+    space = risk.space
+    gradient = torch.zeros(space.dim, dtype=space.dtype, device=space.device)
+    value = torch.zeros((), dtype=space.dtype, device=space.device)
+    marks: list[tuple[float, ...]] = []
+    sizes: list[int | None] = []
+    count: Any = 0
+    for batch in batches:
+        marks.append(checksums(tensors_in((batch.X, batch.y))))
+        sizes.append(risk._size_or_none(batch.X))
+        if risk.loss is None:
+            value += batch.output.detach().sum()
+            grads = batch.vjp(torch.ones_like(batch.output))
+        else:
+            value += _checked_loss(batch)
+            count = count + batch.count
+            grads = batch.gradient()
+        for row, grad in zip(space.split(gradient), grads, strict=True):
+            row.add_(grad)
+    denominator = risk._denominator(count)
+    return Fingerprint(
+        tuple(marks),
+        None if None in sizes else sum(filter(None, sizes)),
+        value / denominator,
+        gradient / denominator,
+    )
+
+
+def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
+    """Compare two passes, run one after the other on one random stream.
+
+    Returns
+    -------
+    bool
+        Whether the batches were the same, too.
+
+    Raises
+    ------
+    ValueError
+        If loss or gradient differ, or a module's mode makes them random or dependent
+        on the batches.
+    """
+    if isinstance(risk.model_func, nn.Module):
+        _check_modes(risk.model_func)
+
+    def run() -> tuple[Fingerprint, Fingerprint]:
+        first = look(risk, risk._fresh_batches("check 1/2"))
+        return first, look(risk, risk._fresh_batches("check 2/2"))
+
+    first, second = risk.session(run)
+    if first.size is not None and num_data not in (None, first.size):
+        raise ValueError(
+            f"`num_data` is {num_data}, but the data has {first.size} points."
+        )
+    tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
+    same = close(first.loss, second.loss, tolerance) and close(
+        first.gradient, second.gradient, tolerance
+    )
+    same_batches = first.batches == second.batches
+    if not same:
+        raise ValueError(
+            "Two passes over the same data gave different losses or gradients "
+            f"({float(first.loss):.6e} and {float(second.loss):.6e}): "
+            + (
+                "the model is random although the data repeats. Call "
+                "`model.eval()`, or remove its randomness."
+                if same_batches
+                else "the data differs between the passes. Is this a shuffling "
+                "`DataLoader` with `drop_last=True`, or random augmentation? Set "
+                "`shuffle=False`, or pass `list(loader)`."
+            )
+            + " To go on all the same, pass `check_deterministic=False`."
+        )
+    return same_batches
+
+
+def _checked_loss(batch: Linearization) -> Tensor:
+    value = batch.loss.value().detach()
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"The loss of batch {batch.index} is not finite ({float(value)}). Look at "
+            "that batch's inputs and targets."
+        )
+    return value
+
+
+def _check_modes(module: nn.Module) -> None:
+    """Raise if a module's mode makes results random or dependent on batches."""
+    for name, part in module.named_modules():
+        kind = type(part).__name__
+        label = f"{kind} {name!r}" if name else kind
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and (
+            part.training or part.running_mean is None
+        ):
+            raise ValueError(
+                f"{label} normalises with the statistics of the batch (it is in train "
+                "mode, or tracks no running statistics), so the loss is not a sum over "
+                "data points and depends on how the data is split. Call "
+                "`model.eval()`; or pass `check_deterministic=False` to use each "
+                "batch's statistics."
+            )
+        drops = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+        if part.training and isinstance(part, drops):
+            probability = getattr(part, "p", getattr(part, "dropout", 0.0))
+            if not probability:
+                continue
+            raise ValueError(
+                f"{label} is in train mode and drops units at random (p = "
+                f"{probability}). Call `model.eval()`; or pass "
+                "`check_deterministic=False` to go on all the same."
+            )
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = torch.maximum(a.abs().max(), b.abs().max())
+    return bool((a - b).abs().max() <= tolerance * scale)

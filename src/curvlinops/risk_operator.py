@@ -1,0 +1,191 @@
+"""What the operators that are built from an empirical risk have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvlinops._model import Parameters, matching_names
+from curvlinops._operator import TorchOperator
+from curvlinops._random import Rng
+from curvlinops._spaces import TensorSpace
+from curvlinops._verify import Report, verify
+from curvlinops.risk import EmpiricalRisk
+
+
+class RiskOperator(TorchOperator):
+    """Mixin of the operators that are built from an empirical risk.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The risk.
+    in_space, out_space : TensorSpace, optional
+        Parameter space if absent.
+    """
+
+    risk: EmpiricalRisk
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        in_space: TensorSpace | None = None,
+        out_space: TensorSpace | None = None,
+    ) -> None:
+        super().__init__(in_space or risk.space, out_space or risk.space)
+        self.risk = risk
+
+    def _title(self, task: str = "_matmat") -> str:
+        return f"{type(self).__name__}.{task}"
+
+    def refresh(self) -> None:
+        """Forget recordings, after changes that cannot be seen.
+
+        See :meth:`EmpiricalRisk.refresh <curvlinops.risk.EmpiricalRisk.refresh>`.
+        """
+        self.risk.refresh()
+
+    def block(
+        self, rows: str | Iterable[str], cols: str | Iterable[str] | None = None
+    ) -> ParameterBlock:
+        """Return the rows and columns of some parameters, chosen by name.
+
+        Parameters
+        ----------
+        rows : str, or iterable of str
+            Names of parameters, or patterns such as ``"encoder.*"``, in which ``*``
+            stands for anything, ``?`` for one character, ``[ab]`` for ``a`` or ``b``.
+        cols : str, or iterable of str, optional
+            The same for the columns; by default those of the rows.
+
+        Returns
+        -------
+        ParameterBlock
+            Parameters come in the order of the operator's. Lists of tensors have the
+            shapes of the chosen parameters.
+
+        Raises
+        ------
+        ValueError
+            If a name or pattern matches no parameter.
+        TypeError
+            If the operator's rows or columns are not those of parameters.
+
+        Notes
+        -----
+        A product costs one product with the operator.
+        """
+        names = self.risk.space.names
+        if not self._in_space.names == self._out_space.names == names:
+            raise TypeError(
+                f"Blocks are chosen by parameter name, but {self!r} does not map "
+                'parameters to parameters. Choose the parameters with `params="..."` '
+                "when the operator is built, or use `SubmatrixLinearOperator`."
+            )
+        chosen = _chosen(rows, names)
+        return ParameterBlock(
+            self, chosen, chosen if cols is None else _chosen(cols, names)
+        )
+
+    def blocks(self) -> dict[str, ParameterBlock]:
+        """Return the diagonal block of every parameter, by name."""
+        return {name: self.block([name]) for name in self.risk.params}
+
+    def verify(self, rng: Rng = 0) -> Report:
+        """Check this operator on its own model, loss and data.
+
+        See :func:`curvlinops._verify.verify` for what is checked, and at which cost.
+
+        Parameters
+        ----------
+        rng : int, numpy.random.Generator, torch.Generator, or None, optional
+            Source of the random directions.
+
+        Returns
+        -------
+        Report
+            ``report.ok``, and a table with all errors and tolerances as its string.
+        """
+        return verify(self, rng)
+
+
+class ParameterBlock(TorchOperator, LinearOperator):
+    r"""The block :math:`A_{R, C}` of an operator on parameter space, by names.
+
+    Parameters
+    ----------
+    A : TorchOperator
+        An operator from parameters to parameters.
+    rows, cols : list of str
+        Names of parameters.
+
+    Notes
+    -----
+    A product costs one product with ``A``. The adjoint is the block of ``A``'s adjoint
+    with rows and columns exchanged.
+    """
+
+    def __init__(self, A: TorchOperator, rows: list[str], cols: list[str]) -> None:
+        self.args = (A, rows, cols)
+        in_space, self._cols = _subspace(A._in_space, cols)
+        out_space, self._rows = _subspace(A._out_space, rows)
+        super().__init__(in_space, out_space)
+
+    def _apply(self, V: Tensor) -> Tensor:
+        A, _, _ = self.args
+        full = V.new_zeros(A.shape[1], V.shape[1])
+        full[self._cols] = V
+        return A._apply(full)[self._rows]
+
+    def _adjoint(self) -> TorchOperator:
+        A, rows, cols = self.args
+        if A.adjoint() is A and rows == cols:
+            return self
+        return ParameterBlock(A.adjoint(), cols, rows)
+
+
+def _chosen(patterns: str | Iterable[str], names: Sequence[str]) -> list[str]:
+    """Return the names that match one of some patterns, in their own order."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = {name for pattern in patterns for name in matching_names(pattern, names)}
+    if not found:
+        raise ValueError("Got no names: pass at least one name or pattern.")
+    return [name for name in names if name in found]
+
+
+def _subspace(space: TensorSpace, names: list[str]) -> tuple[TensorSpace, Tensor]:
+    """Return the space of some of the tensors, and their places in a vector."""
+    numbers = [space.names.index(name) for name in names]
+    slices, places = space.slices(), torch.arange(space.dim)
+    shapes = [space.shapes[i] for i in numbers]
+    index = torch.cat([places[slices[i]] for i in numbers]).to(space.device)
+    return TensorSpace(shapes, space.dtype, space.device, names), index
+
+
+def as_risk(
+    model_func: Callable[..., Any] | EmpiricalRisk,
+    loss_func: Callable[..., Any] | None,
+    params: Parameters | None,
+    data: Iterable[Any] | None,
+    **options: Any,
+) -> EmpiricalRisk:
+    """Return an operator's risk, given as such or as its four ingredients.
+
+    Raises
+    ------
+    TypeError
+        If an ingredient is missing, or given beside a risk.
+    """
+    if isinstance(model_func, EmpiricalRisk):
+        if any(x is not None for x in (loss_func, params, data)):
+            raise TypeError("A risk already has its loss, parameters and data.")
+        return model_func
+    if params is None or data is None:
+        raise TypeError(
+            "Pass model, loss, params and data (or an `EmpiricalRisk` in their place)."
+        )
+    return EmpiricalRisk(model_func, loss_func, params, data, **options)
