@@ -3,7 +3,7 @@
 Run ``python benchmarks/block_solves.py [K]``. Both ways run SciPy's CG for a fixed
 number of iterations on ``K`` columns (default: 16); in step, all columns share block
 products. The gain in the last column is what ``TOGETHER_MIN_COLUMNS`` and
-``TOGETHER_MAX_DIM`` of ``curvlinops.inverse`` are chosen by. Times are processor times
+``TOGETHER_MAX_DIM`` of ``curvlinops._krylov`` are chosen by. Times are processor times
 of one process that alternates; the fastest of three counts.
 """
 
@@ -15,7 +15,8 @@ from time import process_time
 import torch
 from torch import nn
 
-from curvlinops import inverse
+from curvlinops import CGInverseLinearOperator, _krylov
+from curvlinops._operator import TorchOperator
 from curvlinops.structured import IdentityLinearOperator, TensorLinearOperator
 
 ITERATIONS = 10
@@ -34,7 +35,7 @@ class Costly(TensorLinearOperator):
         return super()._apply(V)
 
 
-def problems() -> Iterator[tuple[str, inverse.TorchOperator]]:
+def problems() -> Iterator[tuple[str, TorchOperator]]:
     """Yield the positive definite operators that are inverted."""
     torch.manual_seed(0)
     for dim in 50, 500, 5_000:
@@ -46,7 +47,7 @@ def problems() -> Iterator[tuple[str, inverse.TorchOperator]]:
     yield from damped_ggns()
 
 
-def damped_ggns() -> Iterator[tuple[str, inverse.TorchOperator]]:
+def damped_ggns() -> Iterator[tuple[str, TorchOperator]]:
     """Yield the damped GGN of a tiny, a small, and a larger network."""
     from curvlinops import GGNLinearOperator
 
@@ -77,17 +78,17 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main(K: int) -> None:
     """Print the table."""
-    inverse.TOGETHER_MIN_COLUMNS = 2
+    _krylov.TOGETHER_MIN_COLUMNS = 2
     print(f"K = {K} columns, {ITERATIONS} CG iterations, milliseconds per column")
     print(f"{'operator':<22} {'N':>7} {'each':>9} {'in step':>9} {'gain':>6}")
     for name, A in problems():
         N = A.shape[0]
-        A_inv = inverse.CGInverseLinearOperator(A, max_iter=ITERATIONS, tolerance=0)
+        A_inv = CGInverseLinearOperator(A, max_iter=ITERATIONS, tolerance=0)
         B = torch.randn(N, K)
         best = {0: float("inf"), N: float("inf")}
         for _ in range(3):
             for limit in best:
-                inverse.TOGETHER_MAX_DIM = limit
+                _krylov.TOGETHER_MAX_DIM = limit
                 best[limit] = min(best[limit], seconds(lambda A=A_inv, B=B: A @ B))
         each, together = (1e3 * t / K for t in best.values())
         print(

@@ -12,6 +12,7 @@ Run: ``python benchmarks/density_large.py [--ncv 40] [--cache off]``.
 import argparse
 import resource
 import time
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def main() -> None:
     torch.manual_seed(0)
     widths = [784, 2048, 2048, 2048, 10]
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     y = torch.randint(10, (512,))

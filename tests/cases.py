@@ -38,7 +38,7 @@ tag                   why a test may select or skip the problem
 """
 
 from collections import UserDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -52,7 +52,30 @@ from torch import Tensor, nn, rand, randint, randn, tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+import references
+from curvlinops import (
+    BlockDiagonalLinearOperator,
+    CGInverseLinearOperator,
+    DiagonalLinearOperator,
+    EFLinearOperator,
+    EmpiricalRisk,
+    FisherMCLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
+    GramLinearOperator,
+    HessianLinearOperator,
+    IdentityLinearOperator,
+    JacobianLinearOperator,
+    LSMRInverseLinearOperator,
+    MINRESInverseLinearOperator,
+    NeumannInverseLinearOperator,
+    OuterProductLinearOperator,
+    SubmatrixLinearOperator,
+    TensorLinearOperator,
+    TransposedJacobianLinearOperator,
+)
 from curvlinops.examples.functorch import _batch_size, _concatenate, _map
+from curvlinops.losses import as_loss_function
 
 SIZES = (3, 2, 1)
 N = sum(SIZES)
@@ -1017,3 +1040,339 @@ regression(
 
 
 # Registry of operators
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator, and the matrix it stands for.
+
+    Attributes
+    ----------
+    name
+        What the test report calls it.
+    build
+        Maps ``(model_func, loss_func, params, data, **options)`` to the operator.
+    dense
+        Maps the first four to the matrix in float64, by another road.
+    tags
+        Why a law may select or skip it, see below.
+    without
+        Tags of the problems for which there is no such matrix.
+    exponent
+        Power of the machine epsilon that its error is proportional to.
+    passes
+        Passes over the data that a product takes if nothing is kept.
+    unchecked_passes
+        Those at construction if the check is switched off.
+
+    ================  ==================================================================
+    tag               meaning
+    ================  ==================================================================
+    ``datafree``      has no model
+    ``derived``       made of other operators, or without a model
+    ``indefinite``    self-adjoint, but may have negative eigenvalues
+    ``iterative``     a product is a solution, which is linear up to a tolerance
+    ``ordered``       its rows or columns are data, in the order in which they come
+    ``rectangular``   not self-adjoint
+    ``sampled``       random, with a seed; a function of the split and of the order
+    ``stored``        holds its entries once they are computed, cache or not
+    ================  ==================================================================
+    """
+
+    name: str
+    build: Callable[..., Any]
+    dense: Callable[..., Tensor]
+    tags: frozenset[str]
+    without: frozenset[str]
+    exponent: float
+    passes: int
+    unchecked_passes: int
+
+    def __repr__(self) -> str:
+        return f"Operator({self.name!r})"
+
+    def exists_for(self, problem: Problem) -> bool:
+        """Whether the problem has such a matrix."""
+        return not self.without & problem.tags
+
+
+OPERATORS: list[Operator] = []
+
+
+def operator(
+    name: str,
+    build: Callable[..., Any],
+    dense: Callable[..., Tensor],
+    *tags: str,
+    without: Iterable[str] = (),
+    exponent: float = 1.0,
+    passes: int = 1,
+    unchecked_passes: int = 0,
+) -> None:
+    """Register an operator."""
+    tagged, unwanted = frozenset(tags), frozenset(without)
+    OPERATORS.append(
+        Operator(
+            name, build, dense, tagged, unwanted, exponent, passes, unchecked_passes
+        )
+    )
+
+
+SAMPLES = {"mc_samples": 3, "seed": 7}
+
+
+def _sampled_fisher(*built: Any, mc_samples: int, seed: int) -> Tensor:
+    """Compute the matrix of the samples that the losses draw."""
+    total: Any = 0
+    risk = references._Evaluated(*built)
+    for i, (f, loss, J) in enumerate(_linearized(risk, *built)):
+        generator = torch.Generator().manual_seed(seed + i)
+        G = loss.sample_gradients(mc_samples, generator).double()
+        if f.ndim == 1:  # every entry is a term of its own
+            G, J = G.unsqueeze(-1), J.unsqueeze(1)
+        elif risk.kind is nn.CrossEntropyLoss:
+            G, J = G.movedim(2, -1), J.movedim(1, -2)
+        rows = torch.einsum("s...c,...cp->s...p", G, J).flatten(0, -2)
+        total = total + rows.T @ rows / mc_samples
+    return total / risk.count
+
+
+def _weighted_gram(*built: Any) -> Tensor:
+    """Compute the Gram matrix of the Jacobian's rows, mixed by factors of the loss."""
+    risk = references._Evaluated(*built)
+    rows = []
+    for f, loss, J in _linearized(risk, *built):
+        eye = torch.eye(f.numel(), dtype=f.dtype).reshape(-1, *f.shape)
+        R = loss.factor_mul(eye).flatten(1).double()  # a row per column of the factor
+        rows.append(R @ J.flatten(0, -2))
+    return torch.cat(rows) @ torch.cat(rows).T / risk.count
+
+
+def _linearized(risk: Any, *built: Any) -> Iterator[tuple[Tensor, Any, Tensor]]:
+    """Yield prediction, loss, and Jacobian ``[*prediction.shape, P]`` of batches.
+
+    The loss gets the prediction in the precision of the problem.
+    """
+    _, _, params, _ = built
+    dtype = next(iter(params.values() if isinstance(params, dict) else params)).dtype
+    for f, y, _ in risk.batches():
+        loss = as_loss_function(risk.loss_func)(f.detach().to(dtype), y)
+        yield f, loss, references.differentiate(f, risk.leaves).reshape(*f.shape, -1)
+
+
+def _values(params: Any) -> list[Tensor]:
+    return list(params.values() if isinstance(params, dict) else params)
+
+
+def _flat(*built: Any) -> Tensor:
+    """Return the parameters as one vector in float64."""
+    return torch.cat([p.detach().flatten() for p in _values(built[2])]).double()
+
+
+def _plus_identity(A: Any) -> Any:
+    """Return a positive definite operator."""
+    return A + IdentityLinearOperator(A.in_shapes, A.device, A.torch_dtype)
+
+
+def _damped_inverse(matrix: Tensor) -> Tensor:
+    return torch.linalg.inv(matrix + torch.eye(len(matrix), dtype=matrix.dtype))
+
+
+def _first_and_last(make: Callable) -> Callable:
+    """Choose rows of the first and columns of the last parameter by name."""
+
+    def build(*built: Any, **options: Any) -> Any:
+        A = make(*built, **options)
+        names = list(A.risk.params)
+        return A.block(names[0], names[-1])
+
+    return build
+
+
+def _corner(matrix: Tensor, *built: Any) -> Tensor:
+    first, *_, last = _values(built[2])
+    return matrix[: first.numel(), -last.numel() :]
+
+
+def _remainder(*built: Any, **options: Any) -> Any:
+    risk = EmpiricalRisk(*built, **options)
+    return HessianLinearOperator(risk) - GGNLinearOperator(risk)
+
+
+# Matrices of a model
+
+operator("hessian", HessianLinearOperator, references.hessian, "indefinite")
+operator("ggn", GGNLinearOperator, references.ggn)
+operator("ef", EFLinearOperator, references.empirical_fisher)
+operator(
+    "fisher-mc",
+    partial(FisherMCLinearOperator, **SAMPLES),
+    partial(_sampled_fisher, **SAMPLES),
+    "sampled",
+    without=["generic-loss"],
+)
+operator(
+    "ggn-mc",
+    partial(GGNLinearOperator, **SAMPLES),
+    partial(_sampled_fisher, **SAMPLES),
+    "sampled",
+    without=["generic-loss"],
+)
+operator(
+    "ggn-diagonal",
+    GGNDiagonalLinearOperator,
+    lambda *built: references.ggn(*built).diagonal().diag(),
+    *("indefinite", "stored"),
+)
+operator(
+    "ggn-diagonal-mc",
+    partial(GGNDiagonalLinearOperator, **SAMPLES),
+    lambda *built: _sampled_fisher(*built, **SAMPLES).diagonal().diag(),
+    *("sampled", "stored"),
+    without=["generic-loss"],
+)
+operator(
+    "jacobian",
+    lambda model, _, *rest, **options: JacobianLinearOperator(model, *rest, **options),
+    lambda model, _, *rest: references.jacobian(model, *rest),
+    *("rectangular", "ordered"),
+    unchecked_passes=1,
+)
+operator(
+    "jacobian-transposed",
+    lambda model, _, *rest, **options: TransposedJacobianLinearOperator(
+        model, *rest, **options
+    ),
+    lambda model, _, *rest: references.jacobian(model, *rest).T,
+    *("rectangular", "ordered"),
+    unchecked_passes=1,
+)
+operator(
+    "tangent-kernel",
+    partial(GramLinearOperator, weighted=False),
+    lambda model, _, *rest: (J := references.jacobian(model, *rest)) @ J.T,
+    "ordered",
+    passes=2,
+    unchecked_passes=1,
+)
+operator(
+    "gram",
+    GramLinearOperator,
+    _weighted_gram,
+    "ordered",
+    without=["generic-loss"],
+    passes=2,
+    unchecked_passes=1,
+)
+
+# Derived from those: whatever holds for every model holds for them, too
+
+operator(
+    "remainder",
+    _remainder,
+    lambda *built: references.hessian(*built) - references.ggn(*built),
+    *("derived", "indefinite"),
+)
+operator(
+    "block",
+    _first_and_last(HessianLinearOperator),
+    lambda *built: _corner(references.hessian(*built), *built),
+    *("derived", "rectangular"),
+)
+operator(
+    "block-diagonal",
+    lambda *built, **options: BlockDiagonalLinearOperator(
+        GGNLinearOperator(*built, **options).blocks().values()
+    ),
+    lambda *built: (
+        references.ggn(*built)
+        * torch.block_diag(
+            *(torch.ones(p.numel(), p.numel()) for p in _values(built[2]))
+        )
+    ),
+    "derived",
+)
+operator(
+    "submatrix",
+    lambda *built, **options: SubmatrixLinearOperator(
+        HessianLinearOperator(*built, **options), [5, 0, -1], slice(None, None, 2)
+    ),
+    lambda *built: references.hessian(*built)[[5, 0, -1], ::2],
+    *("derived", "rectangular"),
+)
+operator(
+    "cg",
+    lambda *built, **options: CGInverseLinearOperator(
+        _plus_identity(GGNLinearOperator(*built, **options)), rtol=1e-12, maxiter=300
+    ),
+    lambda *built: _damped_inverse(references.ggn(*built)),
+    *("derived", "iterative"),
+    without=["half", "float32"],
+    exponent=0.7,
+)
+operator(
+    "minres",
+    lambda *built, **options: MINRESInverseLinearOperator(
+        _plus_identity(GGNLinearOperator(*built, **options)), rtol=1e-12, maxiter=300
+    ),
+    lambda *built: _damped_inverse(references.ggn(*built)),
+    *("derived", "iterative"),
+    without=["half", "float32"],
+    exponent=0.5,
+)
+operator(
+    "lsmr",
+    lambda *built, **options: LSMRInverseLinearOperator(
+        _plus_identity(GGNLinearOperator(*built, **options)), atol=1e-12, btol=1e-12
+    ),
+    lambda *built: _damped_inverse(references.ggn(*built)),
+    *("derived", "iterative"),
+    without=["half", "float32"],
+    exponent=0.5,
+)
+operator(
+    "neumann",
+    lambda *built, **options: NeumannInverseLinearOperator(
+        _plus_identity(GGNLinearOperator(*built, **options)), num_terms=300, scale=0.2
+    ),
+    lambda *built: _damped_inverse(references.ggn(*built)),
+    *("derived", "iterative"),
+    without=["half", "float32"],
+    exponent=0.5,
+)
+
+# No model at all; the numbers are those of the parameters
+
+operator(
+    "identity",
+    lambda *built, **_: IdentityLinearOperator(
+        [p.shape for p in _values(built[2])], "cpu", _values(built[2])[0].dtype
+    ),
+    lambda *built: torch.eye(len(_flat(*built)), dtype=torch.float64),
+    *("derived", "datafree"),
+)
+operator(
+    "diagonal",
+    lambda *built, **_: DiagonalLinearOperator(_values(built[2])),
+    lambda *built: _flat(*built).diag(),
+    *("derived", "datafree", "indefinite"),
+)
+operator(
+    "tensor",
+    lambda *built, **_: TensorLinearOperator(
+        _flat(*built)
+        .outer(torch.arange(-2.0, 5.0).double())
+        .to(_values(built[2])[0].dtype)
+    ),
+    lambda *built: _flat(*built).outer(torch.arange(-2.0, 5.0).double()),
+    *("derived", "datafree", "rectangular"),
+)
+operator(
+    "outer-product",
+    lambda *built, **_: OuterProductLinearOperator(
+        torch.tensor([-2.0]).to(_values(built[2])[0].dtype),
+        _flat(*built).unsqueeze(1).to(_values(built[2])[0].dtype),
+    ),
+    lambda *built: -2 * _flat(*built).outer(_flat(*built)),
+    *("derived", "datafree", "indefinite"),
+)

@@ -191,24 +191,17 @@ def law(
 
 @law(None)
 def columns_equal_the_dense_reference(s: Subject) -> None:
-    eye = torch.eye(s.A.shape[1], dtype=s.A.torch_dtype)
-    s.close(s.A @ eye, s.dense)
-
-
-@law(None, without=["derived"])
-def every_route_equals_the_dense_reference(s: Subject) -> None:
-    """Products are recorded, replayed, and materialised, in the course of time."""
-    A, V = s.build(check_deterministic=False), s.block(3)
+    """Also after many products, which may be replayed, and materialised, by then."""
+    V = s.block(3)
     expected = s.dense @ V.double()
-    eye = torch.eye(A.shape[1], dtype=A.torch_dtype)
-    with _unused_parameters_are_allowed():
-        for _ in range(3):
-            s.close(A @ V[:, 0], expected[:, 0])
-        for _ in range(2):
-            s.close(A @ V, expected)
-        s.close(A @ eye, s.dense)
-        s.close(A @ V[:, 0], expected[:, 0])
-        s.close(A @ V, expected)
+    eye = torch.eye(s.A.shape[1], dtype=s.A.torch_dtype)
+    for _ in range(3):
+        s.close(s.A @ V[:, 0], expected[:, 0])
+    for _ in range(2):
+        s.close(s.A @ V, expected)
+    s.close(s.A @ eye, s.dense)
+    s.close(s.A @ V[:, 0], expected[:, 0])
+    s.close(s.A @ V, expected)
 
 
 @law()
@@ -291,7 +284,7 @@ def containers_agree(s: Subject) -> None:
         array = V.to(torch.float64 if A.dtype == np.float64 else torch.float32).numpy()
         pieces = V.split([t.numel() for t in map(torch.empty, A.in_shapes)])
         listed = [
-            t.reshape(*s_, *shape) for t, s_ in zip(pieces, A.in_shapes, strict=True)
+            t.reshape((*s_, *shape)) for t, s_ in zip(pieces, A.in_shapes, strict=True)
         ]
         result = A @ V
         assert result.dtype == A.torch_dtype and not result.requires_grad
@@ -354,7 +347,7 @@ def results_share_no_memory(s: Subject) -> None:
 def _as_list(A: Any, V: Tensor) -> list[Tensor]:
     pieces = V.split([torch.Size(shape).numel() for shape in A.in_shapes])
     return [
-        t.reshape(*shape, *V.shape[1:])
+        t.reshape((*shape, *V.shape[1:]))
         for t, shape in zip(pieces, A.in_shapes, strict=True)
     ]
 
@@ -555,7 +548,7 @@ class Passes:
         return len(self.batches)
 
 
-@law(["mlp-tanh-ce", "mlp-tanh-mse"], without=["derived"])
+@law(["mlp-tanh-ce"], without=["derived", "stored"])
 def passes_and_forward_calls_are_the_documented_ones(s: Subject) -> None:
     calls: list[int] = []
 
@@ -582,7 +575,9 @@ def passes_and_forward_calls_are_the_documented_ones(s: Subject) -> None:
     assert measure(A, data, V) == (1, n)
 
     A, data, forward = build(cache="off")
-    assert measure(A, data, V) == measure(A, data, V) == (1, n)
+    passes = s.operator.passes
+    for _ in range(3):
+        assert measure(A, data, V) == (passes, passes * n)
 
     A, data, forward = build(check_deterministic=False)
     unchecked = s.operator.unchecked_passes

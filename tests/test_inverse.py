@@ -12,7 +12,7 @@ import torch
 from numpy.linalg import LinAlgError, norm
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh, minres
 
-from curvlinops import inverse
+from curvlinops import _krylov
 from curvlinops.inverse import (
     CGInverseLinearOperator,
     LSMRInverseLinearOperator,
@@ -674,7 +674,7 @@ def test_few_products_for_many_columns():
 
 @pytest.mark.parametrize(("columns", "max_dim"), [(7, N), (8, N - 1)])
 def test_solved_one_by_one_where_blocks_do_not_pay(columns, max_dim, monkeypatch):
-    monkeypatch.setattr(inverse, "TOGETHER_MAX_DIM", max_dim)
+    monkeypatch.setattr(_krylov, "TOGETHER_MAX_DIM", max_dim)
     A = Counting(tensor(SPD))
     CGInverseLinearOperator(A) @ B[:, :columns]
     assert A.widths[:-1] == [1] * (len(A.widths) - 1)

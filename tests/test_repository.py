@@ -147,7 +147,7 @@ LEVELS = [
     ["_conflicts", "_data", "_lockstep", "_random", "_spaces"],
     ["_model", "_operator", "_replay", "estimators", "estimators.*", "losses"],
     ["_determinism", "_linearization", "_parts", "_verify", "structured"],
-    ["kronecker", "nystrom", "risk", "risk_operator"],
+    ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],
     [
         *["ggn", "ggn_diagonal", "gradient_covariance", "gram", "hessian", "inverse"],
         *["jacobian", "scalar_function"],

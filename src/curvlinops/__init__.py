@@ -29,6 +29,7 @@ from curvlinops.kronecker import (
     KroneckerProductLinearOperator,
 )
 from curvlinops.losses import as_loss_function
+from curvlinops.nystrom import NystromPreconditionerLinearOperator
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.scalar_function import ScalarFunction
 from curvlinops.structured import (
@@ -47,6 +48,7 @@ __all__ = [
     "LSMRInverseLinearOperator",
     "MINRESInverseLinearOperator",
     "NeumannInverseLinearOperator",
+    "NystromPreconditionerLinearOperator",
     "BlockDiagonalLinearOperator",
     "DiagonalLinearOperator",
     "IdentityLinearOperator",

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._spaces import (
@@ -455,16 +455,3 @@ class Foreign(TorchOperator, LinearOperator):
     def _adjoint(self) -> TorchOperator:
         (A,) = self.args
         return Foreign(A.adjoint())
-
-
-def as_torch_operator(A: Any) -> TorchOperator:
-    """Return an operator, array, sparse matrix or tensor as operator of this package.
-
-    Raises
-    ------
-    TypeError
-        If ``A`` is none of these, or complex.
-    """
-    if isinstance(A, TorchOperator):
-        return A
-    return Foreign(aslinearoperator(to_numpy(A) if torch.is_tensor(A) else A))

@@ -73,7 +73,7 @@ def as_seed(rng: Rng = None) -> int:
         return int(torch.randint(bound, (), generator=rng, device=device))
     if isinstance(rng, np.random.Generator):
         return int(rng.integers(bound))
-    if not isinstance(rng, (int, np.integer)) or isinstance(rng, bool):
+    if isinstance(rng, bool) or not isinstance(rng, (int, np.integer)):
         raise TypeError(
             "rng is an int, a numpy.random.Generator, a torch.Generator, or None for "
             f"torch's global generator; got {type(rng).__name__}."

@@ -135,7 +135,12 @@ class TensorSpace:
                 f"{[tuple(s) for s in self.shapes]} (with one more trailing dimension "
                 f"for several columns), got the shapes {given}."
             )
-        return torch.cat([t.detach().reshape((-1, *columns)) for t in tensors])
+        return torch.cat(
+            [
+                t.detach().reshape((size, *columns))
+                for t, size in zip(tensors, self.sizes, strict=True)
+            ]
+        )
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """Turn ``(dim,)`` or ``(dim, K)`` into a list of ``[*shape]``/``[*shape, K]``.
@@ -198,7 +203,14 @@ def numeric_array(x: Any) -> np.ndarray:
     TypeError
         If it holds anything else than numbers.
     """
-    array = np.asarray(x)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:  # ragged, or tensors beside something else
+        raise TypeError(
+            f"An operator multiplies numbers, got an operand of type "
+            f"{type(x).__name__} that is no array ({error}). Pass a NumPy array, a "
+            "tensor, or a list of nothing but tensors."
+        ) from None
     if array.dtype.kind not in "biufc":
         raise TypeError(
             f"An operator multiplies numbers, got an operand of type "

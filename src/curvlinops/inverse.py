@@ -15,17 +15,14 @@ or a block of vectors, in NumPy or torch. What the solver did is found in
 
 Every solve makes one more product, for the true residual. The Krylov solvers are those
 of :mod:`scipy.sparse.linalg`, which take one right-hand side. Several are solved in
-step, with block products, if there are at least :data:`TOGETHER_MIN_COLUMNS` and ``N``
-is at most :data:`TOGETHER_MAX_DIM`; one by one otherwise, or with a callback or log.
+step, with block products, if there are enough of them and ``A`` is not too large (see
+``TOGETHER_MIN_COLUMNS`` and ``TOGETHER_MAX_DIM`` of :mod:`curvlinops._krylov`); one by
+one otherwise, or with a callback or log.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import isfinite, sqrt
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,10 +30,20 @@ from numpy.linalg import LinAlgError, norm
 from scipy.sparse.linalg import LinearOperator, cg, lsmr, minres
 from torch import Tensor
 
-from curvlinops._lockstep import Multiply, Products, solve_each, solve_together
-from curvlinops._operator import TorchOperator, _is_tensor_list
-from curvlinops._spaces import numeric_array, real_scalar, to_numpy, to_torch
-from curvlinops.structured import IdentityLinearOperator, as_operator
+from curvlinops._krylov import (
+    DEFAULT_RTOL,
+    Inverse,
+    KrylovInverse,
+    Run,
+    SolverStatistics,
+    SymmetricInverse,
+    Watch,
+    as_preconditioner,
+)
+from curvlinops._lockstep import Multiply, Products
+from curvlinops._operator import TorchOperator
+from curvlinops._spaces import real_scalar, to_numpy, to_torch
+from curvlinops.structured import IdentityLinearOperator
 
 __all__ = [
     "CGInverseLinearOperator",
@@ -46,450 +53,8 @@ __all__ = [
     "SolverStatistics",
 ]
 
-#: Relative residual at which a solve counts as converged, by the dtype of products.
-DEFAULT_RTOL = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 1e-2,
-}
 
-#: When several right-hand sides share block products. Small models are bound by the
-#: fixed cost of a product, large ones by arithmetic and memory; handing a vector over
-#: costs about 50 microseconds. With GGNs of N = 1e3, 1e4, 5e4, and 7e5 on a CPU,
-#: ``benchmarks/block_solves.py`` measured gains of 2.9, 2.2, 1.2, and 0.8 for 16
-#: columns, of 1.0, 1.7, 1.1, and 0.9 for 8, and of 0.7, 1.3, 1.0, and 0.9 for 4.
-TOGETHER_MIN_COLUMNS, TOGETHER_MAX_DIM = 8, 50_000
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SolverStatistics:
-    r"""What a solver did in one product, with an entry for each of ``K`` columns.
-
-    Attributes
-    ----------
-    solver : str
-        Name of the method.
-    iterations : numpy.ndarray
-        Number of iterations, of shape ``(K,)``; for a Neumann series of terms after
-        the first.
-    residual_norms : numpy.ndarray
-        The true residual :math:`\|b - A x\|_2`, recomputed from the result.
-    relative_residuals : numpy.ndarray
-        The same, divided by :math:`\|b\|_2`.
-    converged : numpy.ndarray of bool
-        Whether the result is as accurate as the solver's stopping rule asks for.
-    """
-
-    solver: str
-    iterations: np.ndarray
-    residual_norms: np.ndarray
-    relative_residuals: np.ndarray
-    converged: np.ndarray
-
-    def __repr__(self) -> str:
-        """Return solver, converged columns, iterations, largest relative residual."""
-        low, high = self.iterations.min(), self.iterations.max()
-        return (
-            f"<{self.solver}: {self.converged.sum()} of {self.converged.size} columns "
-            f"converged in {low if low == high else f'{low}-{high}'} iterations, "
-            f"relative residual <= {self.relative_residuals.max():.1e}>"
-        )
-
-
-class _Inverse(TorchOperator):
-    """What all inverses have in common: a square operator and statistics.
-
-    Attributes
-    ----------
-    statistics : SolverStatistics or None
-        What the solver did in the last product; ``None`` before the first.
-    """
-
-    solver: ClassVar[str]
-
-    def __init__(self, A: Any) -> None:
-        A = as_operator(A)
-        if A.shape[0] != A.shape[1]:
-            raise ValueError(
-                f"Only a square operator has an inverse, got {A!r}. For a least-squares"
-                " solution call `scipy.sparse.linalg.lsmr(A, b)`."
-            )
-        super().__init__(A._out_space, A._in_space)
-        self._A: TorchOperator = A
-        self.statistics: SolverStatistics | None = None
-
-    def _require_finite(self, V: Tensor) -> None:
-        if not V.isfinite().all():
-            raise ValueError(
-                f"{self!r} got a right-hand side with NaN or infinite entries. Look at "
-                "the computation of the operand."
-            )
-
-    def _record(
-        self, B: Any, R: Any, iterations: Any, accepted: Any
-    ) -> SolverStatistics:
-        """Store and return the statistics of right-hand sides and residuals."""
-        b, r = (norm(np.asarray(block, np.float64), axis=0) for block in (B, R))
-        relative = np.divide(r, b, out=np.zeros_like(r), where=b > 0)
-        limits = np.where(b > 0, accepted, np.inf)
-        statistics = SolverStatistics(
-            self.solver,
-            np.broadcast_to(np.asarray(iterations), r.shape).copy(),
-            residual_norms=r,
-            relative_residuals=relative,
-            converged=r <= limits,
-        )
-        self.statistics = statistics
-        return statistics
-
-
-class _Function(TorchOperator, LinearOperator):
-    """A user's function of ``(N, K)`` tensors as an operator without known adjoint."""
-
-    def __init__(self, function: Callable[[Tensor], Any], A: TorchOperator) -> None:
-        super().__init__(A._out_space, A._in_space)
-        self._function = function
-
-    def _apply(self, V: Tensor) -> Tensor:
-        result = torch.as_tensor(self._function(V.clone())).detach()
-        if result.shape != V.shape:
-            raise ValueError(
-                f"The preconditioner {self._function!r} turned a tensor of shape "
-                f"{tuple(V.shape)} into one of shape {tuple(result.shape)}. It must "
-                "multiply blocks of columns and keep their shape."
-            )
-        return result.to(V.device, V.dtype)
-
-    def _adjoint(self) -> TorchOperator:
-        raise TypeError(
-            f"The adjoint of the preconditioner {self._function!r} is not known. Pass "
-            "an operator, an array, or a sparse matrix instead of a function."
-        )
-
-
-def _preconditioner(M: Any, A: TorchOperator) -> TorchOperator:
-    """Return a preconditioner of ``A`` as one of our operators."""
-    if callable(M) and not hasattr(M, "shape"):
-        return _Function(M, A)
-    P = as_operator(M)
-    if P.shape != A.shape:
-        raise ValueError(
-            f"A preconditioner approximates the inverse of {A!r}, got one of shape "
-            f"{P.shape}. For a diagonal pass `DiagonalLinearOperator(entries)`."
-        )
-    return P
-
-
-# -- Krylov solvers -----------------------------------------------------------------
-
-
-class _Run(NamedTuple):
-    """How SciPy solved for one right-hand side.
-
-    ``accepted`` is the residual norm up to which the result counts as converged,
-    ``limit`` the hyperparameter that ended the run before its stopping rule did.
-    """
-
-    x: np.ndarray
-    iterations: int
-    accepted: float
-    limit: str | None
-
-
-#: Hyperparameters that are numbers, not negative except the shift.
-_NUMBERS = {"rtol", "atol", "btol", "conlim", "damp", "shift", "stop_updating_after"}
-
-
-class _KrylovInverse(_Inverse):
-    """Inverse by one of SciPy's Krylov solvers, run on every column.
-
-    Subclasses list the hyperparameters that they know by every spelling, and write
-    ``_solve``.
-    """
-
-    #: From every accepted spelling of a hyperparameter to SciPy's.
-    _names: ClassVar[dict[str, str]]
-
-    def __init__(self, A: Any, **hyperparameters: Any) -> None:
-        super().__init__(A)
-        self._options = self._read(hyperparameters)
-        if "x0" in self._options:
-            self._options["x0"] = self._read_guess(self._options["x0"])
-        #: The system that SciPy solves; its dtype is that of SciPy's vectors.
-        self._system: TorchOperator = self._A
-
-    def _read(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the hyperparameters that are not ``None`` under SciPy's names."""
-        name = type(self).__name__
-        if unknown := sorted(given.keys() - self._names.keys()):
-            raise TypeError(
-                f"{name} has no hyperparameter {', '.join(unknown)}. It knows "
-                f"{', '.join(sorted(self._names))}."
-            )
-        options: dict[str, Any] = {}
-        for spelling, value in given.items():
-            if value is None:
-                continue
-            if (canonical := self._names[spelling]) in options:
-                raise ValueError(
-                    f"{name} got {canonical!r} in two spellings, one of them "
-                    f"{spelling!r}. Pass one."
-                )
-            options[canonical] = value
-        for key in options.keys() & _NUMBERS:
-            scalar = real_scalar(options[key])
-            if scalar is None or not (scalar >= 0 or key == "shift"):
-                raise ValueError(
-                    f"{name} needs a non-negative number as {key!r}, got "
-                    f"{options[key]!r}."
-                )
-            options[key] = scalar
-        if (limit := real_scalar(options.get("maxiter", 1))) is None or not (
-            limit >= 1 and limit.is_integer()
-        ):
-            raise ValueError(
-                f"{name} needs a positive integer as 'maxiter' (or 'max_iter'), got "
-                f"{options['maxiter']!r}."
-            )
-        return options | ({"maxiter": int(limit)} if "maxiter" in options else {})
-
-    def _read_guess(self, x0: Any) -> np.ndarray:
-        """Return an initial guess as an array of shape ``(N, K)`` or ``(N, 1)``."""
-        if _is_tensor_list(x0):
-            x0 = self._out_space.pack(x0)
-        if torch.is_tensor(x0):
-            x0 = x0.detach().to("cpu", torch.float64)
-        guess = numeric_array(x0)
-        if guess.ndim not in (1, 2) or guess.shape[0] != self.shape[0]:
-            raise ValueError(
-                f"The initial guess of {self!r} must be of shape ({self.shape[0]},) or "
-                f"({self.shape[0]}, K), got {guess.shape}."
-            )
-        return guess.reshape(self.shape[0], -1)
-
-    def _guesses(self, K: int) -> list[np.ndarray | None]:
-        """Return an initial guess, or none, for each of ``K`` columns."""
-        if (x0 := self._options.get("x0")) is None:
-            return [None] * K
-        if x0.shape[1] not in (1, K):
-            raise ValueError(
-                f"The initial guess of {self!r} has {x0.shape[1]} columns, the "
-                f"right-hand side {K}. Pass one vector, or one for each column."
-            )
-        columns = np.broadcast_to(x0, (self.shape[0], K)).T
-        return [np.array(column, dtype=self._system.dtype) for column in columns]
-
-    def _products(self) -> Products:
-        """Return the products that a run asks for, by name."""
-        return {"A": self._system.dot}
-
-    def _solve(self, b: np.ndarray, x0: np.ndarray | None, multiply: Multiply) -> _Run:
-        """Solve for one right-hand side."""
-        raise NotImplementedError
-
-    def _apply(self, V: Tensor) -> Tensor:
-        self._require_finite(V)
-        B = to_numpy(V).astype(self._system.dtype, copy=False)
-        K, products = B.shape[1], self._products()
-        guesses = self._guesses(K)
-
-        def solve(j: int, multiply: Multiply) -> _Run:
-            try:
-                return self._solve(np.ascontiguousarray(B[:, j]), guesses[j], multiply)
-            except Exception as error:
-                if K > 1:
-                    error.add_note(f"This was right-hand side {j} of {K}.")
-                raise
-
-        # A callback, like a log, follows one solve after the other.
-        watched = self._options.keys() & {"callback", "show"}
-        many_and_small = K >= TOGETHER_MIN_COLUMNS and len(B) <= TOGETHER_MAX_DIM
-        run_all = solve_together if many_and_small and not watched else solve_each
-        runs = run_all(solve, products, K)
-        X = np.stack([run.x for run in runs], axis=1)
-        residual = B - products["A"](X)
-        accepted = [run.accepted for run in runs]
-        iterations = [run.iterations for run in runs]
-        self._warn_if_unsolved(runs, self._record(B, residual, iterations, accepted))
-        return to_torch(X, self._out_space)
-
-    def _warn_if_unsolved(self, runs: list[_Run], statistics: SolverStatistics) -> None:
-        """Warn of columns that ended unsolved, unless by a limit of the caller's."""
-        limits = {
-            run.limit
-            for run, converged in zip(runs, statistics.converged, strict=True)
-            if not converged
-        }
-        for limit in sorted(limits - self._options.keys(), key=str):
-            cause = (
-                "ended with a large residual: the operator is singular or nearly so, "
-                "or the system has no solution. Add damping (`A + d * I`)"
-                if limit is None
-                else f"reached SciPy's default {limit!r}. Pass a larger one (or this "
-                "one, to accept the result), a preconditioner or a looser tolerance "
-                "where the method has one, or add damping (`A + d * I`)"
-            )
-            # Level 8 is the line that says `A_inv @ b`.
-            warnings.warn(
-                f"{self.solver} {cause}. {statistics!r}",
-                RuntimeWarning,
-                stacklevel=8,
-            )
-
-
-class _NullDirection(Exception):
-    """A vector whose product is zero up to rounding stops a solver."""
-
-
-class _Watch:
-    """Looks at every product of one run, and at its iterates."""
-
-    def __init__(
-        self,
-        multiply: Multiply,
-        x: np.ndarray,
-        eps: float,
-        callback: Callable[[np.ndarray], Any] | None = None,
-    ) -> None:
-        self.multiply, self.x, self.callback = multiply, x, callback
-        # Rounding of v^T A v relative to ||A|| ||v||^2.
-        self.noise = min(10.0 * eps * sqrt(x.size), 0.05)
-        self.iterations = 0
-        #: Largest ``||A v|| / ||v||`` seen: a lower bound of the norm of ``A``.
-        self.norms: dict[str, float] = {}
-
-    def step(self, x: np.ndarray) -> None:
-        """Count an iteration (SciPy's callback)."""
-        self.iterations, self.x = self.iterations + 1, x
-        if self.callback is not None:
-            self.callback(x)
-
-    def operator(self, name: str, adjoint: str = "", cure: str = "") -> LinearOperator:
-        """Return the operator that SciPy gets, which must be definite given a cure."""
-
-        def product(name: str) -> Callable[[np.ndarray], np.ndarray]:
-            return lambda v: self._checked(name, v, cure)
-
-        N = self.x.size
-        return LinearOperator(
-            (N, N), product(name), product(adjoint or name), dtype=self.x.dtype
-        )
-
-    def _checked(self, name: str, v: np.ndarray, cure: str) -> np.ndarray:
-        product = np.asarray(self.multiply(name, v), v.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            curvature = float(v @ product)
-            length, stretched = (sqrt(u @ u) for u in (v, product))
-        if not isfinite(curvature + length + stretched):
-            if np.isfinite(v).all() and not np.isfinite(product).all():
-                raise ValueError(
-                    f"The product of {name} with a vector is not finite in iteration "
-                    f"{self.iterations + 1}. Look for NaN or overflow in the model; it "
-                    "may help to compute in float64."
-                )
-            raise LinAlgError(
-                f"The solver's vectors overflow in iteration {self.iterations + 1}: "
-                f"{name} is singular or nearly so. Add damping (`A + d * I`), or limit "
-                "the iterations with `maxiter`."
-            )
-        if length > 0:
-            known = self.norms.get(name, 0.0)
-            self.norms[name] = max(known, stretched / length)
-            if cure and curvature <= 0:
-                self._judge(name, curvature, length, stretched, cure)
-        return product
-
-    def _judge(
-        self, name: str, curvature: float, length: float, stretched: float, cure: str
-    ) -> None:
-        r"""Tell an indefinite operator from rounding along a null direction.
-
-        A positive semi-definite A has :math:`\|Av\|^2 \le \|A\| \, v^\top A v`: where
-        the right is rounding, so is the left.
-        """
-        scale = max(self.norms[name], self._norm_estimate(name))
-        relative = curvature / (length**2 * scale) if scale else 0.0
-        ratio = stretched / (length * scale) if scale else 0.0
-        if relative >= -self.noise and ratio <= sqrt(self.noise):
-            raise _NullDirection
-        raise LinAlgError(
-            f"{name} is not positive definite: in iteration {self.iterations + 1} a "
-            f"vector v has v^T {name} v = {curvature:.3e}, which is {relative:.1e} "
-            f"times ||{name}|| ||v||^2 (rounding: {self.noise:.1e}). {cure}"
-        )
-
-    def _norm_estimate(self, name: str, steps: int = 4) -> float:
-        """Return a lower bound of the norm by a few steps of the power method."""
-        v = np.random.default_rng(0).standard_normal(self.x.size)
-        for _ in range(steps):
-            v = v / (norm(v) or 1.0)
-            v = self.multiply(name, v.astype(self.x.dtype)).astype(np.float64)
-        return float(norm(v))
-
-
-class _SymmetricInverse(_KrylovInverse):
-    """Inverse of a symmetric operator, with a positive definite preconditioner."""
-
-    _names: ClassVar[dict[str, str]] = {
-        "rtol": "rtol",
-        "tolerance": "rtol",
-        "maxiter": "maxiter",
-        "max_iter": "maxiter",
-        "M": "M",
-        "preconditioner": "M",
-        "x0": "x0",
-        "initial_guess": "x0",
-        "callback": "callback",
-    }
-    _scipy: ClassVar[Callable[..., tuple[np.ndarray, int]]]
-    #: Options that are handed on to SciPy as they are.
-    _own: ClassVar[set[str]]
-    #: What to do if the operator is not positive definite; empty if it need not be.
-    _cure: ClassVar[str] = ""
-
-    def __init__(self, A: Any, **hyperparameters: Any) -> None:
-        super().__init__(A, **hyperparameters)
-        if "M" in self._options:
-            self._options["M"] = _preconditioner(self._options["M"], self._A)
-
-    def _adjoint(self) -> TorchOperator:
-        adjoint = self._A.adjoint()
-        return self if adjoint is self._A else type(self)(adjoint, **self._options)
-
-    def _products(self) -> Products:
-        M = self._options.get("M")
-        return {**super()._products(), **({} if M is None else {"M": M.dot})}
-
-    def _solve(self, b: np.ndarray, x0: np.ndarray | None, multiply: Multiply) -> _Run:
-        options = {k: v for k, v in self._options.items() if k in self._own}
-        eps = torch.finfo(self.torch_dtype).eps
-        floor = float(np.finfo(b.dtype).eps) ** 2
-        rtol = max(self._options.get("rtol", DEFAULT_RTOL[self.torch_dtype]), floor)
-        start = np.zeros_like(b) if x0 is None else x0
-        watch = _Watch(multiply, start, eps, self._options.get("callback"))
-        M = None
-        if "M" in self._options:
-            M = watch.operator("M", cure="Pass a positive definite preconditioner.")
-        A = watch.operator("A", cure=self._cure)
-        accepted = max(rtol * float(norm(b)), self._options.get("atol", 0.0))
-        try:
-            x, info = self._scipy(
-                A, b, x0=x0, rtol=rtol, M=M, callback=watch.step, **options
-            )
-        except _NullDirection:
-            return _Run(watch.x, watch.iterations, accepted, None)
-        if info == 0:
-            # What met SciPy's rule also carries rounding, and MINRES measures against
-            # ||A|| ||x||; which is everything if a singular A made x blow up.
-            relative = max(rtol, eps)
-            size = watch.norms.get("A", 0.0) * float(norm(x)) + float(norm(b))
-            backward = 10.0 * sqrt(watch.iterations + 1) * relative * size
-            accepted = max(accepted, min(backward, sqrt(relative) * float(norm(b))))
-        return _Run(x, watch.iterations, accepted, "maxiter" if info else None)
-
-
-class CGInverseLinearOperator(_SymmetricInverse, LinearOperator):
+class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
     r"""Inverse of a symmetric positive definite operator by conjugate gradients.
 
     Iterate :math:`x_k` minimises :math:`\frac12 x^\top A x - b^\top x` over the Krylov
@@ -575,7 +140,7 @@ class CGInverseLinearOperator(_SymmetricInverse, LinearOperator):
     """
 
     solver = "CG"
-    _names: ClassVar[dict[str, str]] = _SymmetricInverse._names | {
+    _names: ClassVar[dict[str, str]] = SymmetricInverse._names | {
         "atol": "atol",
         "stop_updating_after": "stop_updating_after",
         "eps": "eps",
@@ -601,7 +166,7 @@ class CGInverseLinearOperator(_SymmetricInverse, LinearOperator):
             self._options.setdefault("rtol", self._options["stop_updating_after"])
 
 
-class MINRESInverseLinearOperator(_SymmetricInverse, LinearOperator):
+class MINRESInverseLinearOperator(SymmetricInverse, LinearOperator):
     r"""Inverse of a symmetric operator, definite or not, by minimal residuals.
 
     Iterate :math:`x_k` minimises :math:`\|b - (A - \sigma I) x\|_2` over the Krylov
@@ -667,7 +232,7 @@ class MINRESInverseLinearOperator(_SymmetricInverse, LinearOperator):
     """
 
     solver = "MINRES"
-    _names: ClassVar[dict[str, str]] = _SymmetricInverse._names | {
+    _names: ClassVar[dict[str, str]] = SymmetricInverse._names | {
         "shift": "shift",
         "show": "show",
         "check": "check",
@@ -684,7 +249,7 @@ class MINRESInverseLinearOperator(_SymmetricInverse, LinearOperator):
             self._system = self._A - shift * identity
 
 
-class LSMRInverseLinearOperator(_KrylovInverse, LinearOperator):
+class LSMRInverseLinearOperator(KrylovInverse, LinearOperator):
     r"""Inverse of any square operator by the least-squares method LSMR.
 
     .. math::
@@ -777,20 +342,20 @@ class LSMRInverseLinearOperator(_KrylovInverse, LinearOperator):
     def _products(self) -> Products:
         return {**super()._products(), "A^T": self._system.adjoint().dot}
 
-    def _solve(self, b: np.ndarray, x0: np.ndarray | None, multiply: Multiply) -> _Run:
+    def _solve(self, b: np.ndarray, x0: np.ndarray | None, multiply: Multiply) -> Run:
         options = {k: v for k, v in self._options.items() if k in self._own}
-        watch = _Watch(multiply, b, torch.finfo(self.torch_dtype).eps)
+        watch = Watch(multiply, b, torch.finfo(self.torch_dtype).eps)
         operator = watch.operator("A", adjoint="A^T")
         x, istop, iterations, *_ = lsmr(operator, b, x0=x0, **options)
         limit = {3: "conlim", 7: "maxiter"}.get(istop)
         solved = istop in (0, 1, 2, 4, 5)
-        return _Run(x, iterations, np.inf if solved else -1.0, limit)
+        return Run(x, iterations, np.inf if solved else -1.0, limit)
 
 
 # -- Neumann series -----------------------------------------------------------------
 
 
-class NeumannInverseLinearOperator(_Inverse, LinearOperator):
+class NeumannInverseLinearOperator(Inverse, LinearOperator):
     r"""Inverse by a truncated Neumann series.
 
     .. math::
@@ -872,7 +437,9 @@ class NeumannInverseLinearOperator(_Inverse, LinearOperator):
             )
         self.num_terms, self.scale, self.check_nan = int(terms), alpha, check_nan
         self._P = (
-            None if preconditioner is None else _preconditioner(preconditioner, self._A)
+            None
+            if preconditioner is None
+            else as_preconditioner(preconditioner, self._A)
         )
 
     def _adjoint(self) -> TorchOperator:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.linalg import LinAlgError
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-from curvlinops._operator import TorchOperator, _check_same_side, as_torch_operator
+from curvlinops._operator import Foreign, TorchOperator, _check_same_side
 from curvlinops._spaces import TensorSpace
 
 __all__ = [
@@ -32,8 +32,30 @@ def as_operator(A: Any) -> TorchOperator:
     """Return an operator, array, sparse matrix or 2-d tensor as one of ours.
 
     A tensor stays on its device.
+
+    Raises
+    ------
+    TypeError
+        If ``A`` is none of these, or complex.
+    ValueError
+        If it is an array of another dimension.
     """
-    return TensorLinearOperator(A) if torch.is_tensor(A) else as_torch_operator(A)
+    if isinstance(A, TorchOperator):
+        return A
+    if torch.is_tensor(A):
+        return TensorLinearOperator(A)
+    if isinstance(A, np.ndarray) and A.ndim != 2:
+        raise ValueError(
+            f"A matrix has two dimensions, got an array of shape {A.shape}. For a "
+            "diagonal matrix pass `DiagonalLinearOperator(entries)`."
+        )
+    try:
+        return Foreign(aslinearoperator(A))
+    except TypeError as error:
+        raise TypeError(
+            "Expected an operator, a 2-d array or tensor, or a sparse matrix, got "
+            f"{type(A).__name__}: {error}."
+        ) from error
 
 
 def _tensors(name: str, *tensors: Any) -> list[Tensor]:

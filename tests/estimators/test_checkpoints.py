@@ -22,7 +22,9 @@ A = symmetric(np.r_[np.linspace(0.1, 1, N - 2), 5.0, 9.0])
 
 
 def density(A, **options):
-    result = est.lanczos_approximate_spectrum(A, 12, num_repeats=4, deflate=2, **options)
+    result = est.lanczos_approximate_spectrum(
+        A, 12, num_repeats=4, deflate=2, **options
+    )
     return np.concatenate([np.asarray(result.density), result.spikes])
 
 
@@ -83,7 +85,9 @@ def test_seed_is_kept(tmp_path):
     options = {"block_size": 2, "return_estimate": True}
     result = est.xtrace(broken(10**6), 40, checkpoint=path, **options)
     assert result.seed == read_identity(path)["seed"]
-    assert np.array_equal(result.value, est.xtrace(A, 40, rng=result.seed, block_size=2))
+    assert np.array_equal(
+        result.value, est.xtrace(A, 40, rng=result.seed, block_size=2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,11 @@ def test_damaged_end_is_reported_and_dropped(tmp_path):
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 255
-    for damaged in (content[: len(content) * 2 // 3], bytes(flipped), content + b"junk"):
+    for damaged in (
+        content[: len(content) * 2 // 3],
+        bytes(flipped),
+        content + b"junk",
+    ):
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match=r"damaged or cut off at byte \d+ of"):
             assert est.xtrace(A, 40, **options) == whole

@@ -33,7 +33,10 @@ QUANTITIES = {
         lambda **o: est.schatten_norm(symmetric(INDEFINITE), 1, **o),
         np.abs(INDEFINITE).sum(),
     ),
-    "schatten 4": (lambda **o: est.schatten_norm(A, 4, **o), np.linalg.norm(EIGENVALUES, 4)),
+    "schatten 4": (
+        lambda **o: est.schatten_norm(A, 4, **o),
+        np.linalg.norm(EIGENVALUES, 4),
+    ),
     "nuclear, rectangular": (
         lambda **o: est.schatten_norm(RECTANGULAR, 1, **o),
         np.linalg.norm(RECTANGULAR, "nuc"),

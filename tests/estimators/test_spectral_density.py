@@ -35,9 +35,7 @@ def test_distance_to_the_exact_spectrum(name, reorthogonalization):
         rng=0,
         reorthogonalization=reorthogonalization,
     )
-    distance = wasserstein_distance(
-        result.nodes.ravel(), exact, result.weights.ravel()
-    )
+    distance = wasserstein_distance(result.nodes.ravel(), exact, result.weights.ravel())
     assert distance < 0.03 * (exact.max() - exact.min())
 
 

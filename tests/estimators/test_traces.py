@@ -1,4 +1,4 @@
-"""Trace, diagonal and norm estimators: unbiased, calibrated, exact where they should be."""
+"""Trace, diagonal, norm estimators: unbiased, calibrated, exact where they should."""
 
 import numpy as np
 import pytest

@@ -3,10 +3,11 @@
 A journal is one append-only file of records, each with its length and its checksum. It
 is created, and compacted, by writing a new file, ``fsync`` and ``rename``. Records are
 appended and handed to the system at once, where they survive the end of the process;
-``fsync``, for power failures, follows at most once a second. Records are of two kinds: the state of a named section of
-the computation, and products made since the last state. Algorithms that can be told
-their state load it; all others (SciPy's solvers) are started again and get the recorded
-products replayed, which on the same machine leads them through the same bits.
+``fsync``, for power failures, follows at most once a second. Records are of two kinds:
+the state of a named section of the computation, and products made since the last state.
+Algorithms that can be told their state load it; all others (SciPy's solvers) are
+started again and get the recorded products replayed, which on the same machine leads
+them through the same bits.
 """
 
 from __future__ import annotations

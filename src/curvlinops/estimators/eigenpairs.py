@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -68,12 +69,20 @@ class Eigenpairs(ArrayResult):
 
 
 class SciPyView(LinearOperator):
-    """The products of a :class:`Run` for SciPy's solvers, in a dtype of choice."""
+    """The products of a :class:`Run` for SciPy's solvers, in a dtype of choice.
+
+    Of the matrix minus ``shift`` times the identity, and without the part along the
+    orthonormal columns of ``deflated``.
+    """
 
     def __init__(
-        self, run: Run, dtype: DTypeLike | None = None, deflated: Any = None
+        self,
+        run: Run,
+        dtype: DTypeLike | None = None,
+        deflated: Tensor | None = None,
+        shift: float = 0.0,
     ) -> None:
-        self._run, self._deflated = run, deflated
+        self._run, self._deflated, self._shift = run, deflated, shift
         own = to_numpy(torch.empty(0, dtype=run.operand.dtype)).dtype
         super().__init__(np.dtype(own if dtype is None else dtype), run.operand.shape)
 
@@ -81,8 +90,9 @@ class SciPyView(LinearOperator):
         operand = self._run.operand
         block = torch.as_tensor(np.ascontiguousarray(x).reshape(len(x), -1))
         V = block.to(operand.device, operand.dtype)
-        product = to_numpy(project_out(self._run.multiply(V), self._deflated))
-        return product.astype(self.dtype, copy=False).reshape(x.shape)
+        product = project_out(self._run.multiply(V), self._deflated)
+        result = to_numpy(product - self._shift * V if self._shift else product)
+        return result.astype(self.dtype, copy=False).reshape(x.shape)
 
     _matmat = _matvec
 
@@ -122,9 +132,19 @@ def solve_eigenpairs(
         v0 = guess[:, 0] / np.linalg.norm(guess[:, 0])
         if start is not None:
             v0 = start.sum(1) / np.sqrt(start.shape[1]) + 0.01 * v0
+        # SciPy 1.17 restarts from random vectors; earlier ones from fixed ones.
+        takes_rng = "rng" in signature(eigsh).parameters
+        restart: dict[str, Any] = {"rng": run.seed} if takes_rng else {}
         try:
             values, vectors = eigsh(
-                view, k, which=which, v0=v0, ncv=ncv, maxiter=maxiter, tol=tol
+                view,
+                k,
+                which=which,
+                v0=v0,
+                ncv=ncv,
+                maxiter=maxiter,
+                tol=tol,
+                **restart,
             )
         except ArpackNoConvergence as error:
             values, vectors = error.eigenvalues, error.eigenvectors

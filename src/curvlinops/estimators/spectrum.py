@@ -178,15 +178,21 @@ class _CachedRuns:
         if "ends" in self._found or None not in (self._boundaries or (None,)):
             return
 
+        def farthest(shift: float) -> float:
+            view = SciPyView(run, deflated=basis, shift=shift)
+            tol = self._boundaries_tol
+            values, _ = solve_eigenpairs(run, 1, "LM", view=view, tol=tol)
+            return shift + float(values[0])
+
         def compute() -> dict[str, np.ndarray]:
-            values, _ = solve_eigenpairs(
-                run,
-                min(2, run.dim),
-                "BE",
-                view=SciPyView(run, deflated=basis),
-                tol=self._boundaries_tol,
-            )
-            return {"ends": np.array([values.min(), values.max()], dtype=np.float64)}
+            # The other end is the eigenvalue farthest from the first. Asked for as
+            # "smallest", one near zero would have to be accurate relative to itself.
+            nodes, weights = self._rules.rules()
+            seen = nodes[weights > 1e-12]
+            if np.ptp(seen) <= 1e-6 * np.abs(seen).max():  # a multiple of the identity
+                return {"ends": np.array([seen.min(), seen.max()])}
+            end = farthest(0.0)
+            return {"ends": np.sort([end, farthest(end)])}
 
         self._section(run, "boundaries", compute)
 
@@ -211,9 +217,13 @@ class _CachedRuns:
 
     @staticmethod
     def _absolute(ends: list[float], nodes: np.ndarray) -> list[float]:
-        """Return the ends of ``|A|``: of a definite matrix, its own; else by nodes."""
+        """Return the ends of ``|A|``: the nodes tell how near to zero it comes.
+
+        Unless the matrix is definite, and by so much that its end is accurate.
+        """
         low, high = sorted(abs(end) for end in ends)
-        return [low if ends[0] * ends[1] > 0 else float(np.abs(nodes).min()), high]
+        definite = ends[0] * ends[1] > 0 and low > 0.03 * high
+        return [low if definite else float(np.abs(nodes).min()), high]
 
 
 class LanczosApproximateSpectrumCached(_CachedRuns):
@@ -367,7 +377,8 @@ def lanczos_approximate_spectrum(
     margin : float, optional
         How far the grid goes beyond them, relative to their distance.
     boundaries_tol : float, optional
-        Relative accuracy asked of ``eigsh``.
+        Accuracy asked of ``eigsh``, relative to the largest magnitude, and for the
+        other end to the distance between both.
     deflate : int, optional
         Number of eigenvalues of largest magnitude that are computed, removed, and
         shown as spikes of their exact mass ``1 / N``.
@@ -393,7 +404,7 @@ def lanczos_approximate_spectrum(
 
     Notes
     -----
-    Costs ``ncv * num_repeats`` products, those of ``eigsh`` (about 20 per call), and
+    Costs ``ncv * num_repeats`` products, those of ``eigsh`` (20 to 60), and
     one for the fingerprint. Memory: the basis of one run, or 5 vectors without
     reorthogonalisation, and the 20 vectors of ``eigsh`` unless boundaries are given.
 

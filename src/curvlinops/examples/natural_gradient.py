@@ -236,7 +236,8 @@ def eigenvalues(A: LinearOperator, seed: int) -> Array:
 
 def compare_eigenvalues(name: str, found: Array, dense: Array) -> Check:
     """Compare the largest eigenvalues with all those of the dense matrix."""
-    expected = np.linalg.eigvalsh(dense)[::-1][: len(found)]
+    expected = torch.linalg.eigvalsh(torch.from_numpy(dense)).numpy()
+    expected = expected[::-1][: len(found)]
     worst = float(np.max(np.abs(found / expected - 1)))
     return Check(f"{name}'s eigenvalues, error vs dense", worst, TOLERANCE)
 
@@ -271,20 +272,27 @@ def dense_inverse(system: System, bar: Bar) -> tuple[Row, Check]:
     return row, Check("A @ I, difference from dense", difference, ROUNDING)
 
 
-def cg_iterates(A: LinearOperator, g: Array) -> list[Array]:
-    """Return CG's iterates, from SciPy's ``cg`` called directly on the operator."""
-    iterates = [np.zeros_like(g)]
-    cg(A, g, rtol=TOLERANCE, callback=lambda x: iterates.append(x.copy()))
-    return iterates
+def cg_curves(system: System) -> tuple[list[float], list[float]]:
+    """Return errors and residuals of the iterates of SciPy's ``cg`` on the operator."""
+    iterates = [np.zeros_like(system.g)]
+
+    def keep(x: Array) -> None:
+        iterates.append(x.copy())
+
+    cg(system.A, system.g, rtol=TOLERANCE, callback=keep)
+    return list(map(system.error, iterates)), list(map(system.residual, iterates))
 
 
-def neumann_iterates(system: System, scale: float, num_terms: int) -> list[Array]:
-    """Return the partial sums of the Neumann series, by dense products."""
-    iterates = [scale * system.g]
-    for _ in range(num_terms):
-        x = iterates[-1]
-        iterates.append(x + scale * (system.g - system.dense @ x))
-    return iterates
+def neumann_curves(system: System, scale: float, num_terms: int) -> list[Array]:
+    r"""Return errors and residuals of the partial sums of the Neumann series.
+
+    Both start from the vectors that belong to :math:`x = 0`, and each term multiplies
+    them by :math:`I - \alpha A`, which is diagonal in the basis of eigenvectors.
+    """
+    evals, Q = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(system.dense)))
+    factors = (1 - scale * evals) ** np.arange(1, num_terms + 2)[:, None]
+    starts = Q.T @ system.solution, Q.T @ system.g
+    return [np.linalg.norm(factors * v, axis=1) / norm(v) for v in starts]
 
 
 # -- figures ----------------------------------------------------------------------
@@ -353,15 +361,15 @@ def figure_convergence(system: System, scale: float, rows: Iterable[Row]) -> Fig
     """Draw residual and error over iterations of CG and terms of the Neumann series."""
     from matplotlib.figure import Figure
 
-    curves = {
-        "CG": cg_iterates(system.A, system.g),
-        "Neumann": neumann_iterates(system, scale, max(NUM_TERMS)),
+    curves: dict[str, Sequence[Any]] = {
+        "CG": cg_curves(system),
+        "Neumann": neumann_curves(system, scale, max(NUM_TERMS)),
     }
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     ax = figure.subplots()
-    for color, (name, iterates) in zip(("C0", "C1"), curves.items(), strict=True):
-        errors = [system.error(x) for x in iterates]
-        residuals = [system.residual(x) for x in iterates]
+    for color, (name, (errors, residuals)) in zip(
+        ("C0", "C1"), curves.items(), strict=True
+    ):
         ax.plot(errors, color=color, label=f"{name}, error against dense")
         ax.plot(residuals, ":", color=color, label=f"{name}, residual")
     ends = [(row.steps, row.error) for row in rows if row.steps]

@@ -13,6 +13,8 @@ from curvlinops.kfac._uses import batched, each, padded, padding_of
 
 #: Below this size a covariance is one product.
 LEAST_SIZE = 128
+#: What the covariance of unfolded patches costs, relative to a full product.
+PLAIN_COST = 0.6
 
 
 def gram(total: Tensor, rows: Tensor) -> None:
@@ -98,7 +100,7 @@ def patch_covariance(total: Tensor, use: Use, joint: bool) -> int | None:
         s + sum(p) - k + 1 for s, p, k in zip(image.size, padding, kernel, strict=True)
     )
     differences = (prod(2 * k - 1 for k in kernel) + 1) // 2
-    if differences * prod(image.padded) > 0.6 * prod(kernel) ** 2 * patches:
+    if differences * prod(image.padded) > PLAIN_COST * prod(kernel) ** 2 * patches:
         return None
     G, C, _ = image.flat(total.dtype).shape
     offsets = list(product(*map(range, kernel)))

@@ -102,7 +102,7 @@ class Recorder(TorchFunctionMode):
         """Call a function, and note it if parameters are among its arguments."""
         kwargs = kwargs or {}
         touched = [t for t in _tensors((args, *kwargs.values())) if self.owner(t)]
-        if not touched:
+        if not touched or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None:
