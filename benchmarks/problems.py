@@ -8,7 +8,7 @@ version of torch gets the same numbers (the runner compares checksums).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +36,7 @@ class Problem:
     """
 
     about: str
-    build: Callable[[], tuple[nn.Module, Batches]]
+    build: Callable[..., tuple[nn.Module, Batches]]
     warmup: int = 6
     max_columns: int = 64
 
@@ -160,9 +160,7 @@ def gpt() -> tuple[nn.Module, Batches]:
 PROBLEMS = {
     "mlp": Problem("784-512-512-10, ReLU, one batch of 512", mlp),
     "tiny": Problem("8-24-24-4, tanh, one batch of 64", tiny, 150),
-    "tiny8": Problem(
-        "8-24-24-4, tanh, 8 batches of 64", lambda: tiny(batches=8), 150
-    ),
+    "tiny8": Problem("8-24-24-4, tanh, 8 batches of 64", lambda: tiny(batches=8), 150),
     "cnn": Problem(
         "ResNet18's layout, width 32, eval BatchNorm, 32 images 3x32x32", cnn, 6, 16
     ),
@@ -173,6 +171,17 @@ PROBLEMS = {
         16,
     ),
 }
+
+
+def problem(name: str) -> Problem:
+    """Return a problem by name, such as ``mlp`` or ``mlp:batches=8,width=128``."""
+    if name in PROBLEMS:
+        return PROBLEMS[name]
+    base, _, options = name.partition(":")
+    numbers = {k: int(v) for k, v in (o.split("=") for o in options.split(","))}
+    build = PROBLEMS[base].build
+    return replace(PROBLEMS[base], about=name, build=lambda: build(**numbers))
+
 
 #: Short names of the matrices, and what both packages call their operators.
 MATRICES = {

@@ -119,7 +119,9 @@ class _Run(Generic[Result]):
         self._answers: SimpleQueue[np.ndarray | None] = SimpleQueue()
         self._halts: SimpleQueue[BaseException | None] = SimpleQueue()
         self._cancelled = False
-        # A thread starts with an empty context, without the caller's `np.errstate`.
+        # A thread starts with an empty context, without the caller's `np.errstate`
+        # (which NumPy 1 keeps by thread).
+        self._errors = np.geterr()
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._work,), daemon=True
@@ -147,7 +149,8 @@ class _Run(Generic[Result]):
     def _work(self) -> None:
         error: BaseException | None = None
         try:
-            self.result = self._solve(self._j, self._multiply)
+            with np.errstate(**self._errors):
+                self.result = self._solve(self._j, self._multiply)
         except BaseException as caught:
             error = caught
         self.wants = None
