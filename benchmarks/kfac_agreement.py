@@ -6,8 +6,9 @@
 same matrices on the cases where that package is right, in float64; the largest
 difference, relative to the largest entry, must stay below 1e-8. Left out, because it is
 wrong there: class weights, ignored targets, several terms per datum under ``reduce``;
-and EKFAC of convolutions under ``reduce``, whose eigenvalues are here the second moments
-of the gradients themselves, not of their approximation by mean inputs. Sampled matrices use other random numbers; tests compare them with exact ones.
+and EKFAC of convolutions under ``reduce``, whose eigenvalues are here the second
+moments of the gradients themselves, not of their approximation by mean inputs. Sampled
+matrices use other random numbers; tests compare them with exact ones.
 """
 
 import argparse

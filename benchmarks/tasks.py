@@ -156,7 +156,7 @@ class Products:
 
     def block(self, K: int) -> Any:
         """Multiply ``K`` columns, of which the last is the usual vector."""
-        if K > self.problem.max_columns:
+        if self.problem.max_columns < K:
             raise ValueError(f"{K} columns are too many for this problem")
         if getattr(self, "X", np.empty((0, 0))).shape != (self.dim, K):
             rng = np.random.default_rng(2)
@@ -194,6 +194,9 @@ class Products:
 
     def time_block_64(self) -> Any:
         return self.block(64)
+
+    def check_cg(self) -> Any:
+        return self.contender.cg(self.settled(), self.x, 10)
 
     def time_cg_50(self) -> Any:
         return self.contender.cg(self.settled(), self.x, 50)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.linalg import LinAlgError
-from tolerances import assert_close
 
 from curvlinops import EighDecomposedLinearOperator, KroneckerProductLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator as HandedOn
+from tolerances import assert_close
 
 torch.manual_seed(0)
 RECTANGULAR = [(2, 3), (4, 1), (3, 2)]
@@ -133,7 +133,7 @@ def test_decompositions_are_retried_in_double_precision():
     damping = 2 * lowest + 1e-9
     inverse = K.inverse(damping)
     assert torch.isfinite(inverse.to_dense()).all()
-    with pytest.raises(LinAlgError, match="block of 'w'.*larger `damping`"):
+    with pytest.raises(LinAlgError, match=r"block of 'w'.*larger `damping`"):
         K.inverse(-0.5)
 
 

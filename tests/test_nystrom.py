@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import cg
-from tolerances import assert_close
 
 from curvlinops import CGInverseLinearOperator, NystromPreconditionerLinearOperator
+from tolerances import assert_close
 
 
 def decaying(N, dtype=torch.float64):

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import isfinite
 from threading import RLock
 from typing import Any
 
@@ -70,7 +71,10 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         new = {k: mapped(function, v) for k, v in value.items()}
         if all(new[k] is v for k, v in value.items()):
             return value
-        return type(value)(new)  # type: ignore[call-arg]
+        try:
+            return type(value)(new)  # type: ignore[call-arg]
+        except TypeError:  # a `defaultdict`, say
+            return new
     if isinstance(value, (list, tuple)):
         items = [mapped(function, v) for v in value]
         if all(a is b for a, b in zip(items, value, strict=True)):
@@ -89,6 +93,23 @@ def tensors_in(value: Any) -> list[Tensor]:
         return tensor
 
     mapped(note, value)
+    return found
+
+
+def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return tensors with the sparse ones replaced by their indices and values."""
+    found: list[Tensor] = []
+    for t in tensors:
+        if t.layout is torch.strided:
+            found.append(t)
+        elif t.layout is torch.sparse_coo:
+            found += [t._indices(), t._values()]
+        elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
+            found += [t.crow_indices(), t.col_indices(), t.values()]
+        elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
+            found += [t.ccol_indices(), t.row_indices(), t.values()]
+        else:
+            found.append(t.to_dense())
     return found
 
 
@@ -174,6 +195,7 @@ def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
 
     Small tensors of one kind are projected as one.
     """
+    tensors = strided(tensors)
     large = [t for t in tensors if t.numel() >= _BLOCK]
     small: dict[Any, list[Tensor]] = {}
     for t in tensors:
@@ -181,12 +203,17 @@ def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
             small.setdefault((t.dtype, t.device), []).append(t)
     with torch.no_grad():
         joined = [torch.cat([t.reshape(-1) for t in ts]) for ts in small.values()]
-        sums = [_projection(t).double() for t in [*joined, *large]]
+        joined += large
+        sums = [_projection(t).double() for t in joined]
         values: dict[int, float] = {}
         for device in {s.device for s in sums}:  # one synchronisation per device
             places = [i for i, s in enumerate(sums) if s.device == device]
             gathered = torch.stack([sums[i] for i in places]).tolist()
             values.update(zip(places, gathered, strict=True))
+        for i, t in enumerate(joined):
+            if not isfinite(values[i]):  # an attention mask of -inf, say
+                replaced = torch.nan_to_num(t.double(), 3.0, 5.0, 7.0)
+                values[i] = float(_projection(replaced))
     return tuple(values[i] for i in range(len(sums)))
 
 

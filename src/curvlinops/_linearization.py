@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops._data import cloned, tensors_in
+from curvlinops._data import cloned, strided, tensors_in
 from curvlinops._model import Model, graph_nodes
 from curvlinops._replay import Route
 from curvlinops._spaces import TensorSpace
@@ -101,11 +101,11 @@ class Linearization:
             if not self.writes:
                 return _checked_output(self._model(self.X), self.index)
             X = cloned(self.X)
-            versions = [t._version for t in tensors_in(X)]
+            seen = strided(tensors_in(X))
+            versions = [t._version for t in seen]
             output = _checked_output(self._model(X), self.index)
-            now = tensors_in(X)
-            self.writes = versions != [t._version for t in now] or not all(
-                map(torch.equal, now, tensors_in(self.X))
+            self.writes = versions != [t._version for t in seen] or not all(
+                map(torch.equal, seen, strided(tensors_in(self.X)))
             )
             return output
 
@@ -136,14 +136,40 @@ class Linearization:
         """A dummy ``u`` and the graph of ``J^T u``."""
         with self._lock:
             u = torch.zeros_like(self.output, requires_grad=True)
-            return u, _grad([self.output], self._leaves, [u], create_graph=True)
+            graph = _grad([self.output], self._leaves, [u], create_graph=True)
+            return u, self._checked_graph("transposed", graph)
 
     @cached_property
     def _gradient(self) -> list[Tensor | None]:
         """The graph of the gradient of the summed loss."""
         with self._lock:
-            value = self.loss.value()
-            return _grad([value], self._leaves, [None], create_graph=True)
+            graph = _grad([self._value()], self._leaves, [None], create_graph=True)
+            return self._checked_graph("gradient", graph)
+
+    def _value(self) -> Tensor:
+        """Return the loss, with its graph."""
+        value = self.loss.value()
+        if self.output.requires_grad and not value.requires_grad:
+            raise ValueError(
+                f"The loss of batch {self.index} does not depend on the model's output "
+                "through autograd. Compute it without .detach(), .item(), .numpy() or "
+                "no_grad()."
+            )
+        return value
+
+    def _checked_graph(
+        self, kind: str, graph: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Return a graph after looking for a derivative that has none itself.
+
+        Torch marks it, but the mark is seen only if everything is differentiated.
+        """
+        if kind not in self._model.checked_graphs:
+            for node in graph_nodes(*(g for g in graph if g is not None)):
+                if node.name() == "torch::autograd::Error":
+                    raise RuntimeError(_explained("a once_differentiable function"))
+            self._model.checked_graphs.add(kind)
+        return graph
 
     @property
     def stage(self) -> int:
@@ -228,7 +254,7 @@ class Linearization:
         if (graph := self.__dict__.get("_gradient")) is not None:
             grads = [None if g is None else g.detach() for g in graph]
         else:
-            grads = _grad([self.loss.value()], self._leaves, [None])
+            grads = _grad([self._value()], self._leaves, [None])
         return _filled(grads, self._leaves, torch.Size())
 
 
@@ -327,10 +353,11 @@ def graph_bytes(roots: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> int:
 
     def add(tensor: Tensor) -> None:
         nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            total += storage.nbytes()
+        for part in strided([tensor]):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                total += storage.nbytes()
 
     roots = list(roots)
     for root in roots:

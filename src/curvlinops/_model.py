@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from fnmatch import fnmatchcase
@@ -55,6 +56,7 @@ def named_parameters(
         shape, or differs in dtype or device from the others.
     """
     known: dict[str, Tensor] = {}
+    _require_two_arguments(model_func)
     is_module = isinstance(model_func, nn.Module)
     if isinstance(model_func, nn.Module):
         known.update(model_func.named_parameters(remove_duplicate=False))
@@ -88,13 +90,34 @@ def named_parameters(
             f"parameters, got {type(params).__name__}."
         )
     if not named:
-        raise ValueError("`params` is empty: there is nothing to differentiate by.")
+        raise ValueError(
+            "`params` is empty: there is nothing to differentiate by. Pass e.g. "
+            "`dict(model.named_parameters())`."
+        )
     for name, tensor in named.items():
         _check_parameter(name, tensor, known if is_module else None, model_func)
     _check_alike(named, lambda t: t.dtype, "dtypes", "`model.to(torch.float32)`")
     _check_alike(named, lambda t: t.device, "devices", "`model.to(device)`")
     _check_distinct(named, known)
     return named
+
+
+def _require_two_arguments(model_func: Callable[..., Any]) -> None:
+    """Raise if a plain callable cannot be called as ``model_func(params, X)``."""
+    if isinstance(model_func, nn.Module):
+        return
+    try:
+        call = inspect.signature(model_func)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        call.bind({}, None)
+    except TypeError as error:
+        raise TypeError(
+            "A model that is no module is called as `model(params, X)`, but that does "
+            f"not fit its signature {call}: {error}. Pass the module, or e.g. "
+            "`lambda params, X: torch.func.functional_call(module, params, (X,))`."
+        ) from None
 
 
 def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
@@ -130,7 +153,9 @@ def _names_of(params: Iterable[Any], known: dict[str, Tensor]) -> dict[str, Tens
                 "the model at other values, pass a dict of names to tensors."
             )
         if name in named:
-            raise ValueError(f"Entry {i} of `params` repeats the parameter {name!r}.")
+            raise ValueError(
+                f"Entry {i} of `params` repeats the parameter {name!r}: pass it once."
+            )
         named[name] = tensor
     return named
 
@@ -251,8 +276,11 @@ class Model:
         )
         self._function: Callable[[Any], Any]
         self._held: nn.Module | None = None
+        #: Kinds of graphs that were found to be differentiable.
+        self.checked_graphs: set[str] = set()
         if self._module is None:
-            self._function = lambda X: model_func(dict(self.aliases), X)
+            aliases = self.aliases
+            self._function = lambda X: model_func(dict(aliases), X)
         else:
             try:
                 self._function = _private_copy(self._module, self.aliases)

@@ -228,7 +228,7 @@ class TorchOperator:
             warnings.warn(
                 "The operand is part of an autograd graph, but products with an "
                 "operator are not differentiable. Call `x.detach()` first.",
-                stacklevel=5,
+                stacklevel=6,  # the line that says `A @ x`
             )
         if X.is_complex():
             K = X.shape[1]
@@ -277,7 +277,8 @@ class TorchOperator:
         LinearOperator
             The operator itself, or a thin cast of it.
         """
-        if dtype is None or np.dtype(dtype) == self.dtype:
+        in_half = self.torch_dtype.itemsize < self.dtype.itemsize
+        if dtype is None or (np.dtype(dtype) == self.dtype and not in_half):
             return self
         return Cast(self, dtype)
 
@@ -326,7 +327,10 @@ class Sum(TorchOperator, LinearOperator):
 
     def __init__(self, A: TorchOperator, B: TorchOperator) -> None:
         if A.shape != B.shape:
-            raise ValueError(f"Cannot add {A!r} and {B!r}: their shapes differ.")
+            raise ValueError(
+                f"Cannot add {A!r} and {B!r}: their shapes differ. Build both for the "
+                "same parameters."
+            )
         _check_same_side(A, B, "add")
         super().__init__(A._in_space, A._out_space)
         self.args = (A, B)
@@ -384,7 +388,9 @@ class Power(TorchOperator, LinearOperator):
 
     def __init__(self, A: TorchOperator, exponent: int) -> None:
         if A.shape[0] != A.shape[1]:
-            raise ValueError(f"Only a square operator has powers, got {A!r}.")
+            raise ValueError(
+                f"Only a square operator has powers, got {A!r}. `A.H @ A` is square."
+            )
         scalar = real_scalar(exponent)
         if scalar is None or scalar != int(scalar) or scalar < 0:
             raise ValueError(

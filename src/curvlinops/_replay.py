@@ -98,17 +98,22 @@ RECORD_AFTER = 1
 class Route:
     """How one batch's product is computed: plainly at first, then by replay.
 
-    The product after the first :data:`RECORD_AFTER` ones is recorded, and the
-    recording compared with it; the next product is computed both ways with its own
-    vector. Only a recording that agreed twice is trusted.
+    After the first :data:`RECORD_AFTER` products, one with random vectors is recorded.
+    The recording is trusted if it gives the plain product with the user's vectors:
+    work that went unseen, hence was taken for constant, would not fit them.
     """
 
     def __init__(self) -> None:
+        #: The recording, once there is a trusted one.
         self.program: Program | None = None
-        self.trusted = False
         self._refused = False
         self._vectorises: bool | None = None
         self._products = 0
+
+    @property
+    def trusted(self) -> bool:
+        """Whether products are replayed."""
+        return self.program is not None
 
     def multiply(
         self, product: Product, vectors: list[Tensor], several: bool
@@ -116,25 +121,15 @@ class Route:
         """Return the product with vectors, which have a leading axis if ``several``."""
         if several:
             return self._multiply_several(product, vectors)
-        if self.trusted:
-            assert self.program is not None
-            return self.program(vectors)
-        if self._refused:
-            return product(vectors)
+        if (program := self.program) is not None:
+            return program(vectors)
+        plain = product(vectors)
         self._products += 1
-        if self.program is not None:
-            plain = product(vectors)
-            self.trusted = self._agrees(plain, vectors)
-            self._refused = not self.trusted
-            return plain
-        if self._products <= RECORD_AFTER:
-            return product(vectors)
-        try:
-            plain, self.program = record(product, vectors)
-        except Unrecordable:
-            self._refused = True
-            return product(vectors)
-        self._refused = not self._agrees(plain, vectors)
+        if self._products > RECORD_AFTER and not self._refused:
+            program = _verified(product, vectors, plain)
+            # Never taken back, as other threads may rely on it.
+            self.program = program or self.program
+            self._refused = program is None
         return plain
 
     def replays(self, several: bool) -> bool:
@@ -147,9 +142,8 @@ class Route:
         for column in range(2):
             if not (self.trusted or self._refused):
                 self.multiply(product, [v[column] for v in vectors], False)
-        if not self.trusted or self._vectorises is False:
+        if self.program is None or self._vectorises is False:
             return product(vectors)
-        assert self.program is not None
         try:
             products = self.program.vectorised(vectors)
         except RuntimeError:  # an operation cannot be vectorised
@@ -161,9 +155,21 @@ class Route:
             return self._multiply_several(product, vectors)
         return products
 
-    def _agrees(self, plain: Sequence[Tensor], vectors: list[Tensor]) -> bool:
-        assert self.program is not None
-        return _close(self.program(vectors), plain, 0.75)
+
+def _verified(
+    product: Product, vectors: list[Tensor], plain: Sequence[Tensor]
+) -> Program | None:
+    """Record a product with random vectors; return it if it gives ``plain``."""
+    generator = torch.Generator(vectors[0].device).manual_seed(20260101)
+    others = [
+        torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)
+        for v in vectors
+    ]
+    try:
+        _, program = record(product, others)
+        return program if _close(program(vectors), plain, 0.75) else None
+    except Exception:  # whatever an operation raises when watched or replayed
+        return None
 
 
 def _close(a: Sequence[Tensor], b: Sequence[Tensor], exponent: float) -> bool:
@@ -252,6 +258,9 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]
     ) -> Any:
         """Run a call that depends on no vector."""
+        if self._written:
+            for tensor in tensors:
+                self._require_unwritten(tensor)
         result = func(*args, **kwargs)
         if func._schema.is_mutable:
             # Cannot be made again by the call that made it.
@@ -271,9 +280,15 @@ class _Recorder(TorchDispatchMode):
 
     def _reference(self, tensor: Tensor) -> Any:
         slot = self._slots.get(tensor)
-        if slot is None and tensor.untyped_storage().data_ptr() in self._written:
-            raise Unrecordable("reads a view of a tensor that has been written to")
+        if slot is None:
+            self._require_unwritten(tensor)
         return tensor if slot is None else slot
+
+    def _require_unwritten(self, tensor: Tensor) -> None:
+        if tensor.layout is not torch.strided:
+            return  # no other tensor is a view of it
+        if tensor.untyped_storage().data_ptr() in self._written:
+            raise Unrecordable("reads a view of a tensor that has been written to")
 
     def _adopt_targets(self, func: Any, args: Any, kwargs: Any) -> None:
         """Make what a call writes into part of the program, if it is not yet."""

@@ -234,15 +234,15 @@ class Staging(threading.local):
     def convert(self, array: np.ndarray, space: TensorSpace) -> Iterator[Tensor]:
         """Lend a real NumPy array as a tensor of a space's dtype and device.
 
-        Shares the array's memory if possible (CPU, matching dtype, writeable, no
-        negative stride). Otherwise the tensor may be valid only within the context.
+        Shares the array's memory if possible (CPU, matching dtype, writeable, strides
+        that torch has, too). Otherwise the tensor may be valid only within the context.
         On CUDA the buffer is page-locked.
         """
         on_cuda = space.device.type == "cuda"
         shareable = (
             array.dtype == space.numpy_dtype
             and array.flags.writeable
-            and all(stride >= 0 for stride in array.strides)
+            and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
         )
         if shareable and not on_cuda:
             yield torch.from_numpy(array).to(space.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -238,6 +239,13 @@ class LossHessian:
             )
         if risk.loss is None:
             raise ValueError("The GGN needs a loss function, got a risk without one.")
+        if (instead := risk.loss.smooth_alternative) is not None:
+            warnings.warn(
+                "The loss is piecewise linear in the model's output: its second "
+                "derivative is zero, and so is the GGN. For curvature use "
+                f"{instead}, or the empirical Fisher (`EFLinearOperator`).",
+                stacklevel=4,
+            )
         if mc_samples > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
         self.mc_samples, self.seed = mc_samples, seed

@@ -484,12 +484,12 @@ def _retried(
         raise _failed(what, factor, name)
     try:
         return decompose(factor)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         if not retry or factor.dtype == torch.float64:
             raise _failed(what, factor, name) from error
     try:
         result = decompose(factor.double())
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise _failed(what, factor, name) from error
     if torch.is_tensor(result):
         return result.to(factor.dtype)

@@ -701,6 +701,14 @@ class LossFunction:
         """Refuse reductions that are not a scalar."""
         _check_reduction(self.reduction)
 
+    @property
+    def smooth_alternative(self) -> str | None:
+        """What to use instead, if this loss is known to have no curvature."""
+        function = self.options.get("function")
+        function = function.func if isinstance(function, partial) else function
+        pairs = _PIECEWISE_LINEAR.items()
+        return next((v for k, v in pairs if k in (function, type(function))), None)
+
     def __call__(
         self, output: Tensor, target: Any, num_terms: Number | None = None
     ) -> Loss:
@@ -726,6 +734,12 @@ _KNOWN: dict[Callable[..., Any], type[Loss]] = {
     F.binary_cross_entropy_with_logits: BCEWithLogits,
     nn.CrossEntropyLoss: CrossEntropy,
     F.cross_entropy: CrossEntropy,
+}
+
+# Their second derivative is zero wherever it exists
+_PIECEWISE_LINEAR: dict[Callable[..., Any], str] = {
+    nn.L1Loss: "nn.SmoothL1Loss() or nn.HuberLoss()",
+    F.l1_loss: "F.smooth_l1_loss or F.huber_loss",
 }
 
 

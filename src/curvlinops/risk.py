@@ -16,6 +16,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from io import BytesIO
 from threading import RLock
 from typing import Any, Self, TypeVar
@@ -32,6 +33,7 @@ from curvlinops._data import (
     length_of,
     moved,
     preserved_rng,
+    strided,
     tensors_in,
 )
 from curvlinops._determinism import look, passes_agree
@@ -52,6 +54,20 @@ MAX_COLUMN_BYTES = 4 << 20
 MAX_DENSE_DIM = 4096
 #: Key of products with the transposed Jacobian alone.
 _VJPS = "vjps"
+#: Attributes of a risk that are pickled and copied; all others are made from them.
+_KEPT = (
+    "model_func",
+    "loss_func",
+    "loss_options",
+    "params",
+    "data",
+    "progressbar",
+    "batch_size_fn",
+    "terms_per_datum",
+    "cache",
+    "_repeats",
+    "_shuffled",
+)
 
 
 class EmpiricalRisk:
@@ -265,10 +281,10 @@ class EmpiricalRisk:
     def _state(self) -> tuple[Any, ...]:
         """Return what changes whenever a recording would be stale."""
         tensors = list(self.params.values())
-        flags: tuple[Any, ...] = ()
+        flags: list[Any] = []
         if isinstance(self.model_func, nn.Module):
             for module in self.model_func.modules():
-                flags += (module.training,)
+                flags.append((id(module), module.training))
                 own = (*module._parameters.values(), *module._buffers.values())
                 tensors += [t for t in own if t is not None]
         if isinstance(self.loss_func, nn.Module):
@@ -277,8 +293,8 @@ class EmpiricalRisk:
         if isinstance(self.data, (list, tuple)):
             for item in self.data:
                 tensors += tensors_in(item)
-            flags += (len(self.data),)
-        unique = list({id(t): t for t in tensors}.values())
+            flags.append(len(self.data))
+        unique = strided({id(t): t for t in tensors}.values())
         marks = tuple(
             (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape)
             for t in unique
@@ -287,8 +303,7 @@ class EmpiricalRisk:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without recordings, private copies, and locks."""
-        rebuilt = ("_lock", "model", "_seen", "_recordings", "_bytes", "_results")
-        return {k: v for k, v in self.__dict__.items() if k not in rebuilt}
+        return {name: getattr(self, name) for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and rebuild what was left out."""
@@ -297,7 +312,7 @@ class EmpiricalRisk:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle, naming the part of the user's that cannot be."""
-        for name in ("model_func", "loss", "params", "data", "batch_size_fn"):
+        for name in _KEPT:
             try:
                 pickle.Pickler(BytesIO(), protocol).dump(getattr(self, name))
             except Exception as error:
@@ -410,7 +425,7 @@ class EmpiricalRisk:
         """Return the cost of ``K`` columns in products with a single vector."""
         widths = [self._columns_at_once(key, b) for b in self._recordings.values()]
         width = min(widths, default=1)
-        return K if width == 1 else -(-K // width) * (1 + width / 16)
+        return K if width == 1 else -(-K // width) + K / 16
 
     def push_forward(
         self,
@@ -628,9 +643,20 @@ class EmpiricalRisk:
             batch = Linearization(self.model, X, y, make_loss, index, protect)
         except RuntimeError as error:
             dtypes = sorted({str(t.dtype) for t in tensors_in(X)})
+            differ = str(self.space.dtype) not in dtypes
             raise ValueError(
                 f"The model failed on batch {index} (inputs of type {', '.join(dtypes)}"
                 f" on {device}, parameters of {self.space.dtype}): {error}"
+                + differ
+                * f". Convert the inputs with `X.to({self.space.dtype})`, or "
+                "the model, if it does not expect these."
+            ) from error
+        except TypeError as error:
+            if tensors_in(X):
+                raise
+            raise TypeError(
+                f"The model failed on batch {index}, whose inputs are no tensors but "
+                f"{type(X).__name__}: {error}. Convert them with `torch.as_tensor`."
             ) from error
         if self._repeats and not batch.writes:
             self._unwritten.add(index)
@@ -641,8 +667,12 @@ class EmpiricalRisk:
             self._reached |= self._names_reached(batch)
         return batch
 
-    def _loss_maker(self, X: Any) -> _MakeLoss | None:
-        return None if self.loss is None else _MakeLoss(self, X)
+    def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
+        """Return what builds a batch's loss, without a reference to this risk."""
+        if self.loss is None:
+            return None
+        size = self._size_or_none(X)
+        return partial(self.loss, num_terms=size and size * self.terms_per_datum)
 
     def _names_reached(self, batch: Linearization) -> set[str]:
         leaves = {id(leaf) for leaf in graph_leaves(batch.output)}
@@ -737,7 +767,7 @@ class EmpiricalRisk:
                 columns = slice(start, start + width)
                 part, rows = V[:, columns].T.contiguous(), total[columns]
             # A recording that is made for one product only must pay within it.
-            pays = width == 1 or batch.index in self._recordings or K >= 4 * width
+            pays = width == 1 or batch.index in self._recordings or 4 * width <= K
             name = key if pays else None
             try:
                 products = batch.multiply(name, body, inputs.split(part), width > 1)
@@ -840,16 +870,3 @@ class EmpiricalRisk:
 
 class _CopyLeaksError(Exception):
     """The private copy of a module reaches tensors outside of it."""
-
-
-class _MakeLoss:
-    """Builds a batch's loss, telling generic losses the number of terms."""
-
-    def __init__(self, risk: EmpiricalRisk, X: Any) -> None:
-        self.risk, self.X = risk, X
-
-    def __call__(self, output: Tensor, y: Any) -> Loss:
-        risk = self.risk
-        assert risk.loss is not None
-        size = risk._size_or_none(self.X)
-        return risk.loss(output, y, size and size * risk.terms_per_datum)

@@ -183,6 +183,14 @@ def as_risk(
     if isinstance(model_func, EmpiricalRisk):
         if any(x is not None for x in (loss_func, params, data)):
             raise TypeError("A risk already has its loss, parameters and data.")
+        defaults = {"progressbar": False, "check_deterministic": True}
+        # Whether the check is wanted does not matter any more.
+        given = options.keys() - {"check_deterministic"}
+        if late := [k for k in given if options[k] not in (None, defaults.get(k))]:
+            raise TypeError(
+                f"The options {sorted(late)} belong to the risk, which exists already: "
+                "pass them to `EmpiricalRisk(...)`."
+            )
         return model_func
     if params is None or data is None:
         raise TypeError(

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cases import find
-from tolerances import assert_close
 from torch import nn
 
+from cases import find
 from curvlinops import KFACLinearOperator
 from curvlinops.kfac._covariance import LEAST_SIZE, gram, mirror, patch_covariance
 from curvlinops.kfac._recording import Recorder
 from curvlinops.kfac._uses import KINDS
+from tolerances import assert_close
 
 
 @pytest.mark.parametrize("size", [3, 2 * LEAST_SIZE - 1, 4 * LEAST_SIZE + 3])

@@ -1,28 +1,26 @@
 """Rows of inputs and gradients give every layer's exact block, on every kind of layer.
 
-From the rows that Kronecker factors are made of, every datum's gradient is put together,
-and from these the dense block. It is compared with the block of a reference that knows
-nothing of layers.
+From the rows that Kronecker factors are made of, every datum's gradient is put
+together, and from these the dense block. It is compared with the block of a reference
+that knows nothing of layers.
 """
 
 import pytest
-import references
 import torch
 import torch.nn.functional as F
-from cases import Lambda, find, problems, split
-from tolerances import assert_close
 from torch import nn
 
+import references
+from cases import Lambda, find, problems, split
 from curvlinops import EmpiricalRisk
 from curvlinops.kfac._factors import Estimation, Settings, gradients
 from curvlinops.kfac._layers import Fisher
+from tolerances import assert_close
 
 #: What has no Kronecker-factored form, or parameters without any use.
 OTHERS = ["mlp-unused-param", "callable", "parametrized", "rnn", "gru", "lstm"]
 KNOWN = [
-    p
-    for p in problems(without=["half", "float32"])
-    if p.values[0].name not in OTHERS
+    p for p in problems(without=["half", "float32"]) if p.values[0].name not in OTHERS
 ]
 
 
@@ -84,7 +82,12 @@ def layer_problem(forward, shape, outputs, **parameters):
     parameters = {n: torch.randn(s) for n, s in parameters.items()}
     model = Lambda(forward, nn.Linear(outputs, 2), **parameters).double()
     X = torch.randn(6, *shape).double()
-    return model, nn.MSELoss(), dict(model.named_parameters()), split(X, X.new_ones(6, 2))
+    return (
+        model,
+        nn.MSELoss(),
+        dict(model.named_parameters()),
+        split(X, X.new_ones(6, 2)),
+    )
 
 
 def _through(function):
@@ -137,7 +140,7 @@ FUNCTIONS = {
 def test_functions(name):
     function, shape, outputs, parameters = FUNCTIONS[name]
     problem = layer_problem(_through(function), shape, outputs, **parameters)
-    risk, blocks = check(problem)
+    _, blocks = check(problem)
     assert {n for names in blocks for n in names} >= set(parameters)
 
 

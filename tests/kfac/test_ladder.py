@@ -1,18 +1,20 @@
 """A ladder of exactness: what each approximation equals, and which is nearer."""
 
+from itertools import pairwise
+
 import pytest
-import references
 import torch
-from cases import find, problems, resplit
 from test_geometry import OTHERS, block_of
-from tolerances import assert_close
 from torch import nn
 
+import references
+from cases import find, problems, resplit
 from curvlinops import (
     EKFACLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
 )
+from tolerances import assert_close
 
 FAMILY = KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator
 quiet = {"check_deterministic": False}
@@ -36,8 +38,7 @@ def blocks_only(matrix, A):
 
 def linear_net(*widths, bias=True):
     torch.manual_seed(0)
-    pairs = zip(widths[:-1], widths[1:], strict=True)
-    return nn.Sequential(*(nn.Linear(*pair, bias=bias) for pair in pairs))
+    return nn.Sequential(*(nn.Linear(*pair, bias=bias) for pair in pairwise(widths)))
 
 
 @pytest.mark.parametrize("cls", FAMILY)
@@ -135,7 +136,9 @@ def test_nearness(problem):
 def test_kfoc_is_nearest(name):
     """The distance is that of the leading singular triple of the rearranged block."""
     problem = find(name).build()
-    A = KFOCLinearOperator(*problem, fisher_type="type-2", max_iter=200, tolerance=1e-14)
+    A = KFOCLinearOperator(
+        *problem, fisher_type="type-2", max_iter=200, tolerance=1e-14
+    )
     dense, expected = A.to_dense(), references.ggn(*problem)
     for layout in A.representation.layouts:
         G, m, n = layout.size
@@ -172,7 +175,9 @@ def test_monte_carlo_in_expectation(cls, name):
 
 @pytest.mark.parametrize("cls", FAMILY)
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical", "forward-only"])
-@pytest.mark.parametrize("name", ["ce-weights", "ce-tokens-options", "bce-sum", "conv1d"])
+@pytest.mark.parametrize(
+    "name", ["ce-weights", "ce-tokens-options", "bce-sum", "conv1d"]
+)
 def test_batch_split(cls, fisher_type, name):
     model, loss, params, data = find(name).build()
     whole = cls(model, loss, params, data, fisher_type=fisher_type).to_dense()
@@ -199,5 +204,9 @@ def test_tied_embedding_and_head():
     assert block.in_shapes == (torch.Size([1, 4, 7]),)
     assert torch.linalg.eigvalsh(block.to_dense()).min() > -1e-12
     model, loss, params, data = problem
-    twice = KFACLinearOperator(model, loss, params, [*data, *data], fisher_type="type-2")
-    assert_close(twice.block_of("embedding.weight").to_dense(), block.to_dense(), size=100)
+    twice = KFACLinearOperator(
+        model, loss, params, [*data, *data], fisher_type="type-2"
+    )
+    assert_close(
+        twice.block_of("embedding.weight").to_dense(), block.to_dense(), size=100
+    )

@@ -6,16 +6,15 @@ import pickle
 
 import numpy as np
 import pytest
-import references
 import torch
-from cases import Lambda, find, mlp, split
 from numpy.linalg import LinAlgError
 from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from test_geometry import block_of
-from tolerances import assert_close
 from torch import nn
 
 import curvlinops
+import references
+from cases import Lambda, find, mlp, split
 from curvlinops import (
     EKFACLinearOperator,
     FisherType,
@@ -26,6 +25,7 @@ from curvlinops import (
     kfac_utils,
 )
 from curvlinops.kfac import load
+from tolerances import assert_close
 
 FAMILY = KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator
 EXACT = {"fisher_type": "type-2", "check_deterministic": False}
@@ -109,7 +109,9 @@ def test_factor_damping(K):
             (pair, 0.2, 0.3),
             (heuristic, root * pi, root / pi),
         ):
-            left, right = (torch.linalg.inv(F) for F in (B + b * eye(m), A + a * eye(n)))
+            left, right = (
+                torch.linalg.inv(F) for F in (B + b * eye(m), A + a * eye(n))
+            )
             expected = torch.kron(left, right)
             # weight rows with the bias as last column, in the layout of parameters
             order = torch.arange(m * n).reshape(m, n)
@@ -125,7 +127,7 @@ def test_layerwise_damping(K):
     for name, damping in dampings.items():
         alone = K.inverse(damping).block_of(name)
         assert_close(inverse.block_of(name).to_dense(), alone.to_dense())
-    with pytest.raises(ValueError, match="no entry for '2.weight'"):
+    with pytest.raises(ValueError, match=r"no entry for '2.weight'"):
         K.inverse({"0.weight": 0.1})
     with pytest.raises(ValueError, match="no parameters"):
         K.inverse({**dampings, "zero": 0.1})
@@ -146,12 +148,14 @@ def test_inverse_operator(K):
 
 
 def test_singular_block_is_named(K):
-    with pytest.raises(LinAlgError, match="block of '0.weight'.*larger `damping`"):
+    with pytest.raises(LinAlgError, match=r"block of '0.weight'.*larger `damping`"):
         K.inverse(-1.0)
 
 
 def test_scipy(K):
-    regular = K + 0.1 * curvlinops.IdentityLinearOperator(K.in_shapes, "cpu", torch.float64)
+    regular = K + 0.1 * curvlinops.IdentityLinearOperator(
+        K.in_shapes, "cpu", torch.float64
+    )
     b = np.ones(K.shape[1])
     M = K.inverse(0.1, use_exact_damping=True)
     steps = []
@@ -182,7 +186,7 @@ def test_names_of_layers():
     K = KFACLinearOperator(*problem, **EXACT)
     assert list(K.factors()) == ["inner.0", "inner.0.out_proj", "inner.1"]
     assert K._mapping["inner.0.out_proj"].keys() == {"weight", "bias"}
-    model, _, params, data = find("mlp-tanh-mse").build()
+    data = find("mlp-tanh-mse").build()[3]
 
     def function(values, X):
         return (X @ values["A"]) @ values["B"]
@@ -259,19 +263,22 @@ def test_load_refuses_mismatches(A, tmp_path):
 @pytest.mark.parametrize("name", ["lstm", "callable", "parametrized"])
 def test_unsupported(name, fisher_type):
     problem = find(name).build()
-    with pytest.raises(ValueError, match="No Kronecker-factored form.*unsupported"):
+    with pytest.raises(ValueError, match=r"No Kronecker-factored form.*unsupported"):
         KFACLinearOperator(*problem, fisher_type="type-2").to_dense()
     options = {"fisher_type": fisher_type, "unsupported": "diagonal"}
-    reference = {
-        "type-2": references.ggn, "empirical": references.empirical_fisher
-    }[fisher_type](*problem)
+    reference = {"type-2": references.ggn, "empirical": references.empirical_fisher}[
+        fisher_type
+    ](*problem)
     for cls in FAMILY:
         A = cls(*problem, **options)
         diagonal = A.to_dense()
         for layout, block in zip(
             A.representation.layouts, A.representation.blocks, strict=True
         ):
-            if len(getattr(block, "factors", (1, 2))) == 1 and block.factors[0].ndim == 2:
+            if (
+                len(getattr(block, "factors", (1, 2))) == 1
+                and block.factors[0].ndim == 2
+            ):
                 F = block_of(reference, A._in_space, layout.names)
                 mine = block_of(diagonal, A._in_space, layout.names)
                 assert_close(mine, F.diagonal().diag(), size=1000)
@@ -363,6 +370,12 @@ def test_generic_loss():
 
     with pytest.raises(ValueError, match="not convex"):
         KFACLinearOperator(model, concave, params, data, **EXACT).to_dense()
+
+    def coupled(prediction, y):
+        return (prediction - y).square().sum().square()
+
+    with pytest.raises(ValueError, match="couples entries"):
+        KFACLinearOperator(model, coupled, params, data, **EXACT).to_dense()
 
     def sampler(output, target, num_samples, generator):
         noise = torch.randn(

@@ -24,6 +24,7 @@ SCALES = ("linear", "log", "abs")
 
 
 def _identity(x: Any) -> Any:
+    """Leave arrays as NumPy's."""
     return x
 
 
@@ -269,7 +270,7 @@ class SpectralDensity(ArrayResult):
         if self.scale == "log":
             ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.set_ylim(bottom=1e-3 / self.dim / (grid[-1] - grid[0]))
+        ax.set_ylim(1e-3 / self.dim / (grid[-1] - grid[0]), 3 * density.max())
         ax.set_xlabel("eigenvalue")
         ax.set_ylabel("density")
         return ax

@@ -165,7 +165,7 @@ def top_eigenpairs(
     ncv: int | None = None,
     maxiter: int | None = None,
     dtype: DTypeLike | None = None,
-    method: str = "arpack",
+    method: str = "auto",
     rng: Rng = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progressbar: bool = False,
@@ -192,7 +192,8 @@ def top_eigenpairs(
         Of the Krylov vectors, e.g. ``numpy.float64`` over a float32 model (at twice the
         memory). Default: the matrix's own.
     method : str, optional
-        ``"arpack"``, or ``"lobpcg"``, a block method for ``"LA"`` and ``"SA"``.
+        ``"arpack"``; ``"lobpcg"``, a block method for ``"LA"`` and ``"SA"``; or
+        ``"auto"``: which of the two was measured to take fewer products, see Notes.
     rng : int, numpy.random.Generator, torch.Generator, or None, optional
         Source of the first vector.
     checkpoint : str or path-like, optional
@@ -218,9 +219,12 @@ def top_eigenpairs(
     Notes
     -----
     :func:`scipy.sparse.linalg.eigsh` does the work. Memory: ``ncv`` (default
-    ``max(2 k + 1, 20)``) vectors. ``k`` more products give the residuals. On every
-    problem measured ARPACK needed fewer products and less time than LOBPCG, also from
-    a warm start, so it is the default throughout.
+    ``max(2 k + 1, 20)``) vectors. ``k`` more products give the residuals. ARPACK
+    takes no fewer than its ``ncv``, whatever it starts from. LOBPCG uses a warm start
+    fully: on three perturbed spectra (N = 1000) 2 to 4 pairs took 6 to 16 products
+    against 23 to 38, at ``tol`` 1e-3 and 1e-4. At 1e-6 it took 8 to 108 against 23 to
+    41, and from a random start mostly more than ARPACK. So ``"auto"`` is LOBPCG for at
+    most 4 pairs with as many start vectors and ``tol`` from 1e-4, ARPACK otherwise.
 
     References
     ----------
@@ -239,7 +243,7 @@ def top_eigenpairs(
     True
     """
     require_choice("which", which, _ORDER)
-    require_choice("method", method, ("arpack", "lobpcg"))
+    require_choice("method", method, ("auto", "arpack", "lobpcg"))
     if method == "lobpcg" and which not in ("LA", "SA"):
         raise ValueError(f"LOBPCG finds 'LA' or 'SA', got which={which!r}.")
     options: Options = {
@@ -261,6 +265,11 @@ def top_eigenpairs(
         if tol is None:
             tol = torch.finfo(run.operand.dtype).eps ** (2 / 3)
         view = SciPyView(run, dtype)
+        guess = _start_vectors(start, run.dim)
+        if method == "auto":
+            warm = guess is not None and guess.shape[1] >= k
+            block = warm and which in ("LA", "SA") and k <= 4 and tol >= 1e-4
+            method = "lobpcg" if block else "arpack"
         values, vectors = solve_eigenpairs(
             run,
             k,
@@ -269,7 +278,7 @@ def top_eigenpairs(
             tol=tol,
             ncv=ncv,
             maxiter=maxiter,
-            start=_start_vectors(start, run.dim),
+            start=guess,
             method=method,
         )
         residuals = view @ vectors - vectors * values

@@ -190,7 +190,7 @@ class _CachedRuns:
             nodes, weights = self._rules.rules()
             seen = nodes[weights > 1e-12]
             if np.ptp(seen) <= 1e-6 * np.abs(seen).max():  # a multiple of the identity
-                return {"ends": np.array([seen.min(), seen.max()])}
+                return {"ends": np.full(2, seen.mean())}
             end = farthest(0.0)
             return {"ends": np.sort([end, farthest(end)])}
 

@@ -71,5 +71,6 @@ def gradient_and_loss(
         check_deterministic=False,
         num_data=num_data,
         batch_size_fn=batch_size_fn,
+        cache="off",
     )
     return risk.gradient_and_loss()

@@ -157,9 +157,9 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         numpy.linalg.LinAlgError
             If a damped block is not positive definite; it is named.
         """
-        if isinstance(damping, Mapping):
-            if unknown := sorted(set(damping) - set(self._in_space.names)):
-                raise ValueError(f"`damping` names {unknown}, which are no parameters.")
+        named = set(damping) if isinstance(damping, Mapping) else set()
+        if unknown := sorted(named - set(self._in_space.names)):
+            raise ValueError(f"`damping` names {unknown}, which are no parameters.")
 
         def invert(layout: Layout, block: Block) -> Block:
             its = damping

@@ -162,7 +162,7 @@ class Image:
         return self.pixels.flatten(2)
 
     def correlation(self, shift: tuple[int, ...], outside: list[list[int]]) -> Tensor:
-        """Sum ``x_q x_{q + shift}^T`` over pixels ``q`` in none of some rows, columns."""
+        """Sum ``x_q x_{q + shift}^T`` over pixels outside of some rows, columns."""
         total = self._sum(shift, (None,) * len(shift))
         assert total is not None
         for fixed in product(*([None, *out] for out in outside)):

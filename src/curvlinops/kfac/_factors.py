@@ -1,17 +1,18 @@
 r"""The mathematics of Kronecker factors: covariances, corrections, nearest products.
 
-With the rows :math:`a_r, b_r` of a layer (see :mod:`curvlinops.kfac._uses`) the block of
-the matrix that belongs to a weight is
+With the rows :math:`a_r, b_r` of a layer (see :mod:`curvlinops.kfac._uses`) the block
+of the matrix that belongs to a weight is
 
 .. math::
 
-    F = \frac{1}{D} \sum_{n, k} \operatorname{vec}(M_{nk}) \operatorname{vec}(M_{nk})^\top ,
-    \qquad M_{nk} = \sum_{r} b_{nkr} a_{nr}^\top ,
+    F = \frac{1}{D} \sum_{n, k}
+        \operatorname{vec}(M_{nk}) \operatorname{vec}(M_{nk})^\top , \qquad
+    M_{nk} = \sum_{r} b_{nkr} a_{nr}^\top ,
 
-over data :math:`n`, vectors :math:`k` that are sent back (the columns of a factor of the
-loss's Hessian, or samples), and positions :math:`r`; :math:`D` is what the loss divides
-by. The estimators below approximate it by :math:`B \otimes A`, or in the eigenbasis of
-such a product.
+over data :math:`n`, vectors :math:`k` that are sent back (the columns of a factor of
+the loss's Hessian, or samples), and positions :math:`r`; :math:`D` is what the loss
+divides by. The estimators below approximate it by :math:`B \otimes A`, or in the
+eigenbasis of such a product.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -53,7 +55,7 @@ class Settings:
 
 @dataclass
 class Sums:
-    """Running sums of one layer: covariances of its rows, and how many inputs there were.
+    """Sums for one layer: covariances of its rows, and the number of inputs.
 
     ``swapped`` belongs to the uses in which inputs and outputs exchange their roles.
     """
@@ -224,9 +226,9 @@ class Covariances:
         if layer.name not in self._warned and not layer.elementwise:
             self._warned.add(layer.name)
             warnings.warn(
-                f"A factor of {layer.name!r} would have the shape ({size}, {size}): only"
-                f" its diagonal is kept. Raise `max_factor={self.settings.max_factor}` "
-                "to keep all of it.",
+                f"A factor of {layer.name!r} would have the shape ({size}, {size}): "
+                "only its diagonal is kept. To keep all of it, raise "
+                f"`max_factor={self.settings.max_factor}`.",
                 stacklevel=2,
             )
         return True
@@ -250,7 +252,7 @@ class Covariances:
             return sum(_add_expanded(A, layer, use) for use in uses)
         rows = [layer.inputs(use, N) for use in uses]
         R = sum(a.shape[2] for a in rows)
-        gram(A, sum(a.sum(2) for a in rows) / R)
+        gram(A, _total([a.sum(2) for a in rows]) / R)
         return N
 
     def add_outputs(self, batch: Batch, grads: dict[int, Tensor]) -> None:
@@ -267,7 +269,7 @@ class Covariances:
     ) -> None:
         if self.settings.reduce or layer.elementwise:
             rows = [layer.outputs(use, grads[id(use)], N) for use in uses]
-            gram(B, sum(b.sum(2) for b in rows))
+            gram(B, _total([b.sum(2) for b in rows]))
             return
         for use in uses:
             gram(B, layer.outputs(use, grads[id(use)], 1).flatten(1, 2))
@@ -303,6 +305,10 @@ class Covariances:
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.ndim == 2 else factor.diagonal(dim1=1, dim2=2)
+
+
+def _total(tensors: list[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def _counts_tokens(layer: Layer, settings: Settings) -> bool:
@@ -433,7 +439,7 @@ def _side(factor: Tensor, groups: slice, rows: Tensor) -> Tensor:
     rows = rows.to(factor.dtype)
     if factor.ndim == 2:
         return rows * factor[:, None, None]
-    return rows @ factor.unsqueeze(1)
+    return (rows.flatten(1, 2) @ factor).unflatten(1, rows.shape[1:3])
 
 
 def ekfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
@@ -484,11 +490,11 @@ def ekfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
                 else:
                     total += M.square().sum(1)
             if layer.bias is not None:
-                rows = sum(
+                rows = [
                     layer.outputs(use, grads[id(use)], batch.size).sum(2, keepdim=True)
                     for use, _ in layer.uses
-                )
-                squares = _side(QB, slice(None), rows).square()
+                ]
+                squares = _side(QB, slice(None), _total(rows)).square()
                 column[layer.name] += squares.sum((1, 2))
 
     estimation.sweep(None, add)
@@ -521,8 +527,8 @@ def kfoc(
         A = \frac{1}{D \|B\|^2} \sum_{n, k} M_{nk}^\top B M_{nk} ,
 
     starting from KFAC: the power method for the leading singular vectors of the
-    rearranged :math:`F`. Every step is a pass over the data, decreases the distance, and
-    gives a symmetric positive semi-definite factor.
+    rearranged :math:`F`. Every step is a pass over the data, decreases the distance,
+    and gives a symmetric positive semi-definite factor.
     """
     blocks, sums = kfac(estimation)
     if estimation.settings.fisher.fisher_type == "forward-only":
@@ -577,4 +583,5 @@ def _add_half(
             total += (first * weight).mT @ first
         else:
             M = M if left else M.mT
-            total += (M @ other.unsqueeze(1) @ M.mT).sum(1)
+            columns = M.transpose(1, 2).flatten(2)
+            total += columns @ (M @ other.unsqueeze(1)).transpose(1, 2).flatten(2).mT

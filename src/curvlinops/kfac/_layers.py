@@ -1,4 +1,4 @@
-r"""From the uses of parameters in one batch to layers, and the gradients sent to them."""
+"""From the uses of parameters in a batch to layers, and what is sent back to them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._linearization import Linearization
+from curvlinops._parts import data_gradients
 from curvlinops.kfac._recording import Recorder, Use
 from curvlinops.kfac._uses import KINDS, Layout, applies_elementwise
 from curvlinops.losses import Loss
@@ -62,6 +63,7 @@ class Layer:
 class Batch:
     """One batch's layers, and what is needed to send gradients to them."""
 
+    risk: EmpiricalRisk
     linearization: Linearization
     layers: list[Layer]
     diagonal: list[str]
@@ -80,7 +82,7 @@ class Batch:
         uses = [use for layer in self.layers for use, _ in layer.uses]
         if not uses:
             return {}
-        grads = torch.autograd.grad(
+        grads: tuple[Tensor | None, ...] = torch.autograd.grad(
             self.linearization.output,
             [use.edge for use in uses],
             U,
@@ -116,7 +118,7 @@ def batches(
                 "these parameters out of `params`, or approximate their blocks by the "
                 "diagonal of the matrix with `unsupported='diagonal'`."
             )
-        yield Batch(batch, layers, list(unknown), size)
+        yield Batch(risk, batch, layers, list(unknown), size)
 
 
 def resolve(
@@ -204,12 +206,12 @@ def _layer(
     return Layer(both, placed)
 
 
-# -- what is sent back ------------------------------------------------------------------
+# -- what is sent back -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Fisher:
-    r"""The vectors :math:`u` with :math:`\sum u u^\top` the matrix between the Jacobians.
+    r"""Vectors :math:`u` with :math:`\sum u u^\top` the matrix between the Jacobians.
 
     Parameters
     ----------
@@ -241,6 +243,9 @@ class Fisher:
             generator = torch.Generator().manual_seed(seed)
             samples = loss.sample_gradients(self.mc_samples, generator)
             yield from samples / self.mc_samples**0.5
+            return
+        if self.fisher_type == "empirical" and loss.opaque:
+            yield data_gradients(batch.risk, batch.linearization)
             return
         masks = _term_masks(loss, batch.size)
         if self.fisher_type == "empirical":
@@ -280,6 +285,7 @@ def _factor_columns(loss: Loss) -> Iterator[Tensor]:
     # [C, *row_shape, C]
     H = columns.unsqueeze(-1) if axis is None else columns.movedim(axis, -1)
     H = H.movedim(0, -1)
+    _check_rows(loss, H)
     evals, Q = torch.linalg.eigh((H + H.mT) / 2)
     if bool((evals < -1e-3 * evals.abs().amax().clamp(min=1e-30)).any()):
         raise ValueError(
@@ -289,3 +295,20 @@ def _factor_columns(loss: Loss) -> Iterator[Tensor]:
     factor = Q * evals.clamp(min=0).sqrt().unsqueeze(-2)
     for column in factor.unbind(-1):
         yield column[..., 0] if axis is None else column.movedim(-1, axis)
+
+
+def _check_rows(loss: Loss, H: Tensor) -> None:
+    """Raise unless a loss's Hessian acts within rows, as given by their blocks."""
+    f, axis = loss.output, loss.class_axis
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
+    rows = u.unsqueeze(-1) if axis is None else u.movedim(axis, -1)
+    product = (H @ rows.unsqueeze(-1))[..., 0]
+    product = product[..., 0] if axis is None else product.movedim(-1, axis)
+    difference = (product - loss.hessian_mul(u)).abs().max()
+    if difference > torch.finfo(f.dtype).eps ** 0.5 * product.abs().max():
+        raise ValueError(
+            "The loss couples entries of the model's output that are not in one row "
+            "(its last axis), so its Hessian has no factor here. Use "
+            "`fisher_type='empirical'`, or register a `Loss` with a factor."
+        )

@@ -141,6 +141,7 @@ class Recorder(TorchFunctionMode):
         x: Tensor,
         y: Tensor,
         bias: Any = None,
+        *,
         counted: bool = True,
         **options: Any,
     ) -> Tensor:
@@ -191,7 +192,7 @@ def _rows(
     x: Tensor,
     W: Tensor,
     b: Any,
-    call: Callable,
+    call: Callable[..., Tensor],
     **o: Any,
 ) -> Any:
     """Note a function of a weight, and of a bias that is added along axis 1 or -1."""
@@ -214,7 +215,7 @@ def _linear(
     )
 
 
-def _convolution(kind: str, *names: str) -> Callable:
+def _convolution(kind: str, *names: str) -> Callable[..., Any]:
     """Handle ``func(input, weight, bias, *names)``."""
 
     def handler(
@@ -254,7 +255,7 @@ def _embedding(
     padding = bound.get("padding_idx")
     padding = padding if padding is None else padding % V
     y = func(input, weight, *args, **kw)
-    options = {"size": V, "padding": padding, "dtype": weight.dtype}
+    options: dict[str, Any] = {"size": V, "padding": padding, "dtype": weight.dtype}
     return recorder.note("embedding", weight, input, y, **options)
 
 
@@ -308,7 +309,7 @@ def _shift(
     return recorder.note("elementwise", p, p.new_full((), sign), y, size=size)
 
 
-def _binary(note: Callable, swapped_sign: int = 1) -> Callable:
+def _binary(note: Callable[..., Any], swapped_sign: int = 1) -> Callable[..., Any]:
     """Handle ``func(a, b)`` with a parameter as one of two operands."""
 
     def handler(recorder: Recorder, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
@@ -332,7 +333,7 @@ def _expand(
     return _shift(recorder, lambda _, p: func(p, *sizes, **kwargs), None, p)
 
 
-def _norm(*names: str, channels: bool = True) -> Callable:
+def _norm(*names: str, channels: bool = True) -> Callable[..., Any]:
     """Write a normalisation ``func(input, *names)`` with its affine part apart."""
 
     def handler(
@@ -366,7 +367,9 @@ def _attention(recorder: Recorder, func: Any, *args: Any, **kwargs: Any) -> Any:
     biases = [None] * 3 if b is None else b.chunk(3)
     if bound.get("use_separate_proj_weight"):
         weights = [bound[f"{n}_proj_weight"] for n in "qkv"]
-        projected = [_project(recorder, *pair) for pair in zip(inputs, weights, strict=True)]
+        projected = [
+            _project(recorder, *pair) for pair in zip(inputs, weights, strict=True)
+        ]
         if b is not None:
             projected = [
                 _shift_part(recorder, y, c, b, i)
@@ -407,8 +410,8 @@ def _project_part(
     """Multiply by the ``i``-th third of a weight."""
     x = _swapped(x)
     if recorder.name(whole):
-        y, options = F.linear(x, W, c), {"slot": (i, 3), "counted": i == 0}
-        recorder.note("linear", whole, x, y, b, **options)
+        y = F.linear(x, W, c)
+        recorder.note("linear", whole, x, y, b, counted=i == 0, slot=(i, 3))
         return _swapped(y)
     y = _swapped(F.linear(x, W))
     return y if b is None else _shift_part(recorder, y, c, b, i)
@@ -418,12 +421,13 @@ def _shift_part(recorder: Recorder, y: Tensor, c: Tensor, b: Tensor, i: int) -> 
     """Add the ``i``-th third of a bias."""
     y = _swapped(y) + c
     if recorder.name(b):
-        options = {"part": (i, 3), "size": c.shape, "counted": i == 0}
-        recorder.note("elementwise", b, b.new_ones(()), y, **options)
+        options = {"part": (i, 3), "size": c.shape}
+        one = b.new_ones(())
+        recorder.note("elementwise", b, one, y, counted=i == 0, **options)
     return _swapped(y)
 
 
-_HANDLERS: dict[Any, Callable] = {
+_HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
     F.multi_head_attention_forward: _attention,

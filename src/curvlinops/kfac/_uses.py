@@ -271,7 +271,8 @@ def _transposed_inputs(use: Use, N: int) -> Tensor:
     x = batched(use, use.checked_input())
     size = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *size)
-    spread[(..., *(slice(None, None, t) for t in stride))] = x
+    every: list[Any] = [..., *(slice(None, None, t) for t in stride)]
+    spread[tuple(every)] = x
     border = [
         (d * (k - 1) - p, d * (k - 1) - p + e)
         for k, p, e, d in zip(kernel, padding, extra, dilation, strict=True)
@@ -292,7 +293,7 @@ def _convolution_outputs(use: Use, g: Tensor, N: int) -> Tensor:
 
 def _split(rows: Tensor, N: int) -> Tensor:
     """Reshape ``[G, M, R, d]`` to ``[G, N, M / N * R, d]``."""
-    G, M, R, d = rows.shape
+    G, M, _, d = rows.shape
     if M % N:
         raise ValueError(
             f"A convolution sees {M} images for the batch's {N} data points. Keep the "

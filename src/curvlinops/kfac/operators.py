@@ -261,8 +261,8 @@ class KFACLinearOperator(KroneckerFactored, LinearOperator):
           \approx \frac{1}{D} \sum_b J_b^\top \, \nabla^2_f S_b \, J_b
 
     With the inputs :math:`a_{nr}` of a layer at datum :math:`n` and position :math:`r`
-    and the gradients :math:`b_{nkr}` by its outputs of the :math:`k`-th vector sent back
-    for the datum's terms (see ``fisher_type``),
+    and the gradients :math:`b_{nkr}` by its outputs of the :math:`k`-th vector sent
+    back for the datum's terms (see ``fisher_type``),
 
     .. math::
 
@@ -307,22 +307,20 @@ num_per_example_loss_terms, batch_size_fn, **options
         If a parameter is used in a way that is not understood, which is named; if an
         argument has an unknown value; if the loss has no factor or no sampler.
 
-    Notes
-    -----
-    Scale: of the loss, per squared unit of the parameters; :math:`D` is the number of
-    terms that a ``mean`` averages over, or one for ``sum``, so the result does not depend
-    on how the data is split. Self-adjoint and positive semi-definite.
+    Notes ----- Scale: of the loss, per squared unit of the parameters; :math:`D` is the
+    number of terms that a ``mean`` averages over, or one for ``sum``, so the result
+    does not depend on how the data is split. Self-adjoint and positive semi-definite.
 
     Each weight is a block. Linear layers, matrix products with a weight, convolutions
     (also grouped and transposed), embeddings, and the projections of attention are
-    Kronecker-factored. Parameters that scale or shift (affine normalisation, lone biases,
-    position embeddings) have their exact block of the matrix. A weight that is used
-    several times has one block, for which the uses are further positions; of a weight
-    that is both embedding and matrix, rows are rescaled so that the uses match.
+    Kronecker-factored. Parameters that scale or shift (affine normalisation, lone
+    biases, position embeddings) have their exact block of the matrix. A weight that is
+    used several times has one block, for which the uses are further positions; of a
+    weight that is both embedding and matrix, rows are rescaled so that the uses match.
 
-    A block is exact for a single datum without weight sharing, for a single linear layer
-    with square loss, for all weights of a deep linear network with square loss
-    (``"type-2"``), and under ``"reduce"`` if the positions' inputs of every datum agree.
+    A block is exact (``"type-2"``) for a single datum, if positions do not share
+    weights or, under ``"reduce"``, have equal inputs; and for every weight of a deep
+    linear network with square loss.
 
     The data's axis is axis 0 of a layer's input, or else the first one that has the
     batch's length.
@@ -332,15 +330,13 @@ num_per_example_loss_terms, batch_size_fn, **options
     backward passes to the layers' outputs, but no gradients by weights. Memory: a
     gradient's, and the factors. A product: two matrix products per layer.
 
-    References
-    ----------
-    J. Martens and R. Grosse, "Optimizing neural networks with Kronecker-factored
-    approximate curvature", arXiv:1503.05671. R. Grosse and J. Martens, "A
-    Kronecker-factored approximate Fisher matrix for convolution layers",
-    arXiv:1602.01573. R. Eschenhagen et al., "Kronecker-factored approximate curvature for
-    modern neural network architectures", arXiv:2311.00636. F. Benzing, "Gradient descent
-    on neurons and its link to approximate second-order optimization", arXiv:2201.12250,
-    for ``"forward-only"``.
+    References ---------- J. Martens and R. Grosse, "Optimizing neural networks with
+    Kronecker-factored approximate curvature", arXiv:1503.05671. R. Grosse and J.
+    Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers",
+    arXiv:1602.01573. R. Eschenhagen et al., "Kronecker-factored approximate curvature
+    for modern neural network architectures", arXiv:2311.00636. F. Benzing, "Gradient
+    descent on neurons and its link to approximate second-order optimization",
+    arXiv:2201.12250, for ``"forward-only"``.
 
     Examples
     --------
@@ -357,8 +353,8 @@ num_per_example_loss_terms, batch_size_fn, **options
 
     def __init__(
         self,
-        model_func: Callable | EmpiricalRisk,
-        loss_func: Callable | None = None,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
         params: Parameters | None = None,
         data: Iterable[Any] | None = None,
         progressbar: bool = False,
@@ -416,8 +412,8 @@ num_per_example_loss_terms, batch_size_fn, **options
             :math:`(B + \delta I)^{-1} \otimes (A + \delta I)^{-1}`; or two numbers for
             inputs and outputs; or either by parameter name (layer-wise).
         use_heuristic_damping : bool, optional
-            Add :math:`\sqrt{\delta} / \pi` to :math:`B` and :math:`\sqrt{\delta} \, \pi`
-            to :math:`A` with :math:`\pi^2` the ratio of their mean eigenvalues,
+            Add :math:`\sqrt{\delta} / \pi` to :math:`B` and :math:`\sqrt{\delta} \,
+            \pi` to :math:`A` with :math:`\pi^2` the ratio of their mean eigenvalues,
             :math:`A`'s over :math:`B`'s. Blocks of one factor are damped by
             :math:`\delta`.
         min_damping : float, optional
@@ -480,15 +476,13 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
     numpy.linalg.LinAlgError
         If a factor has no eigendecomposition, not even in float64; it is named.
 
-    Notes
-    -----
-    Scale as for :class:`KFACLinearOperator`. Of all matrices that are diagonal in the
-    given basis, this is the nearest to the block in Frobenius norm; so it is never further
-    away than KFAC. Traces of the blocks of weights are exact.
+    Notes ----- Scale as for :class:`KFACLinearOperator`. Of all matrices that are
+    diagonal in the given basis, this is the nearest to the block in Frobenius norm; so
+    it is never further away than KFAC. Traces of the blocks of weights are exact.
 
-    Cost: KFAC's, one eigendecomposition per factor, and a second pass over the data with
-    the products that rotate inputs and gradients. A product costs four matrix products
-    per layer.
+    Cost: KFAC's, one eigendecomposition per factor, and a second pass over the data
+    with the products that rotate inputs and gradients. A product costs four matrix
+    products per layer.
 
     References
     ----------
@@ -510,8 +504,8 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
 
     def __init__(
         self,
-        model_func: Callable | EmpiricalRisk,
-        loss_func: Callable | None = None,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
         params: Parameters | None = None,
         data: Iterable[Any] | None = None,
         progressbar: bool = False,
@@ -598,13 +592,11 @@ unsupported, max_factor, **options
     ValueError
         As for :class:`KFACLinearOperator`.
 
-    Notes
-    -----
-    Scale as for :class:`KFACLinearOperator`. Factors are symmetric positive
+    Notes ----- Scale as for :class:`KFACLinearOperator`. Factors are symmetric positive
     semi-definite. The power method starts from KFAC and decreases the distance in every
     step, so the result is never further away than KFAC's, and the nearest of all
-    Kronecker products when it has converged. A bias that is a block of its own is exact.
-    Factors are matrices, also where KFAC's are diagonal.
+    Kronecker products when it has converged. A bias that is a block of its own is
+    exact. Factors are matrices, also where KFAC's are diagonal.
 
     Cost: KFAC's, and up to ``2 * max_iter`` passes over the data, each with KFAC's
     backward passes. Products and inverses as for KFAC.
@@ -630,8 +622,8 @@ unsupported, max_factor, **options
 
     def __init__(
         self,
-        model_func: Callable | EmpiricalRisk,
-        loss_func: Callable | None = None,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None = None,
         params: Parameters | None = None,
         data: Iterable[Any] | None = None,
         progressbar: bool = False,
