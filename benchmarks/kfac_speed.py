@@ -130,9 +130,13 @@ def build(name, cls, fisher_type):
     options = {"check_deterministic": False, "fisher_type": fisher_type}
     if name == "gpt":
         options["batch_size_fn"] = len
-    A = getattr(curvlinops, cls)(model, nn.CrossEntropyLoss(), params, data, **options)
+    operator = getattr(curvlinops, cls)
+    A = operator(model, nn.CrossEntropyLoss(), params, data, **options)
 
     def compute():
+        if cls == "EKFACLinearOperator":  # all of it is computed at the first product
+            E = operator(model, nn.CrossEntropyLoss(), params, data, **options)
+            return E @ torch.zeros(E.shape[1])
         for attribute in ("_input_covariances", "_gradient_covariances"):
             if isinstance(vars(A).get(attribute), dict):
                 vars(A)[attribute] = {}

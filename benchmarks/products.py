@@ -179,13 +179,13 @@ class Case:
 
 
 def set_bounds(case: Case) -> None:
-    """Bound the spectrum by power iteration, so that nobody has to."""
+    """Tell everybody the bounds of the spectrum, with some room for the kernel."""
     save = case.dir / "eigsh.npy"
     if not save.exists():
         case.workers[0].ask(task="time_eigsh_10", number=1, save=str(save))
     top = 1.05 * float(np.abs(np.load(save)).max())
     for worker in case.workers:
-        worker.ask(bounds=[-top if case.matrix == "hessian" else 0.0, top])
+        worker.ask(bounds=[-top if case.matrix == "hessian" else -0.1 * top, top])
 
 
 def memory(

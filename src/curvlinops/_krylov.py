@@ -17,6 +17,7 @@ from torch import Tensor
 from curvlinops._lockstep import Multiply, Products, solve_each, solve_together
 from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops._spaces import numeric_array, real_scalar, to_numpy, to_torch
+from curvlinops.estimators.checkpoint import JournalledOperator
 from curvlinops.structured import as_operator
 
 #: Relative residual at which a solve counts as converged, by the dtype of products.
@@ -187,6 +188,7 @@ class KrylovInverse(Inverse):
     def __init__(self, A: Any, **hyperparameters: Any) -> None:
         super().__init__(A)
         self._options = self._read(hyperparameters)
+        self._checkpoint = self._options.pop("checkpoint", None)
         if "x0" in self._options:
             self._options["x0"] = self._read_guess(self._options["x0"])
         #: The system that SciPy solves; its dtype is that of SciPy's vectors.
@@ -264,7 +266,15 @@ class KrylovInverse(Inverse):
     def _apply(self, V: Tensor) -> Tensor:
         self._require_finite(V)
         B = to_numpy(V).astype(self._system.dtype, copy=False)
-        K, products = B.shape[1], self._products()
+        if self._checkpoint is None:
+            return to_torch(self._solve_columns(B, self._products()), self._out_space)
+        with JournalledOperator(self._system, self._checkpoint, self.solver) as journal:
+            products = {**self._products(), "A": journal.dot}
+            return to_torch(self._solve_columns(B, products), self._out_space)
+
+    def _solve_columns(self, B: np.ndarray, products: Products) -> np.ndarray:
+        """Solve for every column of ``B``."""
+        K = B.shape[1]
         guesses = self._guesses(K)
 
         def solve(j: int, multiply: Multiply) -> Run:
@@ -285,7 +295,7 @@ class KrylovInverse(Inverse):
         accepted = [run.accepted for run in runs]
         iterations = [run.iterations for run in runs]
         self._warn_if_unsolved(runs, self._record(B, residual, iterations, accepted))
-        return to_torch(X, self._out_space)
+        return X
 
     def _warn_if_unsolved(self, runs: list[Run], statistics: SolverStatistics) -> None:
         """Warn of columns that ended unsolved, unless by a limit of the caller's."""
@@ -303,11 +313,11 @@ class KrylovInverse(Inverse):
                 "one, to accept the result), a preconditioner or a looser tolerance "
                 "where the method has one, or add damping (`A + d * I`)"
             )
-            # Level 8 is the line that says `A_inv @ b`.
+            # Level 9 is the line that says `A_inv @ b`.
             warnings.warn(
                 f"{self.solver} {cause}. {statistics!r}",
                 RuntimeWarning,
-                stacklevel=8,
+                stacklevel=9,
             )
 
 

@@ -277,8 +277,7 @@ class TorchOperator:
         LinearOperator
             The operator itself, or a thin cast of it.
         """
-        in_half = self.torch_dtype.itemsize < self.dtype.itemsize
-        if dtype is None or (np.dtype(dtype) == self.dtype and not in_half):
+        if dtype is None or np.dtype(dtype) == self.dtype:
             return self
         return Cast(self, dtype)
 
@@ -303,6 +302,30 @@ class TorchOperator:
             columns[start:stop].fill_diagonal_(1.0)
             dense[:, start:stop] = self._apply(columns)
         return dense
+
+    def fix_route(self, route: str | None = None) -> str:
+        """Compute all further products in one way, whatever was computed before.
+
+        Products may be computed in several ways, which agree up to rounding. With a
+        fixed route, a computation that is interrupted and resumed gives the same bits.
+
+        Parameters
+        ----------
+        route : str, optional
+            The route. There is one to choose, ``"plain"``: no recorded operations are
+            replayed, and no matrix is materialised.
+
+        Returns
+        -------
+        str
+            The route taken.
+        """
+        if route not in (None, "plain"):
+            raise ValueError(f"The one route to fix is 'plain', got {route!r}.")
+        for part in getattr(self, "args", ()):
+            if isinstance(part, TorchOperator):
+                part.fix_route(route)
+        return "plain"
 
     def __repr__(self) -> str:
         """Return shape, class, dtype, device."""

@@ -93,6 +93,10 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
         Accepted without effect.
     n_tridiag : int
         Only 0 is accepted.
+    checkpoint : str or path-like
+        File to journal all products in. A solve of the same system that finds the file
+        goes on where the last one was stopped, however it was, and ends with the same
+        bits. See :class:`~curvlinops.estimators.checkpoint.JournalledOperator`.
 
     Attributes
     ----------
@@ -146,6 +150,7 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
         "eps": "eps",
         "max_tridiag_iter": "max_tridiag_iter",
         "n_tridiag": "n_tridiag",
+        "checkpoint": "checkpoint",
     }
     _scipy = staticmethod(cg)
     _own: ClassVar[set[str]] = {"atol", "maxiter"}

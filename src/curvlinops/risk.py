@@ -65,6 +65,7 @@ _KEPT = (
     "batch_size_fn",
     "terms_per_datum",
     "cache",
+    "plain",
     "_repeats",
     "_shuffled",
 )
@@ -136,8 +137,8 @@ class EmpiricalRisk:
     Recordings are redone when parameters, buffers, listed data, or a module's mode
     change. The content of tensors is compared through a random projection in every
     product, so that writes through ``.data`` or NumPy are seen, too. Not seen are
-    Python attributes of the model or loss, what a plain callable closes over, and the
-    data behind a loader: call :meth:`refresh` after changing these. A loader's
+    Python attributes and hooks of the model or loss, what a plain callable closes over,
+    and the data behind a loader: call :meth:`refresh` after changing these. A loader's
     batches are kept on the device, within the budget, if the check has found that
     they repeat.
 
@@ -190,6 +191,8 @@ class EmpiricalRisk:
         self.batch_size_fn = batch_size_fn
         self.terms_per_datum = num_per_example_loss_terms or 1
         self.cache = cache
+        #: Whether products are neither replayed nor materialised.
+        self.plain = False
         #: Whether the data is known to give the same batches in every pass, ...
         self._repeats = isinstance(self.data, (list, tuple))
         #: ... or known not to.
@@ -400,6 +403,7 @@ class EmpiricalRisk:
         nbytes = P * P * V.element_size()
         if (
             key is None
+            or self.plain
             or P > MAX_DENSE_DIM
             or not self._repeats
             or V.element_size() < 4
@@ -599,6 +603,7 @@ class EmpiricalRisk:
         recordings = self._recordings
         return (
             key is not None
+            and not self.plain
             and self._num_batches == len(recordings)
             and not torch.is_autocast_enabled(self.space.device.type)
             and all(b.replays(key, several) for b in recordings.values())

@@ -42,6 +42,16 @@ class RiskOperator(TorchOperator):
     def _title(self, task: str = "_matmat") -> str:
         return f"{type(self).__name__}.{task}"
 
+    def fix_route(self, route: str | None = None) -> str:
+        """Compute products in one way, for all operators of this risk.
+
+        See :meth:`TorchOperator.fix_route
+        <curvlinops._operator.TorchOperator.fix_route>`.
+        """
+        route = super().fix_route(route)
+        self.risk.plain = True
+        return route
+
     def refresh(self) -> None:
         """Forget recordings, after changes that cannot be seen.
 

@@ -15,6 +15,12 @@ from scipy.sparse.linalg import cg, eigsh
 from spectra import Counting, TorchSide, symmetric
 
 import curvlinops.estimators as est
+from cases import find
+from curvlinops import (
+    CGInverseLinearOperator,
+    GGNLinearOperator,
+    IdentityLinearOperator,
+)
 from curvlinops.estimators.checkpoint import read_identity
 
 N = 90
@@ -214,3 +220,60 @@ def test_kill_9(tmp_path):
     assert resumed.returncode == whole.returncode == 0 and few <= many - 30
     results = [np.load(tmp_path / f"{name}.npy") for name in "ab"]
     assert np.array_equal(*results)
+
+
+# -- with operators of this package -------------------------------------------------
+
+
+def _operator(kind):
+    model, loss, params, data = find("mlp-tanh-ce").build()
+    G = GGNLinearOperator(model, loss, params, data)
+    identity = IdentityLinearOperator(G.in_shapes, G.device, G.torch_dtype)
+    return {"ggn": G, "damped": 0.5 * G + 0.1 * identity}[kind]
+
+
+@pytest.mark.parametrize("kind", ["ggn", "damped"])
+def test_a_fixed_route_gives_the_same_bits_in_every_product(kind):
+    A = _operator(kind)
+    assert A.fix_route() == "plain"
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+    first = A @ v
+    for _ in range(2 * A.shape[1]):
+        assert torch.equal(A @ v, first)
+    with pytest.raises(ValueError, match="plain"):
+        A.fix_route("scenic")
+
+
+@pytest.mark.parametrize("columns", [(), (3,), (9,)])
+def test_interrupted_cg_resumes_with_the_same_bits(tmp_path, columns):
+    size = _operator("damped").shape[0]
+    b = np.random.default_rng(0).standard_normal((size, *columns))
+        (_operator("damped").shape[0], *columns)
+    )
+    options = {"tolerance": 1e-8}
+    A = _operator("damped")
+    whole = CGInverseLinearOperator(A, checkpoint=tmp_path / "whole", **options) @ b
+
+    class Stop(Exception):
+        pass
+
+    A, products = _operator("damped"), 0
+    multiply = A._apply
+
+    def stopping(V):
+        nonlocal products
+        products += 1
+        if products > 6:
+            raise Stop
+        return multiply(V)
+
+    A._apply = stopping
+    with pytest.raises(Stop):
+        CGInverseLinearOperator(A, checkpoint=tmp_path / "part", **options) @ b
+    resumed = CGInverseLinearOperator(
+        _operator("damped"), checkpoint=tmp_path / "part", **options
+    )
+    assert np.array_equal(resumed @ b, whole)
+    other = 2 * _operator("damped")
+    with pytest.raises(ValueError, match="another"):
+        CGInverseLinearOperator(other, checkpoint=tmp_path / "part", **options) @ b
