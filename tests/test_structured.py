@@ -245,7 +245,9 @@ def test_failed_set_submatrix_leaves_the_old_one():
 
 
 @pytest.mark.parametrize(
-    "wrap", [np.asarray, scipy.sparse.csr_array, aslinearoperator], ids=["array", "sparse", "operator"]
+    "wrap",
+    [np.asarray, scipy.sparse.csr_array, aslinearoperator],
+    ids=["array", "sparse", "operator"],
 )
 def test_submatrix_of_foreign_operator(wrap):
     A = SubmatrixLinearOperator(wrap(FULL.numpy()), [1, 0], [2, 3, 4])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 
@@ -342,6 +343,35 @@ class Model:
         return sorted(
             {own[id(leaf)] for leaf in graph_leaves(output) if id(leaf) in own}
         )
+
+
+    def uses_frozen(self, X: Any) -> bool:
+        """Whether an evaluation uses a parameter of the user's that has no gradient.
+
+        These leave no trace in an output's graph.
+        """
+        frozen = [p for p, _ in self._users if not p.requires_grad]
+        if not frozen:
+            return False
+        with _Watch(frozen) as watch:
+            self(X)
+        return watch.met
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether a function of torch is called with one of some tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._ids = set(map(id, tensors))
+        self.met = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        leaves, _ = tree_flatten((args, kwargs))
+        self.met = self.met or not self._ids.isdisjoint(map(id, leaves))
+        return func(*args, **(kwargs or {}))
 
 
 class _Held(nn.Module):

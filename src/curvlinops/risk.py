@@ -695,9 +695,11 @@ class EmpiricalRisk:
         """Raise if the output depends on other tensors than it should."""
         leaked = self.model.foreign_leaves(batch.output)
         reached = self._names_reached(batch)
+        copied = isinstance(self.model_func, nn.Module) and self.model._held is None
+        if copied and self.model.uses_frozen(cloned(batch.X)):
+            raise _CopyLeaksError
         if not leaked and len(reached) == len(self.params):
             return
-        copied = isinstance(self.model_func, nn.Module) and self.model._held is None
         # Parameters that do not require gradients leave no trace when they leak.
         if copied and (leaked or self._names_reached_in_place(batch) - reached):
             raise _CopyLeaksError

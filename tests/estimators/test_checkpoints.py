@@ -248,8 +248,6 @@ def test_a_fixed_route_gives_the_same_bits_in_every_product(kind):
 def test_interrupted_cg_resumes_with_the_same_bits(tmp_path, columns):
     size = _operator("damped").shape[0]
     b = np.random.default_rng(0).standard_normal((size, *columns))
-        (_operator("damped").shape[0], *columns)
-    )
     options = {"tolerance": 1e-8}
     A = _operator("damped")
     whole = CGInverseLinearOperator(A, checkpoint=tmp_path / "whole", **options) @ b

@@ -480,8 +480,18 @@ def ekfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
                 continue
             QB, QA = bases[layer.name][0].factors
 
-            def rotate(groups: slice, b: Tensor, a: Tensor, Q: Any = (QB, QA)) -> Any:
-                return _side(Q[0], groups, b), _side(Q[1], groups, a)
+            sums_of_rows: dict[Any, list[Tensor]] = defaultdict(list)
+
+            def rotate(
+                groups: slice,
+                b: Tensor,
+                a: Tensor,
+                Q: Any = (QB, QA),
+                to: Any = sums_of_rows,
+            ) -> Any:
+                b = _side(Q[0], groups, b)
+                to[groups.start].append(b.sum(2))
+                return b, _side(Q[1], groups, a)
 
             total = evals[layer.name]
             for M, b, a in gradients(layer, batch, grads, rotate):
@@ -490,12 +500,9 @@ def ekfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
                 else:
                     total += M.square().sum(1)
             if layer.bias is not None:
-                rows = [
-                    layer.outputs(use, grads[id(use)], batch.size).sum(2, keepdim=True)
-                    for use, _ in layer.uses
-                ]
-                squares = _side(QB, slice(None), _total(rows)).square()
-                column[layer.name] += squares.sum((1, 2))
+                for start, rows in sums_of_rows.items():
+                    groups = slice(start, None if start is None else start + 1)
+                    column[layer.name][groups] += _total(rows).square().sum(1)
 
     estimation.sweep(None, add)
     D = estimation.denominator
