@@ -33,8 +33,12 @@ from tqdm import tqdm
 TIMED = [name for name in vars(Products) if name.startswith("time_")]
 #: Calls shorter than this are repeated within one measurement.
 SHORTEST = 0.1
+#: Seconds of CPU time beyond which one further turn is enough.
+LONG = 3.0
 #: Largest error, relative to the norm, of a result that counts as right.
 TOLERANCE = {"product": 1e-4, "block": 1e-4, "cg": 5e-2, "eigsh": 1e-2, "density": 0.1}
+#: Name, interpreter, and options for the operators.
+Contender = tuple[str, str, dict[str, Any]]
 
 
 class Worker:
@@ -163,12 +167,16 @@ class Case:
                 row["right"] = bool(row["error"] <= tolerance)
                 if not row["right"] and worker is self.workers[0]:
                     raise RuntimeError(f"Our own result is wrong: {row}")
-            row |= {"cpu": [], "wall": [], "laps": []}
+            # A long call that has been checked counts as a turn.
+            long = first["cpu"] > LONG
+            row |= {key: [first[key]] if long else [] for key in ("cpu", "wall")}
+            row["laps"] = []
             row["number"] = max(1, min(500, int(SHORTEST / max(first["cpu"], 1e-6))))
             rows[worker.name] = row
             total += max(first["cpu"], SHORTEST)
-        for turn in range(max(2, min(repeats, int(limit / max(total, 1e-9))))):
-            start = turn % max(len(workers), 1)
+        affordable = max(int(limit / total), 1 if total > LONG else 2) if rows else 0
+        for turn in range(min(repeats, affordable)):
+            start = turn % len(workers)
             for worker in workers[start:] + workers[:start]:
                 row = rows[worker.name]
                 reply = worker.ask(task=task, number=row["number"])
@@ -188,9 +196,7 @@ def set_bounds(case: Case) -> None:
         worker.ask(bounds=[-top if case.matrix == "hessian" else -0.1 * top, top])
 
 
-def memory(
-    contenders: list[tuple[str, str, dict[str, Any]]], name: str, matrix: str
-) -> list[dict[str, Any]]:
+def memory(contenders: list[Contender], name: str, matrix: str) -> list[dict[str, Any]]:
     """Return the peak memory of building an operator and multiplying repeatedly."""
     rows = []
     jobs = [("peakmem_products", *c) for c in contenders]
@@ -248,7 +254,7 @@ def save_picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def others_of(values: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
+def others_of(values: list[str]) -> list[Contender]:
     """Split ``NAME=PYTHON`` (or just ``PYTHON``)."""
     pairs = [v.split("=", 1) if "=" in v else ["other", v] for v in values]
     return [(name, python, {}) for name, python in pairs]
@@ -263,7 +269,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--matrices", nargs="+", default=list(MATRICES), choices=list(MATRICES))
     add("--repeats", type=int, default=9, help="turns of every contender")
     add(
-        "--limit", type=float, default=90.0, help="seconds per task, two turns at least"
+        "--limit",
+        type=float,
+        default=90.0,
+        help="seconds per task that set the number of turns",
     )
     add("--quick", action="store_true", help="two turns, no more than 5 s per task")
     add("--other", action="append", default=[], metavar="NAME=PYTHON")
@@ -275,7 +284,10 @@ def main() -> None:
     """Measure everything."""
     options = arguments().parse_args()
     repeats, limit = (2, 5.0) if options.quick else (options.repeats, options.limit)
-    contenders = [("ours", sys.executable, {}), *others_of(options.other)]
+    contenders: list[Contender] = [
+        ("ours", sys.executable, {}),
+        *others_of(options.other),
+    ]
     cache_off = ("cache off", sys.executable, {"cache": "off"})
     options.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {

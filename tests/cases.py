@@ -1068,6 +1068,7 @@ class Operator:
     ================  ==================================================================
     tag               meaning
     ================  ==================================================================
+    ``core``          its ways of computing a product are those of the others
     ``datafree``      has no model
     ``derived``       made of other operators, or without a model
     ``indefinite``    self-adjoint, but may have negative eigenvalues
@@ -1201,8 +1202,8 @@ def _remainder(*built: Any, **options: Any) -> Any:
 
 # Matrices of a model
 
-operator("hessian", HessianLinearOperator, references.hessian, "indefinite")
-operator("ggn", GGNLinearOperator, references.ggn)
+operator("hessian", HessianLinearOperator, references.hessian, "core", "indefinite")
+operator("ggn", GGNLinearOperator, references.ggn, "core")
 operator("ef", EFLinearOperator, references.empirical_fisher)
 operator(
     "fisher-mc",
@@ -1215,7 +1216,7 @@ operator(
     "ggn-mc",
     partial(GGNLinearOperator, **SAMPLES),
     partial(_sampled_fisher, **SAMPLES),
-    "sampled",
+    *("derived", "sampled"),
     without=["generic-loss"],
 )
 operator(
@@ -1333,7 +1334,7 @@ operator(
 operator(
     "neumann",
     lambda *built, **options: NeumannInverseLinearOperator(
-        _plus_identity(GGNLinearOperator(*built, **options)), num_terms=300, scale=0.2
+        _plus_identity(GGNLinearOperator(*built, **options)), num_terms=60, scale=0.6
     ),
     lambda *built: _damped_inverse(references.ggn(*built)),
     *("derived", "iterative"),

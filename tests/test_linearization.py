@@ -1,5 +1,10 @@
 """One batch's products against autograd, and what they keep in memory."""
 
+import collections
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 
@@ -131,3 +136,136 @@ def test_recordings_stay_within_the_budget(operator, monkeypatch):
             assert sum(n for _, n in B.risk._bytes.values()) <= budget
         assert len(B.risk._recordings) <= len(sizes)
     assert len(B.risk._recordings) == len(sizes)
+
+
+# -- recordings ---------------------------------------------------------------------
+
+
+def warmed_up(model, data, loss=None):
+    """Return a GGN after some products, and those of its recordings trusted or not."""
+    loss = loss or torch.nn.CrossEntropyLoss()
+    A = GGNLinearOperator(model, loss, dict(model.named_parameters()), data)
+    for _ in range(4):
+        A @ torch.ones(A.shape[1])
+    return A
+
+
+def trusted(A):
+    batches = A.risk._recordings.values()
+    return [route.trusted for b in batches for route in b._routes.values()]
+
+
+def test_dropping_an_operator_frees_its_graphs_at_once():
+    A = warmed_up(
+        torch.nn.Linear(3, 2), [(torch.rand(4, 3), torch.tensor([0, 1, 1, 0]))]
+    )
+    batches = [weakref.ref(b) for b in A.risk._recordings.values()]
+    gc.disable()
+    try:
+        del A
+        assert [b() for b in batches] == [None]
+    finally:
+        gc.enable()
+
+
+def test_pickles_carry_nothing_that_is_recomputed():
+    problem = find("mlp-tanh-ce").build()
+    A = GGNLinearOperator(*problem)
+    size = len(pickle.dumps(A))
+    for _ in range(A.shape[1]):
+        A @ torch.ones(A.shape[1], dtype=torch.float64)
+    assert A.risk._matrices
+    assert len(pickle.dumps(A)) <= 1.01 * size
+
+
+class Masked(torch.nn.Module):
+    """Attention with a mask of minus infinity as a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.out = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, X):
+        q = self.q(X)
+        weights = (q @ q.transpose(1, 2) + self.mask).softmax(-1)
+        return self.out(weights @ q).mean(1)
+
+
+def test_infinite_buffers_keep_recordings():
+    model = Masked()
+    A = warmed_up(model, [(torch.rand(5, 4, 3), torch.randint(2, (5,)))])
+    assert trusted(A) == [True]
+    model.mask[2, 1] = -torch.inf
+    fresh = warmed_up(model, A.risk.data)
+    v = torch.rand(A.shape[1])
+    assert_close(A @ v, fresh @ v, torch.float32, 1000)
+
+
+def test_infinite_inputs_are_the_same_in_every_pass():
+    X = torch.zeros(5, 3).masked_fill(torch.eye(5, 3) > 0, -torch.inf)
+    model = torch.nn.Sequential(torch.nn.Softmax(1), torch.nn.Linear(3, 2))
+    A = warmed_up(model, [(X, torch.randint(2, (5,)))])
+    assert not A.risk._shuffled
+
+
+class Graph(torch.nn.Module):
+    def __init__(self, **buffers):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, X):
+        return getattr(self, "A", X["A"]) @ self.linear(X["x"])
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.parametrize("as_buffer", [False, True])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_inputs_and_buffers(layout, as_buffer):
+    dense = (torch.rand(6, 6) < 0.5).float()
+    sparse = getattr(dense, layout)()
+    X, y = torch.rand(6, 3), torch.randint(2, (6,))
+    model = Graph(**({"A": sparse} if as_buffer else {}))
+    A = warmed_up(model, [({"x": X, "A": sparse}, y)])
+    values = sparse.values() if layout == "to_sparse_csr" else sparse._values()
+    for factor in (1, 2):
+        values.mul_(factor)
+        other = Graph()
+        other.linear = model.linear
+        fresh = warmed_up(other, [({"x": X, "A": factor * dense}, y)])
+        assert_close(A.to_dense(), fresh.to_dense(), torch.float32, 1000)
+
+
+def test_a_replaced_module_is_seen():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
+    data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+    A, v = warmed_up(model, data), torch.rand(8)
+    model[1] = torch.nn.Sigmoid()
+    assert_close(A @ v, warmed_up(model, data) @ v, torch.float32, 1000)
+
+
+class Closure(torch.nn.Module):
+    """Uses its layer both as an attribute and through a function that holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = linear = torch.nn.Linear(3, 2)
+        self.function = lambda X: linear(X)
+
+    def forward(self, X):
+        return torch.tanh(self.linear(X)) + self.function(X)
+
+
+def test_frozen_parameters_that_a_copy_would_miss_are_found():
+    model = Closure()
+    data = [(torch.rand(5, 3), torch.randint(2, (5,)))]
+    expected = warmed_up(model, data).to_dense()
+    A = warmed_up(model.requires_grad_(False), data)
+    assert_close(A.to_dense(), expected, torch.float32, 1000)
+
+
+def test_a_mapping_with_a_constructor_of_its_own_is_protected():
+    X = collections.defaultdict(list, x=torch.rand(6, 3), A=torch.eye(6).to_sparse())
+    assert trusted(warmed_up(Graph(), [(X, torch.randint(2, (6,)))]))

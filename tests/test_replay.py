@@ -115,6 +115,17 @@ def test_an_earlier_view_of_a_written_tensor_is_refused():
         record(product, [torch.ones(3)])
 
 
+def test_constants_computed_from_an_earlier_view_are_refused():
+    def product(vectors):
+        out = torch.zeros(3)
+        view = out[:2]
+        out.add_(vectors[0])
+        return [(2 * view) + vectors[0][:2]]
+
+    with pytest.raises(Unrecordable, match="view"):
+        record(product, [torch.ones(3)])
+
+
 def test_convolution_backward_computes_what_is_used():
     x, w = leaf(2, 3, 6, 6), leaf(4, 3, 3, 3)
     y = nn.functional.conv2d(x, w)
@@ -155,6 +166,24 @@ def test_work_outside_of_torch_is_seen_through_and_refused():
     assert not route.trusted
 
 
+def test_work_outside_of_torch_is_refused_though_the_vector_repeats():
+    route, v = Route(), [torch.ones(3, dtype=torch.float64)]
+    for _ in range(5):
+        route.multiply(lambda vs: [torch.from_numpy(3 * vs[0].numpy())], v, False)
+    assert not route.trusted
+
+
+def test_what_fails_under_watch_stays_plain():
+    def product(vectors):
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            raise TypeError("watched")
+        return [2 * vectors[0]]
+
+    route = Route()
+    multiply(route, product)
+    assert not route.trusted
+
+
 def test_blocks_take_the_vectorised_recording_and_fall_back():
     W, route = torch.randn(4, 3, dtype=torch.float64), Route()
 
@@ -164,7 +193,8 @@ def test_blocks_take_the_vectorised_recording_and_fall_back():
     for _ in range(3):
         V = torch.randn(5, 3, dtype=torch.float64)
         assert_close(route.multiply(product, [V], True)[0], V @ W.T)
-    assert route.replays(several=True)
+    assert route.trusted
+    assert route._vectorises
 
 
 # -- in operators -------------------------------------------------------------------

@@ -175,3 +175,11 @@ def test_scalars(scalar: object):
 def test_what_is_no_real_scalar(make: Callable):
     assert real_scalar(make()) is None
     assert real_scalar(torch.ones(1)) is None
+
+
+def test_arrays_with_strides_that_torch_lacks_are_copied():
+    records = np.zeros(4, dtype=[("a", "f8"), ("b", "u1")])
+    records["a"] = [1, 2, 3, 4]
+    space = TensorSpace.flat(4, torch.float64, "cpu")
+    with space.staging.convert(records["a"], space) as tensor:
+        assert tensor.tolist() == [1, 2, 3, 4]

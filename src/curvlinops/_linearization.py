@@ -101,11 +101,14 @@ class Linearization:
             if not self.writes:
                 return _checked_output(self._model(self.X), self.index)
             X = cloned(self.X)
-            seen = strided(tensors_in(X))
+            given = tensors_in(X)
+            seen = strided(given)
             versions = [t._version for t in seen]
             output = _checked_output(self._model(X), self.index)
-            self.writes = versions != [t._version for t in seen] or not all(
-                map(torch.equal, seen, strided(tensors_in(self.X)))
+            self.writes = (
+                [*map(id, given)] != [*map(id, tensors_in(X))]
+                or versions != [t._version for t in seen]
+                or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
             )
             return output
 
@@ -220,17 +223,17 @@ class Linearization:
         if key is None:
             return body(self, vectors)
         route = self._routes.setdefault(key, Route())
-        products = route.multiply(lambda v: body(self, v), vectors, several)
-        if route.trusted and all(r.trusted for r in self._routes.values()):
+        if route.trusted and all(r.trusted for r in list(self._routes.values())):
+            # Nobody has needed the graphs lately; they are built again on demand.
             with self._lock:
-                for name in _GRAPHS:  # built again should they be needed
+                for name in _GRAPHS:
                     self.__dict__.pop(name, None)
-        return products
+        return route.multiply(lambda v: body(self, v), vectors, several)
 
-    def replays(self, key: Hashable, several: bool) -> bool:
+    def replays(self, key: Hashable) -> bool:
         """Whether a product needs nothing but a recording of it."""
         route = self._routes.get(key)
-        return route is not None and route.replays(several)
+        return route is not None and route.trusted
 
     def jvp(self, V: Sequence[Tensor]) -> Tensor:
         """Multiply by the Jacobian; returns ``[*leading, *output.shape]``."""

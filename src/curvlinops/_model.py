@@ -344,7 +344,6 @@ class Model:
             {own[id(leaf)] for leaf in graph_leaves(output) if id(leaf) in own}
         )
 
-
     def uses_frozen(self, X: Any) -> bool:
         """Whether an evaluation uses a parameter of the user's that has no gradient.
 

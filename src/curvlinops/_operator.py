@@ -277,7 +277,9 @@ class TorchOperator:
         LinearOperator
             The operator itself, or a thin cast of it.
         """
-        if dtype is None or np.dtype(dtype) == self.dtype:
+        # Half precision is reported as float32: asked for, that is another type.
+        in_half = self.torch_dtype.itemsize < self.dtype.itemsize
+        if dtype is None or (np.dtype(dtype) == self.dtype and not in_half):
             return self
         return Cast(self, dtype)
 

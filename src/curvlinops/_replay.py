@@ -132,28 +132,29 @@ class Route:
             self._refused = program is None
         return plain
 
-    def replays(self, several: bool) -> bool:
-        """Whether a product is computed from the recording alone."""
-        return self.trusted and (not several or self._vectorises is True)
-
     def _multiply_several(
         self, product: Product, vectors: list[Tensor]
     ) -> Sequence[Tensor]:
         for column in range(2):
             if not (self.trusted or self._refused):
                 self.multiply(product, [v[column] for v in vectors], False)
-        if self.program is None or self._vectorises is False:
-            return product(vectors)
-        try:
-            products = self.program.vectorised(vectors)
-        except RuntimeError:  # an operation cannot be vectorised
-            self._vectorises = False
+        if (program := self.program) is None:
             return product(vectors)
         if self._vectorises is None:
-            first = self.program([v[0] for v in vectors])
-            self._vectorises = _close([p[0] for p in products], first, 0.5)
-            return self._multiply_several(product, vectors)
-        return products
+            self._vectorises = _vectorises(program, vectors)
+        if self._vectorises:
+            return program.vectorised(vectors)
+        columns = [program([v[k] for v in vectors]) for k in range(len(vectors[0]))]
+        return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
+def _vectorises(program: Program, vectors: list[Tensor]) -> bool:
+    """Whether a program with several vectors gives what it gives with each."""
+    try:
+        several = program.vectorised(vectors)
+    except RuntimeError:  # an operation cannot be vectorised
+        return False
+    return _close([p[0] for p in several], program([v[0] for v in vectors]), 0.5)
 
 
 def _verified(

@@ -167,11 +167,10 @@ class TensorSpace:
             If it lives on a device other than the CPU and :attr:`device`.
         """
         if tensor.is_floating_point() and tensor.dtype != self.dtype:
-            cast = tensor.dtype in (torch.float32, torch.float64)
             raise TypeError(
                 f"The operator computes in {self.dtype}, the operand is a tensor of "
-                f"{tensor.dtype}. Convert it with `x.to({self.dtype})`"
-                + ", or convert the operator with `A.to_scipy(dtype)`." * cast
+                f"{tensor.dtype}. Convert it with `x.to({self.dtype})`, or convert the "
+                f"operator with `A.to_scipy(dtype)`."
             )
         if tensor.device != self.device and tensor.device.type != "cpu":
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The enums of Kronecker-factored operators, under the path scripts import them from."""
+"""The enums of Kronecker-factored operators, under the path scripts import."""
 
 from curvlinops.kfac import FisherType, KFACType
 

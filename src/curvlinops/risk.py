@@ -389,7 +389,7 @@ class EmpiricalRisk:
         with self._alone():
             if (matrix := self._materialised(key, V, multiply)) is not None:
                 return matrix @ V
-            return self._session(lambda: multiply(V), key, V.shape[1] > 1)
+            return self._session(lambda: multiply(V), key)
 
     def _materialised(
         self, key: Hashable, V: Tensor, multiply: Callable[[Tensor], Tensor]
@@ -421,7 +421,7 @@ class EmpiricalRisk:
             if self._budget is None or used + nbytes > self._budget:
                 return None
             identity = torch.eye(P, dtype=V.dtype, device=V.device)
-            self._matrices[key] = self._session(lambda: multiply(identity), key, True)
+            self._matrices[key] = self._session(lambda: multiply(identity), key)
             self._bytes["matrix", key] = (0, nbytes)
             return self._matrices[key]
 
@@ -470,7 +470,7 @@ class EmpiricalRisk:
             return total.T
 
         self._refresh_if_changed()
-        return self._session(run, key, V.shape[1] > 1)
+        return self._session(run, key)
 
     def pull_back(
         self,
@@ -510,7 +510,7 @@ class EmpiricalRisk:
             return total.div_(self._denominator(count) if mean else 1).T
 
         self._refresh_if_changed()
-        return self._session(run, key, U.shape[1] > 1)
+        return self._session(run, key)
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
         r"""Yield :math:`J_b^\top u` for vectors ``[K, *output.shape]``, in chunks.
@@ -586,10 +586,8 @@ class EmpiricalRisk:
             return nullcontext()
         return self.model.exclusive()
 
-    def _session(
-        self, run: Callable[[], T], key: Hashable = None, several: bool = False
-    ) -> T:
-        if self._replays(key, several):
+    def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
+        if self._replays(key):
             return run()  # needs neither the model nor the data
         with preserved_rng(self.space.device):
             try:
@@ -598,7 +596,7 @@ class EmpiricalRisk:
                 self.model.evaluate_in_place()
                 return self.model.run(run)
 
-    def _replays(self, key: Hashable, several: bool) -> bool:
+    def _replays(self, key: Hashable) -> bool:
         """Whether all batches' products need nothing but a recording."""
         recordings = self._recordings
         return (
@@ -606,7 +604,7 @@ class EmpiricalRisk:
             and not self.plain
             and self._num_batches == len(recordings)
             and not torch.is_autocast_enabled(self.space.device.type)
-            and all(b.replays(key, several) for b in recordings.values())
+            and all(b.replays(key) for b in recordings.values())
         )
 
     def batches(self, title: str) -> Iterator[Linearization]:
@@ -799,6 +797,8 @@ class EmpiricalRisk:
         width = self._columns_at_once(key, batch)
         if V.shape[1] == 1 or width == 1:
             return 1
+        if not self.plain and batch.replays(key):
+            return width  # vectorised, and checked, on its own
         if key is None or key not in self._vectorises:
             self._vectorises[key] = self._agrees(body, batch, V[:, :2], inputs)
         return width if self._vectorises[key] else 1

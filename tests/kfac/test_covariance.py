@@ -7,6 +7,7 @@ from torch import nn
 from cases import find
 from curvlinops import KFACLinearOperator
 from curvlinops.kfac._covariance import LEAST_SIZE, gram, mirror, patch_covariance
+from curvlinops.kfac._handlers import HANDLERS
 from curvlinops.kfac._recording import Recorder
 from curvlinops.kfac._uses import KINDS
 from tolerances import assert_close
@@ -45,7 +46,7 @@ def test_shifted_images(monkeypatch, dims, kernel, padding, groups, joint):
     torch.manual_seed(0)
     layer = getattr(nn, f"Conv{dims}d")
     conv = layer(4, 6, kernel, padding=padding, groups=groups).double()
-    recorder = Recorder(dict(conv.named_parameters()))
+    recorder = Recorder(dict(conv.named_parameters()), HANDLERS)
     with recorder:
         conv(torch.randn(3, 4, *SIZES[dims]).double())
     [use] = recorder.uses
@@ -62,7 +63,7 @@ def test_shifted_images(monkeypatch, dims, kernel, padding, groups, joint):
 @pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2}])
 def test_other_convolutions_take_the_plain_way(options):
     conv = nn.Conv2d(2, 2, 3, **options)
-    recorder = Recorder(dict(conv.named_parameters()))
+    recorder = Recorder(dict(conv.named_parameters()), HANDLERS)
     with recorder:
         conv(torch.randn(1, 2, 20, 20))
     assert patch_covariance(torch.zeros(1, 18, 18), recorder.uses[0], False) is None

@@ -13,7 +13,8 @@ from torch import nn
 import references
 from cases import Lambda, find, problems, split
 from curvlinops import EmpiricalRisk
-from curvlinops.kfac._factors import Estimation, Settings, gradients
+from curvlinops.kfac._corrections import gradients
+from curvlinops.kfac._estimation import Estimation, Settings
 from curvlinops.kfac._layers import Fisher
 from tolerances import assert_close
 

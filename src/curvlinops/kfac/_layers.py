@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvlinops._linearization import Linearization
 from curvlinops._parts import data_gradients
+from curvlinops.kfac._handlers import HANDLERS
 from curvlinops.kfac._recording import Recorder, Use
 from curvlinops.kfac._uses import KINDS, Layout, applies_elementwise
 from curvlinops.losses import Loss
@@ -99,7 +100,7 @@ def batches(
     risk: EmpiricalRisk, bias: str, unsupported: str, title: str
 ) -> Iterator[Batch]:
     """Yield every batch with its layers (within ``risk.session``)."""
-    recorder = Recorder(risk.model.aliases)
+    recorder = Recorder(risk.model.aliases, HANDLERS)
     source = risk._fresh_batches(title)
     while True:
         recorder.clear()

@@ -15,7 +15,9 @@ from curvlinops._model import Parameters
 from curvlinops._operator import TorchOperator
 from curvlinops.ggn import DEFAULT_SEED
 from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping, load
-from curvlinops.kfac._factors import Estimation, Settings, ekfac, kfac, kfoc
+from curvlinops.kfac._corrections import ekfac, kfoc
+from curvlinops.kfac._estimation import Estimation, Settings
+from curvlinops.kfac._factors import kfac
 from curvlinops.kfac._layers import Fisher
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
