@@ -29,6 +29,7 @@ from the other one and that is right as well. Writes ``agreement.json`` and, if 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -42,7 +43,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agreement_worker import MATRICES, SAMPLED, build, import_cases, probes
+from agreement_worker import (
+    MATRICES,
+    SAMPLED,
+    SAMPLED_PROBLEMS,
+    build,
+    import_cases,
+    probes,
+)
 from torch import Tensor, nn
 
 TOLERANCE = 1e-10
@@ -398,8 +406,8 @@ def report(result: Row) -> str:
         title("Where the other package raises"),
         raising(rows),
         title("Sampled matrices, in expectation"),
-        "Means over seeds, relative to the GGN by central differences; z is the largest "
-        f"among quadratic forms, and significant above {LARGEST_Z:g}.\n",
+        "Means over seeds, relative to the GGN by central differences; z is the "
+        f"largest among quadratic forms, and significant above {LARGEST_Z:g}.\n",
         sampled(samples),
     ]
     return "\n".join(parts)
@@ -482,11 +490,10 @@ def compare_everything(other: str) -> Row:
                         joined[key]["matrix"], ours[key]["matrix"]
                     )
     samples = []
-    for name, matrix in theirs:
-        if matrix in SAMPLED:
-            reply = ours[name, matrix], theirs[name, matrix]
-            row = compare_samples(*reply, expected[name]["GGN"])
-            samples.append({"problem": name, "matrix": matrix, **row})
+    for name, matrix in itertools.product(SAMPLED_PROBLEMS, SAMPLED):
+        reply = ours[name, matrix], theirs[name, matrix]
+        row = compare_samples(*reply, expected[name]["GGN"])
+        samples.append({"problem": name, "matrix": matrix, **row})
     return {
         "versions": theirs["versions"],
         "tolerance": TOLERANCE,

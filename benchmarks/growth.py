@@ -3,7 +3,7 @@
 Run ``python benchmarks/growth.py --other 3.0.1=PYTHON --output DIR`` (the other
 package is optional). Contenders take turns as in ``products.py``; products are
 repeated ones, process CPU time, one thread, medians; memory is the peak of building an
-operator and multiplying six times, in a fresh process. Writes ``growth.json`` and
+operator and multiplying with it, in a fresh process. Writes ``growth.json`` and
 ``growth.png``.
 """
 
@@ -110,13 +110,11 @@ def main() -> None:
     for axis, value, name, columns in tqdm(points, desc="growth"):
         repeats = 2 if options.quick else options.repeats
         timed = measure(contenders, name, options.matrix, columns, repeats)
-        held = {}
-        if columns == 1:  # memory is that of single products
-            held = {
-                row["contender"]: row["bytes"]
-                for row in memory(contenders, name, options.matrix)
-                if row["task"] == "peakmem_products"
-            }
+        held = {
+            row["contender"]: row["bytes"]
+            for row in memory(contenders, name, options.matrix, columns)
+            if row["task"] != "peakmem_gradient"
+        }
         for row in timed:
             nbytes = held.get(row["contender"])
             rows.append({"axis": axis, "value": value, **row, "bytes": nbytes})

@@ -196,15 +196,20 @@ def set_bounds(case: Case) -> None:
         worker.ask(bounds=[-top if case.matrix == "hessian" else -0.1 * top, top])
 
 
-def memory(contenders: list[Contender], name: str, matrix: str) -> list[dict[str, Any]]:
+def memory(
+    contenders: list[Contender], name: str, matrix: str, columns: int = 1
+) -> list[dict[str, Any]]:
     """Return the peak memory of building an operator and multiplying repeatedly."""
     rows = []
-    jobs = [("peakmem_products", *c) for c in contenders]
-    jobs.append(("peakmem_gradient", *contenders[0]))
-    for task, contender, python, options in jobs:
+    task, arguments = "peakmem_products", []
+    if columns > 1:
+        task, arguments = "peakmem_block", [columns]
+    jobs = [(task, arguments, *c) for c in contenders]
+    jobs.append(("peakmem_gradient", [], *contenders[0]))
+    for task, arguments, contender, python, options in jobs:
         with Worker(contender, python, **options) as worker:
             worker.ask(setup=[name, matrix])
-            reply = worker.ask(task=task, number=1)
+            reply = worker.ask(task=task, number=1, arguments=arguments)
         row = {"problem": name, "matrix": matrix, "task": task, "contender": contender}
         failed = {"failed": reply["error"]} if "error" in reply else {}
         rows.append({**row, "bytes": reply.get("bytes"), **failed})

@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 import traceback
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
@@ -39,7 +40,7 @@ class Curvlinops:
     gets what ``to_scipy()`` returns.
     """
 
-    package = "curvlinops"
+    distributions = ("curvlinops-scipy", "curvlinops-for-pytorch")
 
     def __init__(self, **options: Any) -> None:
         import curvlinops
@@ -85,7 +86,7 @@ class Curvlinops:
 class Eigenthings(Curvlinops):
     """Operators of pytorch-hessian-eigenthings, which are not SciPy's."""
 
-    package = "hessian-eigenthings"
+    distributions = ("hessian-eigenthings",)
 
     def __init__(self, **options: Any) -> None:
         import hessian_eigenthings
@@ -146,8 +147,8 @@ class Products:
         """Return one operator that has multiplied enough, for warm tasks."""
         if self.A is None:
             self.A = self.fresh()
-            ours = self.contender.package == "curvlinops" and hasattr(self.A, "risk")
-            for _ in range(self.problem.warmup if ours else 2):
+            keeps = hasattr(self.A, "risk")  # recordings, from product to product
+            for _ in range(self.problem.warmup if keeps else 2):
                 self.A @ self.contender.operand(self.A, self.x)
         return self.A
 
@@ -224,6 +225,9 @@ class Products:
             result = self.multiply(A)
         return result
 
+    def peakmem_block(self, K: int) -> Any:
+        return self.block(K)
+
 
 def vector(dim: int) -> np.ndarray:
     """Return the operand of all single products."""
@@ -247,16 +251,16 @@ def reset_peak() -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def versions(package: str) -> dict[str, str]:
+def versions(contender: Curvlinops) -> dict[str, str]:
     """Return the versions of everything that matters."""
-    names = ("curvlinops-scipy", "curvlinops-for-pytorch", "hessian-eigenthings")
     found = {"python": platform.python_version()}
-    found |= {m.__name__: m.__version__ for m in (np, scipy, torch)}
-    for name in names:
-        try:
+    found |= {m.__name__: str(m.__version__) for m in (np, scipy, torch)}
+    for name in contender.distributions:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+            return found
+    module = contender.module
+    found[module.__name__] = getattr(module, "__version__", "unknown")
     return found
 
 
@@ -269,7 +273,7 @@ def answer(suite: Products, command: dict[str, Any]) -> dict[str, Any]:
         return {
             "dim": suite.dim,
             "checksum": sum(sums),
-            "versions": versions(suite.contender.package),
+            "versions": versions(suite.contender),
         }
     if "bounds" in command:
         suite.bounds = tuple(command["bounds"])
