@@ -1229,7 +1229,7 @@ operator(
     "ggn-diagonal-mc",
     partial(GGNDiagonalLinearOperator, **SAMPLES),
     lambda *built: _sampled_fisher(*built, **SAMPLES).diagonal().diag(),
-    *("sampled", "stored"),
+    *("derived", "sampled", "stored"),
     without=["generic-loss"],
 )
 operator(
@@ -1245,14 +1245,14 @@ operator(
         model, *rest, **options
     ),
     lambda model, _, *rest: references.jacobian(model, *rest).T,
-    *("rectangular", "ordered"),
+    *("derived", "rectangular", "ordered"),
     unchecked_passes=1,
 )
 operator(
     "tangent-kernel",
     partial(GramLinearOperator, weighted=False),
     lambda model, _, *rest: (J := references.jacobian(model, *rest)) @ J.T,
-    "ordered",
+    *("derived", "ordered"),
     passes=2,
     unchecked_passes=1,
 )
@@ -1334,7 +1334,7 @@ operator(
 operator(
     "neumann",
     lambda *built, **options: NeumannInverseLinearOperator(
-        _plus_identity(GGNLinearOperator(*built, **options)), num_terms=60, scale=0.6
+        _plus_identity(GGNLinearOperator(*built, **options)), num_terms=120, scale=0.2
     ),
     lambda *built: _damped_inverse(references.ggn(*built)),
     *("derived", "iterative"),

@@ -146,7 +146,7 @@ class Law:
             for problem in self.problems:
                 # what is derived inherits what depends on the problem
                 few = "derived" not in operator.tags or problem.name in DERIVED
-                if few and operator.exists_for(problem):
+                if (few or self.slow) and operator.exists_for(problem):
                     yield operator, problem
 
 
@@ -214,6 +214,11 @@ def every_route_equals_the_dense_reference(s: Subject) -> None:
 @law(None, without=["core", "derived"], slow=True)
 def every_route_of_the_others_equals_the_dense_reference(s: Subject) -> None:
     every_route_equals_the_dense_reference(s)
+
+
+@law(None, only=["derived"], without=["datafree"], slow=True)
+def columns_of_the_derived_equal_the_dense_reference_everywhere(s: Subject) -> None:
+    columns_equal_the_dense_reference(s)
 
 
 @law()
