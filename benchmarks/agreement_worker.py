@@ -140,6 +140,19 @@ class Computer:
             names["curvlinops"] = metadata.packages_distributions()["curvlinops"][0]
         return {key: f"{n} {metadata.version(n)}" for key, n in names.items()}
 
+    def samples_ggn(self) -> bool:
+        """Tell whether the GGN takes a number of samples."""
+        return "mc_samples" in signature(self.package.GGNLinearOperator).parameters
+
+    def substitutes(self) -> list[str]:
+        """Tell what is compared in place of what the package lacks."""
+        notes = []
+        if not hasattr(self.package, MATRICES["GGN diagonal"]):
+            notes.append("For the diagonal of the GGN it has only the GGN.")
+        if not self.samples_ggn():
+            notes.append("For the sampled GGN it has only FisherMC.")
+        return notes
+
     def operator(self, cls: str, problem: Any, join: bool = False, **options: Any):
         """Build an operator."""
         built = build(self.cases, problem, join)
@@ -155,11 +168,11 @@ class Computer:
     def matrix(self, name: str, problem: Any, join: bool) -> dict[str, Any]:
         """Compute a matrix, or tell how that failed.
 
-        A package without an operator for the diagonal of the GGN has that of the GGN.
+        The diagonal of the GGN may be no operator of its own.
         """
         cls = MATRICES[name]
         try:
-            if not hasattr(self.package, cls):
+            if name == "GGN diagonal" and not hasattr(self.package, cls):
                 A = self.operator(MATRICES["GGN"], problem, join)
                 return {"matrix": dense(A).diag().diag()}
             return {"matrix": dense(self.operator(cls, problem, join))}
@@ -167,12 +180,9 @@ class Computer:
             return {"raised": first_line(error)}
 
     def samples(self, name: str, problem: Any) -> dict[str, Any]:
-        """Compute a sampled matrix under many seeds, as seen by a few vectors.
-
-        A package whose GGN is never sampled has ``FisherMCLinearOperator`` for that.
-        """
+        """Compute a sampled matrix under many seeds, as seen by a few vectors."""
         cls, mc_samples = SAMPLED[name]
-        if "mc_samples" not in signature(getattr(self.package, cls)).parameters:
+        if cls == "GGNLinearOperator" and not self.samples_ggn():
             cls = "FisherMCLinearOperator"
         forms = []
         try:
@@ -220,7 +230,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     computer = Computer(arguments.is_other)
-    results: dict[str, Any] = {"versions": computer.versions()}
+    results: dict[str, Any] = {
+        "versions": computer.versions(),
+        "substitutes": computer.substitutes(),
+    }
     for matrix, problem in jobs(arguments, computer.cases):
         results[problem.name, matrix] = computer.matrix(matrix, problem, arguments.join)
     for name in () if arguments.only else SAMPLED_PROBLEMS:

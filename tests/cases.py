@@ -1030,10 +1030,10 @@ regression(
 regression("generic-mean", small, rows(3), "generic-loss", loss=_log_cosh("mean"))
 regression("generic-sum", small, rows(3), "generic-loss", "sum", loss=_log_cosh("sum"))
 regression(
-    "generic-nll",  # linear in the prediction: its GGN is zero
+    "nll",  # linear in the prediction: its GGN is zero
     lambda: nn.Sequential(mlp(3, 4, 3), nn.LogSoftmax(1)),
     rows(3),
-    "generic-loss",
+    "classification",
     loss=nn.NLLLoss,
     targets=labels,
 )

@@ -59,8 +59,14 @@ class Subject:
 
     @cached_property
     def A(self) -> Any:
-        """The operator. Laws share it and must not change it."""
-        return self.build()
+        """The operator. Laws share it and must not change it.
+
+        That its data repeat is checked for few operators, since all do it alike.
+        """
+        A = self.build(check_deterministic="core" in self.tags)
+        with _unused_parameters_are_allowed():
+            A @ np.ones(A.shape[1])
+        return A
 
     @cached_property
     def dense(self) -> Tensor:

@@ -36,7 +36,7 @@ CHOICE = (
     "mse-tokens",
     "generic-huber",
     "generic-sum",
-    "generic-nll",
+    "nll",
     "callable",
     "loader",
     "embedding-padding",

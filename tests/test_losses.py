@@ -726,3 +726,28 @@ def test_what_opaque_losses_cannot_do():
         ValueError, match=r"sampler returned shape \(4, 3\).*\(2, 4, 3\)"
     ):
         wrong.sample_gradients(2, torch.Generator())
+
+
+# -- negative log-likelihood --------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_negative_log_likelihood_counts_like_torch(weighted):
+    torch.manual_seed(0)
+    output = torch.randn(5, 3, 2, dtype=torch.float64).log_softmax(1).requires_grad_()
+    target = torch.tensor([[0, 1], [2, -100], [1, 1], [0, 2], [-100, 0]])
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64) if weighted else None
+    loss = as_loss_function(nn.NLLLoss(weight=weight))(output, target)
+    mean = F.nll_loss(output, target, weight=weight)
+    assert_close(loss.value() / loss.count, mean, size=10)
+    (expected,) = torch.autograd.grad(mean, output)
+    assert_close(loss.gradient() / loss.count, expected, size=10)
+    assert not loss.hessian_mul(torch.ones_like(output)).any()
+    assert loss.class_axis == -2
+    with pytest.raises(NotImplementedError, match="CrossEntropyLoss"):
+        loss.sample_gradients(1, torch.Generator())
+
+
+def test_negative_log_likelihood_takes_class_indices():
+    with pytest.raises(ValueError, match="class indices"):
+        as_loss_function(F.nll_loss)(torch.zeros(2, 3), torch.zeros(2, 3))

@@ -194,6 +194,9 @@ class KrylovInverse(Inverse):
         #: The system that SciPy solves; its dtype is that of SciPy's vectors.
         self._system: TorchOperator = self._A
 
+    def _parts(self) -> list[TorchOperator]:
+        return [self._A]
+
     def _read(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the hyperparameters that are not ``None`` under SciPy's names."""
         name = type(self).__name__

@@ -89,7 +89,7 @@ class Linearization:
         self._lock = RLock()
         self._notes: dict[Any, Any] = {}
         self._routes: dict[Hashable, Route] = {}
-        self._nbytes = 0, 0
+        self._nbytes: tuple[tuple[int, ...], int] = ((), 0)
         f = self.output
         #: Space of the output, known also while the output is not kept.
         self.output_space = TensorSpace([f.shape], f.dtype, f.device)
@@ -175,23 +175,30 @@ class Linearization:
         return graph
 
     @property
-    def stage(self) -> int:
-        """A number that changes whenever what is kept does."""
-        graphs = sum(2**i for i, n in enumerate(_GRAPHS) if n in self.__dict__)
-        programs = sum(r.program is not None for r in self._routes.values())
-        return graphs + 2 ** len(_GRAPHS) * programs
+    def stage(self) -> tuple[int, ...]:
+        """What changes whenever something else is kept."""
+        loss = self.__dict__.get("loss")
+        return (
+            *(name in self.__dict__ for name in _GRAPHS),
+            sum(r.program is not None for r in list(self._routes.values())),
+            len(self._notes),
+            len(vars(loss)) if loss else 0,
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes that graphs and recordings keep alive."""
+        """Bytes that graphs, recordings and everything else here keep alive."""
         stage, nbytes = self._nbytes
         if stage != self.stage:
             stage = self.stage
             _, transposed = self.__dict__.get("_transposed", (None, []))
             kept = [self.__dict__.get("output"), *transposed]
             kept += self.__dict__.get("_gradient", [])
-            for route in self._routes.values():
+            for route in list(self._routes.values()):
                 kept += route.program.constants if route.program else []
+            loss = self.__dict__.get("loss")
+            held = [self.y, list(self._notes.values()), vars(loss) if loss else None]
+            kept += tensors_in(held)
             roots = [t for t in kept if t is not None]
             nbytes = graph_bytes(roots, exclude=self._leaves)
             self._nbytes = stage, nbytes

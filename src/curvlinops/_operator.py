@@ -310,6 +310,7 @@ class TorchOperator:
 
         Products may be computed in several ways, which agree up to rounding. With a
         fixed route, a computation that is interrupted and resumed gives the same bits.
+        Estimators and solvers with ``checkpoint=`` fix it for as long as they run.
 
         Parameters
         ----------
@@ -324,10 +325,25 @@ class TorchOperator:
         """
         if route not in (None, "plain"):
             raise ValueError(f"The one route to fix is 'plain', got {route!r}.")
-        for part in getattr(self, "args", ()):
-            if isinstance(part, TorchOperator):
-                part.fix_route(route)
+        for part in self._parts():
+            part.fix_route(route)
         return "plain"
+
+    def free_route(self) -> None:
+        """Take back one :meth:`fix_route`."""
+        for part in self._parts():
+            part.free_route()
+
+    def parameters_fingerprint(self) -> str | None:
+        """Return a digest of the parameters behind the matrix, ``None`` without any."""
+        digests = [part.parameters_fingerprint() for part in self._parts()]
+        found = dict.fromkeys(digest for digest in digests if digest is not None)
+        return " ".join(found) or None
+
+    def _parts(self) -> list[TorchOperator]:
+        """Return the operators of which this one is composed."""
+        parts = getattr(self, "args", ())
+        return [part for part in parts if isinstance(part, TorchOperator)]
 
     def __repr__(self) -> str:
         """Return shape, class, dtype, device."""

@@ -563,6 +563,86 @@ class CrossEntropy(Loss):
         return _root(self._scale) * residual
 
 
+class NegativeLogLikelihood(Loss):
+    r"""Negative log-likelihood of class indices.
+
+    .. math::
+
+        S(f) = -\sum_t w_{y_t} f_{t y_t}, \qquad
+        \frac{\partial^2 S}{\partial f_t^2} = 0
+
+    The output holds log-probabilities, and the loss is linear in them: its Hessian is
+    zero, and so is a GGN. All curvature is the model's. For the Fisher matrix of a
+    classifier take the logits as output and cross-entropy as loss.
+
+    Parameters
+    ----------
+    output, target, weight, ignore_index
+        As for :class:`CrossEntropy`, with class indices.
+
+    Raises
+    ------
+    ValueError
+        If the target does not fit, or holds class probabilities.
+    NotImplementedError
+        For samples: the likelihood's parameters are not in the output.
+
+    Examples
+    --------
+    >>> f, y = torch.zeros(2, 3), torch.tensor([2, -100])
+    >>> loss = NegativeLogLikelihood(f, y, weight=torch.tensor([1.0, 1.0, 5.0]))
+    >>> loss.count, loss.gradient()[0]
+    (tensor(5.), tensor([ 0.,  0., -5.]))
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(output, target)
+        labels = CrossEntropy(output, target, weight=weight, ignore_index=ignore_index)
+        if labels.target.is_floating_point():
+            raise ValueError(
+                "The negative log-likelihood needs class indices (integers) as target, "
+                f"got {_describe(target)}. For class probabilities use cross-entropy."
+            )
+        self.target, self.weight, self.count = (
+            labels.target,
+            labels.weight,
+            labels.count,
+        )
+        self.ignore_index, self._axis = ignore_index, labels.class_axis
+
+    @property
+    def class_axis(self) -> int:
+        """Axis 1 of batched log-probabilities, the only one of ``[C]``."""
+        return self._axis
+
+    def _evaluate(self, output: Tensor) -> Tensor:
+        return F.nll_loss(
+            output.to(self._dtype),
+            self.target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction="sum",
+        )
+
+    def _hessian_mul(self, U: Tensor) -> Tensor:
+        return torch.zeros_like(U)
+
+    _factor_mul = _factor_transpose_mul = _hessian_mul
+
+    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+        raise NotImplementedError(
+            "Samples of a negative log-likelihood need its logits: let the model "
+            "return them (without log_softmax), and use nn.CrossEntropyLoss()."
+        )
+
+
 class Generic(Loss):
     r"""Any callable ``function(output, target)`` with a 0-d result, through autograd.
 
@@ -734,6 +814,8 @@ _KNOWN: dict[Callable[..., Any], type[Loss]] = {
     F.binary_cross_entropy_with_logits: BCEWithLogits,
     nn.CrossEntropyLoss: CrossEntropy,
     F.cross_entropy: CrossEntropy,
+    nn.NLLLoss: NegativeLogLikelihood,
+    F.nll_loss: NegativeLogLikelihood,
 }
 
 # Their second derivative is zero wherever it exists

@@ -192,7 +192,8 @@ class EmpiricalRisk:
         self.terms_per_datum = num_per_example_loss_terms or 1
         self.cache = cache
         #: Whether products are neither replayed nor materialised.
-        self.plain = False
+        #: How many times products were asked to be plain; see `fix_route`.
+        self.plain = 0
         #: Whether the data is known to give the same batches in every pass, ...
         self._repeats = isinstance(self.data, (list, tuple))
         #: ... or known not to.
@@ -236,7 +237,7 @@ class EmpiricalRisk:
             self.loss = self._make_loss_function()
             self._unwritten: set[int] = set()
             self._recordings: dict[int, Linearization] = {}
-            self._bytes: dict[Hashable, tuple[int, int]] = {}
+            self._bytes: dict[Hashable, tuple[tuple[int, ...], int]] = {}
             self._matrices: dict[Hashable, Tensor] = {}
             self._spent: dict[Hashable, float] = {}
             self._budget: int | None = None
@@ -422,7 +423,7 @@ class EmpiricalRisk:
                 return None
             identity = torch.eye(P, dtype=V.dtype, device=V.device)
             self._matrices[key] = self._session(lambda: multiply(identity), key)
-            self._bytes["matrix", key] = (0, nbytes)
+            self._bytes["matrix", key] = ((), nbytes)
             return self._matrices[key]
 
     def _cost(self, key: Hashable, K: int) -> float:
@@ -469,8 +470,7 @@ class EmpiricalRisk:
                 self._add_products(body, batch, V, part, (self.space, outputs), key)
             return total.T
 
-        self._refresh_if_changed()
-        return self._session(run, key)
+        return self.session(run, key)
 
     def pull_back(
         self,
@@ -509,8 +509,7 @@ class EmpiricalRisk:
                 count = count + batch.count if mean else count
             return total.div_(self._denominator(count) if mean else 1).T
 
-        self._refresh_if_changed()
-        return self._session(run, key)
+        return self.session(run, key)
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
         r"""Yield :math:`J_b^\top u` for vectors ``[K, *output.shape]``, in chunks.
@@ -571,11 +570,14 @@ class EmpiricalRisk:
         seen = self.session(lambda: look(self, self.batches("gradient_and_loss")))
         return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
 
-    def session(self, run: Callable[[], T]) -> T:
-        """Return ``run()``, with the model ready for :meth:`batches`."""
+    def session(self, run: Callable[[], T], key: Hashable = None) -> T:
+        """Return ``run()``, with the model ready for :meth:`batches`.
+
+        Unless the product named ``key`` needs nothing but its recordings.
+        """
         self._refresh_if_changed()
         with self._alone():
-            return self._session(run)
+            return self._session(run, key)
 
     def _alone(self) -> AbstractContextManager[Any]:
         """Lock a module that is, or might turn out to be, evaluated in place.
@@ -735,7 +737,7 @@ class EmpiricalRisk:
         stage = batch.stage
         with self._lock:
             index = batch.index
-            known, _ = self._bytes.get(index, (-1, 0))
+            known, _ = self._bytes.get(index, (None, 0))
             if known == stage or (self._full and index not in recordings):
                 return
             if self._budget is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -49,8 +50,22 @@ class RiskOperator(TorchOperator):
         <curvlinops._operator.TorchOperator.fix_route>`.
         """
         route = super().fix_route(route)
-        self.risk.plain = True
+        self.risk.plain += 1
         return route
+
+    def free_route(self) -> None:
+        """Take back one :meth:`fix_route`."""
+        super().free_route()
+        self.risk.plain = max(self.risk.plain - 1, 0)
+
+    def parameters_fingerprint(self) -> str:
+        """Return a digest of the parameters' names and bits."""
+        digest = hashlib.sha256()
+        for name, value in self.risk.params.items():
+            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(name.encode())
+            digest.update(bits.numpy())
+        return digest.hexdigest()
 
     def refresh(self) -> None:
         """Forget recordings, after changes that cannot be seen.

@@ -342,6 +342,9 @@ class BlockDiagonalLinearOperator(TorchOperator, LinearOperator):
         ]
         return torch.cat(products)
 
+    def _parts(self) -> list[TorchOperator]:
+        return [*self.blocks]
+
     def _adjoint(self) -> TorchOperator:
         adjoints = tuple(block.adjoint() for block in self.blocks)
         if adjoints == self.blocks:
@@ -414,6 +417,9 @@ class SubmatrixLinearOperator(TorchOperator, LinearOperator):
         scattered = V.new_zeros(self._full.shape[1], V.shape[1])
         scattered[self._cols] = V
         return self._full._apply(scattered)[self._rows]
+
+    def _parts(self) -> list[TorchOperator]:
+        return [self._full]
 
     def _adjoint(self) -> TorchOperator:
         adjoint = self._full.adjoint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,11 @@ _HALF = (torch.float16, torch.bfloat16)
 def to_numpy(x: Any) -> np.ndarray:
     """Return a tensor (from any device) or array-like as NumPy array."""
     return x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
+
+
+def to_json(x: Any) -> str:
+    """Return nested settings as JSON, numbers of NumPy and torch included."""
+    return json.dumps(x, default=lambda number: to_numpy(number).tolist())
 
 
 class ArrayResult:
@@ -96,6 +102,33 @@ class Estimate(ArrayResult):
         return float(self.value)
 
 
+@dataclass(frozen=True)
+class Home:
+    """Where a matrix's results live; knows the matrix no more.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        Of the matrix.
+    device : torch.device or None
+        Of the matrix; ``None`` if its results are NumPy's.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | None
+
+    def __call__(self, x: Any) -> Any:
+        """Return a tensor or number in this dtype, on this device or as NumPy's."""
+        tensor = torch.as_tensor(x)
+        if tensor.is_complex() and not self.dtype.is_complex:
+            tensor = tensor.real
+        real = self.dtype.to_real()
+        tensor = tensor.to(self.dtype if tensor.is_complex() else real)
+        if self.device is None:
+            return tensor.cpu().numpy()[()]
+        return tensor.to(self.device)
+
+
 class Operand:
     """A matrix as algorithms see it: products of tensors, checked and counted.
 
@@ -147,6 +180,11 @@ class Operand:
         return int(self.shape[1])
 
     @property
+    def products_per_column(self) -> int:
+        """Products with the matrix that one column takes."""
+        return 1 + self._gram
+
+    @property
     def name(self) -> str:
         """Class of the matrix, for messages."""
         return type(self.matrix).__name__
@@ -196,14 +234,10 @@ class Operand:
                 "behind it (overflow in half precision, a batch without targets)."
             )
 
-    def result(self, x: Any) -> Any:
-        """Return a tensor or number as what the user of this matrix works with."""
-        tensor = torch.as_tensor(x)
-        if tensor.is_complex() and not self.dtype.is_complex:
-            tensor = tensor.real
-        real = self.dtype.to_real()
-        tensor = tensor.to(self.dtype if tensor.is_complex() else real)
-        return tensor.to(self.device) if self.on_torch else tensor.cpu().numpy()[()]
+    @property
+    def result(self) -> Home:
+        """What brings numbers to where the user of this matrix works."""
+        return Home(self.dtype, self.device if self.on_torch else None)
 
 
 def require_positive_int(name: str, value: Any) -> int:
@@ -213,6 +247,12 @@ def require_positive_int(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name} is a positive integer, got {value}.")
     return int(value)
+
+
+def require_tolerance(name: str, value: Any) -> None:
+    """Raise unless a tolerance is a number that is not negative."""
+    if not 0 <= value < np.inf:
+        raise ValueError(f"{name} is a tolerance, 0 or above, got {value!r}.")
 
 
 def require_choice(name: str, value: Any, choices: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from curvlinops._random import Probes, Rng, as_seed
 from curvlinops.estimators._base import Estimate, Operand, require_positive_int
 from curvlinops.estimators.checkpoint import (
+    Journal,
+    close_journal,
     journalled_multiply,
     open_journal,
     read_identity,
@@ -200,19 +203,24 @@ class Run:
         )
         self.full_output = bool(options.get("return_estimate", False))
         self.converged = True
-        settings |= {
+        self._path, self._task = path, task
+        self._settings = settings | {
             "distribution": distribution,
             "seed": self.seed,
             "until": self.until,
             "block_size": self.block_size,
         }
-        self.journal = open_journal(path, self.operand, task, settings)
         self.bar = tqdm(
             desc=f"{task} {self.operand.name} on {self.operand.device}",
             total=total,
             unit="product",
             disable=not options.get("progressbar", False),
         )
+
+    @cached_property
+    def journal(self) -> Journal | None:
+        """The checkpoint; opened at first use, when all arguments have been checked."""
+        return open_journal(self._path, self.operand, self._task, self._settings)
 
     def _default_block_size(self) -> int:
         columns = BLOCK_BYTES // max(self.dim * self.operand.dtype.itemsize, 1)
@@ -236,15 +244,37 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         """Close progress bar and checkpoint."""
         self.bar.close()
+        close_journal(vars(self).get("journal"), self.operand)
+
+    def save(self, section: str, arrays: dict[str, Any]) -> None:
+        """Record the state of a section in the checkpoint, if there is one."""
         if self.journal is not None:
-            self.journal.close()
+            count = self.operand.num_products
+            self.journal.save(section, **arrays, num_products__=count)
+
+    def load(self, section: str) -> dict[str, Any] | None:
+        """Return the state saved last for a section; its products count again."""
+        state = None if self.journal is None else self.journal.load(section)
+        if state is not None:
+            count = int(state.pop("num_products__"))
+            self.bar.update(max(count - self.operand.num_products, 0))
+            self.operand.num_products = max(count, self.operand.num_products)
+        return state
 
     def multiply(self, X: Tensor, adjoint: bool = False, record: bool = True) -> Tensor:
         """Multiply a ``(N, K)`` tensor, recorded in the checkpoint unless told not."""
         journal = self.journal if record else None
+        before = self.operand.num_products
         Y = journalled_multiply(journal, self.operand, X, adjoint)
-        self.bar.update(X.shape[1])
+        made = self.operand.num_products - before
+        if self.bar.total is not None and self.bar.n + made > self.bar.total:
+            self.expect(max(made, 10))  # a solver goes on: for how long is not known
+        self.bar.update(made)
         return Y
+
+    def expect(self, products: int) -> None:
+        """Tell the progress bar that at least so many more products follow."""
+        self.bar.total = max(self.bar.total or 0, self.bar.n + products)
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges of columns to be multiplied at once."""
@@ -275,15 +305,14 @@ class Run:
         section : str, optional
             Name under which the accumulator's state is kept in the checkpoint.
         """
-        journal = self.journal if section is not None else None
-        if journal is not None and (state := journal.load(str(section))) is not None:
+        if section is not None and (state := self.load(section)) is not None:
             accumulator.restore(state)
         while accumulator.count < num_samples and not self.enough(accumulator):
             first = start + accumulator.count
             last = min(first + self.block_size, start + num_samples)
             accumulator.add(integrand(self.probes.block(first, last)))
-            if journal is not None:
-                journal.save(str(section), **accumulator.state())
+            if section is not None:
+                self.save(section, accumulator.state())
 
     def enough(self, accumulator: Accumulator) -> bool:
         """Whether the standard error asked for is reached."""
@@ -300,6 +329,11 @@ class Run:
         """Return the mean of an integrand of the test vectors, as the user wants it."""
         moments = Moments()
         self.accumulate(moments, integrand, num_samples, section="moments")
+        if moments.count > num_samples:
+            raise ValueError(
+                f"The checkpoint {self._path} holds {moments.count} samples, and "
+                f"{num_samples} were asked for. Ask for no fewer, or give another path."
+            )
         return self.result(*moments.mean_and_sem(), moments.count)
 
     def stages(self, limit: int) -> Iterator[int]:

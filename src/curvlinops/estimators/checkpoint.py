@@ -30,7 +30,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._random import Probes
-from curvlinops.estimators._base import Operand, to_numpy
+from curvlinops.estimators._base import Operand, to_json, to_numpy
 
 _HEADER = struct.Struct("<4sQI")
 _MARK = b"CLOj"
@@ -55,6 +55,12 @@ def matrix_fingerprint(operand: Operand) -> list[float]:
     signs = Probes(len(y), "rademacher", 1, operand.dtype, operand.device).block(0, 3)
     numbers = [torch.linalg.vector_norm(y), *(signs.mH @ y).flatten().real]
     return [float(number) for number in numbers]
+
+
+def parameters_fingerprint(operand: Operand) -> str | None:
+    """Return the digest of a model's parameters, ``None`` for other matrices."""
+    digest = getattr(operand.matrix, "parameters_fingerprint", None)
+    return None if digest is None else digest()
 
 
 def _differ(key: str, a: Any, b: Any, rtol: float) -> bool:
@@ -91,12 +97,11 @@ def _read_record(file: BinaryIO) -> bytes | None:
     if len(header) < _HEADER.size:
         return None
     mark, length, checksum = _HEADER.unpack(header)
-    if mark != _MARK:
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if mark != _MARK or length > left:
         return None
     payload = file.read(length)
-    return (
-        payload if len(payload) == length and zlib.crc32(payload) == checksum else None
-    )
+    return payload if zlib.crc32(payload) == checksum else None
 
 
 def _pack(payload: bytes) -> bytes:
@@ -142,11 +147,11 @@ class Journal:
         rtol: float = 0.0,
     ) -> None:
         self.path = Path(path)
-        self._identity = json.loads(json.dumps(identity | {"versions": VERSIONS}))
+        self.identity = json.loads(to_json(identity | {"versions": VERSIONS}))
         self._states: dict[str, tuple[int, int]] = {}
         self._products: list[tuple[int, int]] = []
         self._replayed = 0
-        if self.path.exists():
+        if self.path.exists() and self.path.stat().st_size:
             self._refuse_other(read_identity(self.path), rtol)
         else:
             self._write_anew([])
@@ -162,7 +167,7 @@ class Journal:
                 f"{self.path} is no checkpoint, or its very beginning is damaged. "
                 "Delete it to start from the beginning."
             )
-        mine = self._identity
+        mine = self.identity
         differing = [
             f"{key}: stored {stored.get(key)!r}, now {mine.get(key)!r}"
             for key in sorted(stored.keys() | mine.keys())
@@ -184,14 +189,15 @@ class Journal:
         """Put a file with the given records in place of the present one, atomically."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         with open(temporary, "wb") as file:
-            for payload in [json.dumps(self._identity).encode(), *payloads]:
+            for payload in [json.dumps(self.identity).encode(), *payloads]:
                 file.write(_pack(payload))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        if os.name == "posix":  # elsewhere directories cannot be opened
+            directory = os.open(self.path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
 
     def _index(self) -> None:
         """Find the records; cut off what follows the last good one."""
@@ -257,6 +263,11 @@ class Journal:
         place = self._states.get(section)
         return None if place is None else self._arrays(place)
 
+    @property
+    def replays(self) -> bool:
+        """Whether the next product is a recorded one."""
+        return self._replayed < len(self._products)
+
     def product(self, X: np.ndarray, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """Return a product: the next recorded one, or a computed one, then recorded.
 
@@ -273,7 +284,7 @@ class Journal:
             If the recorded product was made with another operand.
         """
         checksum = zlib.crc32(np.ascontiguousarray(X).tobytes())
-        if self._replayed < len(self._products):
+        if self.replays:
             record = self._arrays(self._products[self._replayed])
             if int(record["operand"]) != checksum:
                 raise ValueError(
@@ -305,6 +316,7 @@ def open_journal(
     Costs one product, for the matrix's fingerprint. An operator that chooses between
     several ways to multiply is asked to keep to one: its method ``fix_route(route)``,
     if it has one, gets the stored name (``None`` at first) and returns the name.
+    :func:`close_journal` lets it choose again.
     """
     if path is None:
         return None
@@ -317,9 +329,18 @@ def open_journal(
         "shape": list(operand.shape),
         "dtype": str(operand.dtype),
         "route": None if fix_route is None else fix_route(stored.get("route")),
+        "parameters": parameters_fingerprint(operand),
         "fingerprint": matrix_fingerprint(operand),
     }
     return Journal(path, identity, rtol=100 * torch.finfo(operand.dtype).eps)
+
+
+def close_journal(journal: Journal | None, operand: Operand) -> None:
+    """Close a journal, if there is one, and leave the operator its choice of route."""
+    if journal is not None:
+        journal.close()
+        if free_route := getattr(operand.matrix, "free_route", None):
+            free_route()
 
 
 class JournalledOperator(LinearOperator):
@@ -402,7 +423,7 @@ class JournalledOperator(LinearOperator):
 
     def __exit__(self, *exception: object) -> None:
         """Close the checkpoint's file."""
-        self._journal.close()
+        close_journal(self._journal, self._operand)
 
 
 def journalled_multiply(
@@ -411,6 +432,8 @@ def journalled_multiply(
     """Multiply, through a journal if there is one."""
     if journal is None:
         return operand.multiply(X, adjoint)
+    if journal.replays:
+        operand.num_products += X.shape[1] * operand.products_per_column
     product = journal.product(
         to_numpy(X.T), lambda: to_numpy(operand.multiply(X, adjoint))
     )

@@ -17,6 +17,7 @@ from curvlinops.estimators._base import (
     ArrayResult,
     require_choice,
     require_positive_int,
+    to_json,
     to_numpy,
 )
 
@@ -28,6 +29,36 @@ def _identity(x: Any) -> Any:
     return x
 
 
+def check_settings(scale: str, settings: dict[str, Any]) -> None:
+    """Raise if a setting breaks its rule; ``None`` boundaries are not known yet.
+
+    Parameters
+    ----------
+    scale : str
+        See :class:`SpectralDensity`, like all others.
+    settings : dict
+        Values of ``num_points``, ``kappa``, ``margin``, ``epsilon``, ``boundaries``.
+    """
+    require_choice("scale", scale, SCALES)
+    require_positive_int("num_points", settings["num_points"])
+    low, high = settings["boundaries"]
+    known = [end for end in (low, high) if end is not None]
+    rules = {
+        "num_points is at least 2": settings["num_points"] > 1,
+        "kappa is above 1": settings["kappa"] > 1,
+        "margin is not negative": settings["margin"] >= 0,
+        "epsilon is above 0": scale != "log" or settings["epsilon"] > 0,
+        "boundaries are finite": all(np.isfinite(known)),
+        "boundaries are a pair (low, high), low < high": len(known) < 2 or low < high,
+        "boundaries of |A| are not negative": scale == "linear" or min(known, default=0)
+        >= 0,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            given = ", ".join(f"{name}={value}" for name, value in settings.items())
+            raise ValueError(f"{rule}; got {given}.")
+
+
 @dataclass(frozen=True, eq=False)
 class SpectralDensity(ArrayResult):
     r"""Density of a matrix's eigenvalues; unpacks as ``(grid, density)``.
@@ -35,8 +66,9 @@ class SpectralDensity(ArrayResult):
     .. math::
         \phi(\lambda) = \frac{1}{R} \sum_{r=1}^{R} \sum_{j=1}^{m} w_{rj}
         \frac{1}{\sigma} \varphi\left(\frac{\lambda - \theta_{rj}}{\sigma}\right),
-        \quad \sigma = \frac{2}{m - 1} \frac{1}{\sqrt{8 \log \kappa}}
-        \frac{\lambda_{\max} - \lambda_{\min}}{2}
+        \quad \sigma = \frac{b - a}{(m - 1) \sqrt{8 \log \kappa}}
+
+    with the ends :math:`a, b` of the grid (boundaries and margin).
 
     Attributes
     ----------
@@ -56,7 +88,11 @@ class SpectralDensity(ArrayResult):
         Points of the grid; width of the kernel (nearer to one is wider); margin beyond
         the boundaries relative to their distance; shift of the logarithm.
     provenance : dict
-        Operator class, shape, dtype, fingerprint, seed, settings, products, versions.
+        Operator class, shape, dtype, digest of the model's parameters (``None`` for
+        other matrices), fingerprint of the matrix (norm and inner products of a product
+        with a fixed vector), seed, settings, products, versions.
+    convert : callable
+        From NumPy arrays to what grid, density and bands are given as.
 
     Examples
     --------
@@ -86,24 +122,8 @@ class SpectralDensity(ArrayResult):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        require_choice("scale", self.scale, SCALES)
-        require_positive_int("num_points", self.num_points)
-        low, high = self.boundaries
-        rules = {
-            "num_points is at least 2": self.num_points > 1,
-            "kappa is above 1": self.kappa > 1,
-            "margin is not negative": self.margin >= 0,
-            "epsilon is above 0": self.epsilon > 0 or self.scale != "log",
-            "boundaries are a pair (low, high), low < high": low < high,
-            "boundaries of |A| are not negative": low >= 0 or self.scale == "linear",
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise ValueError(
-                    f"{rule}; got num_points={self.num_points}, kappa={self.kappa}, "
-                    f"margin={self.margin}, epsilon={self.epsilon}, "
-                    f"boundaries={self.boundaries}."
-                )
+        names = ("num_points", "kappa", "margin", "epsilon", "boundaries")
+        check_settings(self.scale, {name: getattr(self, name) for name in names})
 
     def smooth(self, **settings: Any) -> SpectralDensity:
         """Return the density of the same runs, seen differently.
@@ -217,7 +237,7 @@ class SpectralDensity(ArrayResult):
         """
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         del plain["convert"]
-        plain["provenance"] = json.dumps(self.provenance)
+        plain["provenance"] = to_json(self.provenance)
         grid, density = self.numpy()
         error = to_numpy(self.standard_error)
         with open(path, "wb") as file:

@@ -20,6 +20,7 @@ from curvlinops.estimators._base import (
     ArrayResult,
     require_choice,
     require_positive_int,
+    require_tolerance,
     to_numpy,
 )
 from curvlinops.estimators._run import Options, Run
@@ -102,6 +103,42 @@ def project_out(V: Tensor, basis: Tensor | None) -> Tensor:
     return V if basis is None else V - basis @ (basis.mH @ V)
 
 
+def extreme_eigenvalues(
+    run: Run, tol: float, deflated: Tensor | None = None
+) -> tuple[float, float]:
+    """Return the smallest and the largest eigenvalue.
+
+    The first is the one of largest magnitude, the second the one farthest from it.
+    Asked for as "smallest", an eigenvalue near zero would have to be accurate relative
+    to itself.
+
+    Parameters
+    ----------
+    run : Run
+        Whose products are used.
+    tol : float
+        Accuracy, relative to the first's magnitude and to the distance of both.
+    deflated : Tensor, optional
+        Orthonormal columns whose eigenvalues do not count.
+
+    Raises
+    ------
+    RuntimeError
+        If the solver does not converge.
+    """
+    ends = [0.0]
+    for _ in range(2):
+        view = SciPyView(run, deflated=deflated, shift=ends[-1])
+        values, _ = solve_eigenpairs(run, 1, "LM", view=view, tol=tol)
+        if not len(values):
+            raise RuntimeError(
+                f"An end of the spectrum was not found to {tol:.1e} in "
+                f"{run.operand.num_products} products. Allow a larger tolerance."
+            )
+        ends.append(ends[-1] + float(values[0]))
+    return min(ends[1:]), max(ends[1:])
+
+
 def solve_eigenpairs(
     run: Run,
     k: int,
@@ -118,17 +155,22 @@ def solve_eigenpairs(
     N = run.dim
     guess = to_numpy(run.probes.block(0, k)).astype(view.dtype)
     if max(2 * k, 20) >= N:  # no Krylov space is cheaper than the matrix itself
+        run.expect(N)
         dense = view @ np.eye(N, dtype=view.dtype)
         values, vectors = np.linalg.eigh((dense + dense.conj().T) / 2)
     elif method == "lobpcg":
         if start is not None:
             guess[:, : start.shape[1]] = start[:, :k]
+        # Its tolerance is absolute. A start vector tells the matrix's magnitude.
+        first = guess[:, :1] / np.linalg.norm(guess[:, 0])
+        tol *= float(np.linalg.norm(view @ first))
         with warnings.catch_warnings():  # it warns, and returns what it has
             warnings.simplefilter("ignore", UserWarning)
             values, vectors = lobpcg(
                 view, guess, tol=tol, maxiter=maxiter, largest=which == "LA"
             )
     else:
+        run.expect(ncv or max(2 * k + 1, 20))  # SciPy's default
         v0 = guess[:, 0] / np.linalg.norm(guess[:, 0])
         if start is not None:
             v0 = start.sum(1) / np.sqrt(start.shape[1]) + 0.01 * v0
@@ -246,6 +288,8 @@ def top_eigenpairs(
     require_choice("method", method, ("auto", "arpack", "lobpcg"))
     if method == "lobpcg" and which not in ("LA", "SA"):
         raise ValueError(f"LOBPCG finds 'LA' or 'SA', got which={which!r}.")
+    if tol is not None:
+        require_tolerance("tol", tol)
     options: Options = {
         "rng": rng,
         "checkpoint": checkpoint,
@@ -265,6 +309,12 @@ def top_eigenpairs(
         if tol is None:
             tol = torch.finfo(run.operand.dtype).eps ** (2 / 3)
         view = SciPyView(run, dtype)
+        least = np.complex64 if run.operand.dtype.is_complex else np.float32
+        if np.result_type(view.dtype, least) != view.dtype:
+            raise ValueError(
+                f"dtype is a floating-point type that holds vectors of "
+                f"{run.operand.dtype}, got {view.dtype}."
+            )
         guess = _start_vectors(start, run.dim)
         if method == "auto":
             warm = guess is not None and guess.shape[1] >= k

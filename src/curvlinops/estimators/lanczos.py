@@ -99,6 +99,11 @@ def lanczos(
     Tridiagonal
         Diagonals, off-diagonals and basis.
 
+    Raises
+    ------
+    ValueError
+        If the second product shows that the matrix is not Hermitian.
+
     References
     ----------
     Golub, Van Loan, "Matrix Computations", section 10.1-10.3. Parlett, Scott, "The
@@ -121,6 +126,8 @@ def lanczos(
         w = multiply(v.T).T.contiguous()
         a = (v.conj() * w).real.sum(1, keepdim=True)
         w -= a * v
+        if j == 1:
+            _require_hermitian(previous, w, beta[:, 0])
         if j:
             w -= beta[:, j - 1, None].to(a.dtype) * previous
         if reorthogonalization == "full" and basis is not None:
@@ -144,6 +151,17 @@ def lanczos(
             break
     alpha, beta = alpha[:, :steps], beta[:, :steps]
     return Tridiagonal(to_numpy(alpha), to_numpy(beta), to_numpy(norms), basis)
+
+
+def _require_hermitian(first: Tensor, w: Tensor, beta: Tensor) -> None:
+    """Raise unless the second product has the part along the first vector it must."""
+    difference = ((first.conj() * w).sum(1) - beta).abs()
+    rounding = torch.finfo(w.dtype).eps ** 0.5 * torch.linalg.vector_norm(w, dim=1)
+    if (difference > 0.1 * beta + rounding).any():
+        raise ValueError(
+            "The Lanczos method needs a Hermitian matrix, the same in every product: "
+            "v_1^H A v_2 and v_2^H A v_1 are not conjugate here."
+        )
 
 
 def _project_out(w: Tensor, basis: Tensor) -> None:
@@ -190,9 +208,18 @@ def gauss_rules(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.nda
     Golub, Welsch, "Calculation of Gauss quadrature rules", Mathematics of Computation
     23 (1969), doi:10.1090/S0025-5718-69-99647-1.
     """
-    pairs = [eigh_tridiagonal(a, b[:-1]) for a, b in zip(alpha, beta, strict=True)]
-    nodes = np.array([values for values, _ in pairs])
-    return nodes, np.array([vectors[0] ** 2 for _, vectors in pairs])
+    rules = [_gauss_rule(a, b[:-1]) for a, b in zip(alpha, beta, strict=True)]
+    nodes, weights = zip(*rules, strict=True)
+    return np.array(nodes), np.array(weights)
+
+
+def _gauss_rule(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return one run's rule; past an invariant subspace the last node, weightless."""
+    ends = np.flatnonzero(beta == 0)
+    steps = int(ends[0]) + 1 if len(ends) else len(alpha)
+    nodes, vectors = eigh_tridiagonal(alpha[:steps], beta[: steps - 1])
+    missing = (0, len(alpha) - steps)
+    return np.pad(nodes, missing, mode="edge"), np.pad(vectors[0] ** 2, missing)
 
 
 class GaussRules:
@@ -216,6 +243,10 @@ class GaussRules:
     def count(self) -> int:
         """Number of runs."""
         return len(self._norms)
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first runs."""
+        self.restore({name: array[:count] for name, array in self.state().items()})
 
     def add(self, samples: Tridiagonal) -> None:
         """Take in some runs."""

@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 from curvlinops._random import as_seed
-from curvlinops.estimators._base import require_positive_int
+from curvlinops.estimators._base import require_positive_int, require_tolerance
 from curvlinops.estimators._run import Options, Run
-from curvlinops.estimators.checkpoint import VERSIONS, matrix_fingerprint
-from curvlinops.estimators.density import SpectralDensity
-from curvlinops.estimators.eigenpairs import SciPyView, project_out, solve_eigenpairs
+from curvlinops.estimators.checkpoint import (
+    VERSIONS,
+    matrix_fingerprint,
+    parameters_fingerprint,
+)
+from curvlinops.estimators.density import SpectralDensity, check_settings
+from curvlinops.estimators.eigenpairs import (
+    SciPyView,
+    extreme_eigenvalues,
+    project_out,
+    solve_eigenpairs,
+)
 from curvlinops.estimators.lanczos import (
     BASIS_BYTES,
     GaussRules,
@@ -82,14 +91,15 @@ class _CachedRuns:
         reorthogonalization: str = "auto",
         **options: Unpack[Options],
     ) -> None:
-        if boundaries is not None and len([*boundaries]) != 2:
+        given = (None, None) if boundaries is None else boundaries
+        if np.shape(given) != (2,):
             raise ValueError(f"boundaries are a pair (low, high), got {boundaries!r}.")
-        if deflate != int(deflate) or deflate < 0:
-            raise ValueError(f"deflate is a number of eigenvalues, got {deflate!r}.")
-        self._A, self._ncv = A, ncv
-        self._boundaries: Boundaries = boundaries
+        require_tolerance("boundaries_tol", boundaries_tol)
+        self._A, self._ncv = A, require_positive_int("ncv", ncv)
+        self._boundaries = [None if end is None else float(end) for end in given]
         self._boundaries_tol = boundaries_tol
-        self._deflate, self._reorthogonalization = deflate, reorthogonalization
+        self._deflate = require_positive_int("deflate", deflate) if deflate else 0
+        self._reorthogonalization = reorthogonalization
         if options.get("checkpoint") is None:
             options["rng"] = as_seed(options.get("rng"))
         self._options = options
@@ -104,7 +114,7 @@ class _CachedRuns:
             "ncv": self._ncv,
             "deflate": self._deflate,
             "reorthogonalization": self._reorthogonalization,
-            "boundaries": None if self._boundaries is None else [*self._boundaries],
+            "boundaries": self._boundaries,
         }
         total = self._ncv * (num_repeats - self._rules.count)
         task = "lanczos_approximate_spectrum"
@@ -127,17 +137,25 @@ class _CachedRuns:
                 run.check(*self._rules.mean_and_sem(), self._rules.count)
             self._bounded(run, basis)
             if self._fingerprint is None:
-                self._fingerprint = matrix_fingerprint(run.operand)
-            self.num_products += run.operand.num_products
+                self._fingerprint = (
+                    matrix_fingerprint(run.operand)
+                    if run.journal is None
+                    else run.journal.identity["fingerprint"]
+                )
+            # A checkpoint counts the products before, too.
+            made, before = run.operand.num_products, self.num_products
+            resumed = self._options.get("checkpoint") is not None
+            self.num_products = max(made, before) if resumed else made + before
             nodes, weights = self._rules.rules()
             spikes = self._found.get("spikes", np.zeros(0))
             provenance = settings | {
                 "class": run.operand.name,
                 "shape": list(run.operand.shape),
                 "dtype": str(run.operand.dtype),
+                "parameters": parameters_fingerprint(run.operand),
                 "fingerprint": self._fingerprint,
                 "seed": run.seed,
-                "num_repeats": self._rules.count,
+                "num_repeats": min(num_repeats, self._rules.count),
                 "num_products": self.num_products,
                 "versions": VERSIONS,
             }
@@ -152,11 +170,10 @@ class _CachedRuns:
 
     def _section(self, run: Run, name: str, compute: Any) -> None:
         """Find some arrays out once, and keep them here and in the checkpoint."""
-        stored = None if run.journal is None else run.journal.load(name)
+        stored = run.load(name)
         if stored is None:
             stored = compute()
-            if run.journal is not None:
-                run.journal.save(name, **stored)
+            run.save(name, stored)
         self._found.update(stored)
 
     def _deflated(self, run: Run) -> None:
@@ -175,31 +192,25 @@ class _CachedRuns:
         self._section(run, "deflation", compute)
 
     def _bounded(self, run: Run, basis: Tensor | None) -> None:
-        if "ends" in self._found or None not in (self._boundaries or (None,)):
+        if "ends" in self._found or None not in self._boundaries:
             return
 
-        def farthest(shift: float) -> float:
-            view = SciPyView(run, deflated=basis, shift=shift)
-            tol = self._boundaries_tol
-            values, _ = solve_eigenpairs(run, 1, "LM", view=view, tol=tol)
-            return shift + float(values[0])
-
         def compute() -> dict[str, np.ndarray]:
-            # The other end is the eigenvalue farthest from the first. Asked for as
-            # "smallest", one near zero would have to be accurate relative to itself.
             nodes, weights = self._rules.rules()
             seen = nodes[weights > 1e-12]
             if np.ptp(seen) <= 1e-6 * np.abs(seen).max():  # a multiple of the identity
                 return {"ends": np.full(2, seen.mean())}
-            end = farthest(0.0)
-            return {"ends": np.sort([end, farthest(end)])}
+            tol = self._boundaries_tol
+            return {"ends": np.array(extreme_eigenvalues(run, tol, deflated=basis))}
 
         self._section(run, "boundaries", compute)
 
     def _result(self, num_repeats: int, scale: str, settings: Any) -> SpectralDensity:
+        given = self._boundaries
+        check = {"epsilon": None, "boundaries": given, **settings}
+        check_settings("log" if scale == "log" else "linear", check)
         common = self._run(require_positive_int("num_repeats", num_repeats))
         found = [float(end) for end in self._found.get("ends", np.zeros(2))]
-        given = self._boundaries or (None, None)
         signed = [f if g is None else g for g, f in zip(given, found, strict=True)]
         ends = signed if scale == "linear" else self._absolute(signed, common["nodes"])
         if scale == "log":  # what was given are the ends of |A|
@@ -208,6 +219,7 @@ class _CachedRuns:
         if ends[0] == ends[1]:  # a multiple of the identity
             width = abs(ends[0]) / 1e3 or 1e-3
             ends = [ends[0] - width, ends[1] + width]
+            ends[0] = ends[0] if scale == "linear" else max(ends[0], 0.0)
         return SpectralDensity(
             boundaries=(float(ends[0]), float(ends[1])),
             scale=scale,
