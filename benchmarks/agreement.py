@@ -287,7 +287,7 @@ def summary(rows: list[Row]) -> str:
                 str(counts[CONVENTION]),
                 str(counts[OTHER_RAISES]),
                 str(bad),
-                number(max(right)),
+                number(max(right, default=None)),
             ]
         )
     head = "matrix", "problems", "agree", "to", "other wrong", "convention"
@@ -389,9 +389,11 @@ def report(result: Row) -> str:
         f"Matrices of the problems in ``tests/cases.py``, float64, "
         f"{result['versions']['torch']}. Both packages have {compared} of "
         f"{len(rows)}; {agree} agree to {TOLERANCE:g}, and the other package raises on "
-        f"{raises} more. {' '.join(result['substitutes'])} Of {len(samples)} sampled ones, {expected} agree in "
+        f"{raises} more. Of {len(samples)} sampled ones, {expected} agree in "
         "expectation. Errors are against central differences, all figures relative to "
-        "the largest entry. ``benchmarks/agreement.py`` says how they are computed.\n",
+        "the largest entry. ``benchmarks/agreement.py`` says how they are computed. "
+        + " ".join(result["substitutes"])
+        + "\n",
         summary(rows),
         f"The gradient that is differenced for the Hessian differs by at most "
         f"{number(max(result['gradients'].values()))} from differences of the loss.\n",

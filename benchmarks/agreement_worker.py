@@ -148,9 +148,9 @@ class Computer:
         """Tell what is compared in place of what the package lacks."""
         notes = []
         if not hasattr(self.package, MATRICES["GGN diagonal"]):
-            notes.append("For the diagonal of the GGN it has only the GGN.")
+            notes.append("The other diagonal of the GGN is that of a GGN operator.")
         if not self.samples_ggn():
-            notes.append("For the sampled GGN it has only FisherMC.")
+            notes.append("The other sampled GGN is FisherMC.")
         return notes
 
     def operator(self, cls: str, problem: Any, join: bool = False, **options: Any):
