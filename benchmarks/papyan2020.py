@@ -1,17 +1,17 @@
-"""Papyan's synthetic experiments on approximating spectra, against exact eigenvalues.
+"""Two synthetic spectra and their approximations, against exact eigenvalues.
 
-Papyan, "Traces of class/cross-class structure pervade deep learning spectra", JMLR 21
-(2020), appendix on approximating the spectrum and the log-spectrum:
+Modelled on the synthetic experiments of Papyan, "Traces of class/cross-class structure
+pervade deep learning spectra", JMLR 21 (2020), on approximating the spectrum and the
+log-spectrum. Sizes and numbers below are this file's:
 
 * linear: ``Y = X + Z Z^T / 2000`` with ``X = diag(5, 4, 3, 0, ..., 0)`` and a
   ``2000 x 2000`` standard normal ``Z``: a Marchenko-Pastur bulk and three outliers;
 * logarithmic: ``Y = Z Z^T / 1000`` with a ``500 x 1000`` matrix ``Z`` of Pareto numbers
   of index 1: eigenvalues over many orders of magnitude.
 
-Both are run with 10 repeats and the paper's widths (``kappa`` 3 and 1.04). Prints how
+Both are run with 10 repeats and the default widths (``kappa`` 3 and 1.04). Prints how
 far the density is from that of the exact eigenvalues seen through the same kernel, in
-L1, and the same for its standard error: the noise. ``--plot`` draws both as in the
-paper's figure.
+L1, and the same for its standard error: the noise. ``--plot`` draws both.
 
 Run: ``python benchmarks/papyan2020.py [--plot FILE]``. Takes half a minute.
 """

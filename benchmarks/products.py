@@ -303,8 +303,10 @@ def main() -> None:
         "problems": {},
         "results": [],
     }
-    wanted = [t if "_" in t else f"time_{t}" for t in options.tasks if t != "peakmem"]
+    wanted = {"time_" + t.removeprefix("time_") for t in options.tasks}
     timed = [t for t in TIMED if t in wanted]
+    if unknown := wanted - {*TIMED, "time_peakmem"}:
+        raise SystemExit(f"There are no tasks {unknown}; known: {TIMED} and peakmem.")
     cases = [(p, m) for p in options.problems for m in options.matrices]
     with tqdm(total=len(cases) * (len(timed) + 1)) as bar:
         for name, matrix in cases:

@@ -216,7 +216,7 @@ def pages(reports: list[dict[str, Any]]) -> Iterator[str]:
         )
         yield ""
         yield from repaid(found)
-        yield "Peak memory beyond model and data in MiB, libraries' code included:"
+        yield "Peak memory in MiB, beyond model, data and the libraries' code:"
         yield ""
         yield from memory(found)
     for report in reports:

@@ -1,8 +1,8 @@
-"""Convergence of trace estimators on the test matrices of the XTrace paper.
+"""Convergence of trace estimators on four matrices.
 
-Epperly, Tropp, Webber, "XTrace: making the most of every sample in stochastic trace
-estimation" (2024), arXiv:2301.07825, section 4: four matrices with random eigenvectors
-and the spectra
+Modelled on the experiments of Epperly, Tropp, Webber, "XTrace: making the most of every
+sample in stochastic trace estimation" (2024), arXiv:2301.07825: random eigenvectors and
+the spectra
 
 * flat: ``linspace(1, 3)``;
 * poly: ``i ** -2``;
@@ -10,7 +10,7 @@ and the spectra
 * step: 50 ones, then 1e-3.
 
 Prints the mean relative error over seeds, per estimator and number of products. What
-the paper shows, and ``check`` asserts: on the flat spectrum all are alike; on
+theory says, and ``check`` asserts: on the flat spectrum all are alike; on
 polynomial decay Hutch++ beats Hutchinson by orders of magnitude, and XTrace and
 XNysTrace beat Hutch++; on exponential decay these fall exponentially, Hutch++ at two
 thirds of XTrace's rate, XTrace at half of XNysTrace's; on the step all but Hutchinson
@@ -70,7 +70,7 @@ def ratio(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def check(found: dict[str, dict[str, np.ndarray]]) -> None:
-    """Assert what the paper's figures show."""
+    """Assert what the estimators differ in."""
     poly, decay, step = found["poly"], found["exp"], found["step"]
     assert ratio(poly["XTrace"], poly["Hutch++"]) < 1
     assert (poly["Hutch++"][1:] < poly["Hutchinson"][1:] / 10).all()

@@ -20,9 +20,11 @@ tag                   why a test may select or skip the problem
 ``heavy``             a dense matrix takes half a second
 ``float32``           single precision
 ``kink``              not differentiable everywhere; central differences may step over
+``linear``            the prediction is linear in the parameters
 ``list-params``       the parameters are given as a list, not as a dict
 ``loader``            the data are a ``DataLoader``
 ``no-func``           the transforms of ``torch.func`` refuse the model
+``no-samples``        the loss cannot draw targets from its likelihood
 ``norm``              a normalisation layer
 ``options``           the loss has weights, smoothing, ignored or soft targets
 ``perturbed``         the parameters are not those of the module
@@ -299,13 +301,13 @@ def small() -> nn.Sequential:
 
 # Multi-layer perceptrons and ways to give parameters
 
-regression("linear", lambda: nn.Linear(4, 3), rows(4))
+regression("linear", lambda: nn.Linear(4, 3), rows(4), "linear")
 regression("mlp-tanh-mse", lambda: mlp(4, 5, 4, 3), rows(4))
 classification("mlp-tanh-ce", lambda: mlp(4, 5, 4, 3), rows(4))
 classification(
     "mlp-relu-ce", lambda: mlp(4, 6, 5, 3, activation=nn.ReLU), rows(4), "kink"
 )
-regression("mlp-no-bias", lambda: nn.Linear(4, 3, bias=False), rows(4))
+regression("mlp-no-bias", lambda: nn.Linear(4, 3, bias=False), rows(4), "linear")
 regression("mlp-1d-output", lambda: nn.Sequential(mlp(4, 5, 1), nn.Flatten(0)), rows(4))
 regression("mlp-float32", lambda: mlp(4, 5, 3), rows(4), "float32", dtype=torch.float32)
 classification(
@@ -1034,6 +1036,7 @@ regression(
     lambda: nn.Sequential(mlp(3, 4, 3), nn.LogSoftmax(1)),
     rows(3),
     "classification",
+    "no-samples",
     loss=nn.NLLLoss,
     targets=labels,
 )
@@ -1068,6 +1071,7 @@ class Operator:
     ================  ==================================================================
     tag               meaning
     ================  ==================================================================
+    ``bounded``       exists for matrices of norm below ten only
     ``core``          its ways of computing a product are those of the others
     ``datafree``      has no model
     ``derived``       made of other operators, or without a model
@@ -1191,8 +1195,8 @@ def _first_and_last(make: Callable) -> Callable:
 
 
 def _corner(matrix: Tensor, *built: Any) -> Tensor:
-    first, *_, last = _values(built[2])
-    return matrix[: first.numel(), -last.numel() :]
+    values = _values(built[2])
+    return matrix[: values[0].numel(), -values[-1].numel() :]
 
 
 def _remainder(*built: Any, **options: Any) -> Any:
@@ -1210,14 +1214,14 @@ operator(
     partial(FisherMCLinearOperator, **SAMPLES),
     partial(_sampled_fisher, **SAMPLES),
     "sampled",
-    without=["generic-loss"],
+    without=["generic-loss", "no-samples"],
 )
 operator(
     "ggn-mc",
     partial(GGNLinearOperator, **SAMPLES),
     partial(_sampled_fisher, **SAMPLES),
     *("derived", "sampled"),
-    without=["generic-loss"],
+    without=["generic-loss", "no-samples"],
 )
 operator(
     "ggn-diagonal",
@@ -1230,7 +1234,7 @@ operator(
     partial(GGNDiagonalLinearOperator, **SAMPLES),
     lambda *built: _sampled_fisher(*built, **SAMPLES).diagonal().diag(),
     *("derived", "sampled", "stored"),
-    without=["generic-loss"],
+    without=["generic-loss", "no-samples"],
 )
 operator(
     "jacobian",
@@ -1273,6 +1277,7 @@ operator(
     _remainder,
     lambda *built: references.hessian(*built) - references.ggn(*built),
     *("derived", "indefinite"),
+    without=["linear"],  # it is zero there
 )
 operator(
     "block",
@@ -1324,7 +1329,10 @@ operator(
 operator(
     "lsmr",
     lambda *built, **options: LSMRInverseLinearOperator(
-        _plus_identity(GGNLinearOperator(*built, **options)), atol=1e-12, btol=1e-12
+        _plus_identity(GGNLinearOperator(*built, **options)),
+        atol=1e-12,
+        btol=1e-12,
+        maxiter=500,
     ),
     lambda *built: _damped_inverse(references.ggn(*built)),
     *("derived", "iterative"),
@@ -1337,7 +1345,7 @@ operator(
         _plus_identity(GGNLinearOperator(*built, **options)), num_terms=120, scale=0.2
     ),
     lambda *built: _damped_inverse(references.ggn(*built)),
-    *("derived", "iterative"),
+    *("derived", "iterative", "bounded"),
     without=["half", "float32"],
     exponent=0.5,
 )

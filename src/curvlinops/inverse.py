@@ -96,7 +96,8 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
     checkpoint : str or path-like
         File to journal all products in. A solve of the same system that finds the file
         goes on where the last one was stopped, however it was, and ends with the same
-        bits. See :class:`~curvlinops.estimators.checkpoint.JournalledOperator`.
+        bits; another right-hand side needs another file. See
+        :class:`~curvlinops.estimators.checkpoint.JournalledOperator`.
 
     Attributes
     ----------

@@ -64,7 +64,7 @@ class RiskOperator(TorchOperator):
         for name, value in self.risk.params.items():
             bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(name.encode())
-            digest.update(bits.numpy())
+            digest.update(bits.numpy().data)
         return digest.hexdigest()
 
     def refresh(self) -> None:

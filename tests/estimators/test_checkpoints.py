@@ -275,3 +275,94 @@ def test_interrupted_cg_resumes_with_the_same_bits(tmp_path, columns):
     other = 2 * _operator("damped")
     with pytest.raises(ValueError, match="another"):
         CGInverseLinearOperator(other, checkpoint=tmp_path / "part", **options) @ b
+
+
+def test_products_are_those_of_the_whole(tmp_path):
+    """A resumed computation counts what was spent before, and is identical."""
+    options = {"rng": 0, "block_size": 2, "return_estimate": True}
+    whole = est.hutchpp_trace(broken(10**6), 39, checkpoint=tmp_path / "a", **options)
+    with pytest.raises(Killed):
+        est.hutchpp_trace(broken(21), 39, checkpoint=tmp_path / "b", **options)
+    part = est.hutchpp_trace(broken(10**6), 39, checkpoint=tmp_path / "b", **options)
+    assert vars(part) == vars(whole)
+    results = []
+    for name, stop in (("c", 10**6), ("d", 30), ("d", 10**6)):
+        try:
+            found = est.lanczos_approximate_spectrum(
+                broken(stop), 12, num_repeats=3, rng=0, checkpoint=tmp_path / name
+            )
+            results.append(found.provenance)
+        except Killed:
+            pass
+    assert len(results) == 2 and results[0] == results[1]
+
+
+def test_wrong_arguments_leave_no_checkpoint(tmp_path):
+    path = tmp_path / "journal"
+    for k in (0, N + 1):
+        with pytest.raises(ValueError):
+            est.top_eigenpairs(A, k, checkpoint=path)
+    with pytest.raises(ValueError):
+        est.apply_function(A, np.exp, np.ones(3), checkpoint=path)
+    assert not path.exists()
+    path.touch()  # as `tempfile` does
+    est.top_eigenpairs(A, 2, checkpoint=path)
+
+
+def test_fewer_samples_than_stored(tmp_path):
+    path = tmp_path / "journal"
+    est.hutchinson_trace(A, 40, rng=0, checkpoint=path)
+    with pytest.raises(ValueError, match="holds 40 samples, and 20 were asked for"):
+        est.hutchinson_trace(A, 20, rng=0, checkpoint=path)
+    more = est.hutchinson_trace(A, 60, rng=0, checkpoint=path, block_size=16)
+    assert np.isclose(more, est.hutchinson_trace(A, 60, rng=0))
+    few = {"ncv": 10, "num_repeats": 3, "rng": 0}
+    est.logdet(A, checkpoint=tmp_path / "runs", **(few | {"num_repeats": 6}))
+    assert est.logdet(A, checkpoint=tmp_path / "runs", **few) == est.logdet(A, **few)
+    est.xtrace(A, 20, rng=0, checkpoint=tmp_path / "sketch")
+    with pytest.raises(ValueError, match="num_matvecs: stored 20, now 40"):
+        est.xtrace(A, 40, rng=0, checkpoint=tmp_path / "sketch")
+
+
+def test_any_flipped_bit_is_found(tmp_path):
+    path, options = tmp_path / "journal", {"rng": 3, "block_size": 8}
+    whole = est.xtrace(A, 40, checkpoint=path, **options)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    marks = [i for i in range(len(content)) if content.startswith(b"CLOj", i)]
+    places = [m + i for m in marks[1:] for i in range(4, 12)]  # the lengths
+    for place in [*places, *rng.integers(marks[1], len(content), 20)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="damaged or cut off"):
+            assert est.xtrace(A, 40, checkpoint=path, **options) == whole
+
+
+def test_parameters_are_told_apart_by_their_bits(tmp_path):
+    def trace(G):
+        return est.hutchinson_trace(G, 10, rng=0, checkpoint=tmp_path / "journal")
+
+    model, loss, params, data = find("mlp-tanh-ce").build()
+    G = GGNLinearOperator(model, loss, params, data)
+    first = trace(G)
+    assert trace(G) == first
+    values = params.values() if isinstance(params, dict) else params
+    with torch.no_grad():
+        next(iter(values)).mul_(1 + 1e-14)
+    with pytest.raises(ValueError, match="parameters: stored"):
+        trace(G)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "damped"])
+def test_the_route_is_free_again_afterwards(tmp_path, kind):
+    A = _operator(kind)
+    risk = A.risk if kind == "ggn" else A.args[0].args[0].risk
+    est.hutchinson_trace(A, 10, rng=0, checkpoint=tmp_path / "journal")
+    assert not risk.plain
+    A.fix_route()
+    CGInverseLinearOperator(A, checkpoint=tmp_path / "cg", max_iter=3) @ torch.ones(
+        A.shape[1], dtype=A.torch_dtype
+    )
+    assert risk.plain
+    A.free_route()
+    assert not risk.plain

@@ -117,3 +117,31 @@ def test_track_checkpoints(tmp_path):
         est.track(states)
     with pytest.raises(ValueError, match="one of eigenvalues, trace"):
         est.track([A], ["tracee"])
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e4])
+def test_block_method_whatever_the_unit(scale):
+    before = est.top_eigenpairs(scale * A, 3, rng=0)
+    A_next = scale * (A + 1e-2 * symmetric(np.linspace(-1, 1, N), 3))
+    exact = np.linalg.eigvalsh(A_next)[::-1][:3]
+    pairs = est.top_eigenpairs(A_next, 3, start=before, tol=1e-3)
+    assert pairs.converged and pairs.num_products < 20  # ARPACK's least
+    assert np.allclose(pairs.values, exact, rtol=1e-3)
+
+
+def test_more_rules():
+    with pytest.raises(ValueError, match="tol is a tolerance"):
+        est.top_eigenpairs(A, 2, tol=-1.0)
+    with pytest.raises(ValueError, match="floating-point type"):
+        est.top_eigenpairs(A, 2, dtype="int32")
+    with pytest.raises(ValueError, match=r"holds vectors of torch\.complex128"):
+        est.top_eigenpairs(A + 0j, 2, dtype=np.float64)
+    with pytest.raises(ValueError, match="nothing to track"):
+        est.track([])
+    with pytest.raises(ValueError, match="steps names 1 rows"):
+        est.track([A, A], k=1, steps=[7])
+    assert est.track([A], "trace", rng=0).columns.keys() == {
+        "step",
+        "trace",
+        "trace_error",
+    }

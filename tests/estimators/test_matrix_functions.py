@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import expm, fractional_matrix_power, sqrtm
-from spectra import GUISES, symmetric
+from spectra import GUISES, Counting, symmetric
 
 import curvlinops.estimators as est
 
@@ -126,3 +126,17 @@ def test_function_times_special_vectors():
     assert not est.apply_function(A, np.exp, np.zeros(N)).any()
     e = np.linalg.eigh(A)[1][:, 0]
     assert np.allclose(est.apply_function(A, np.sqrt, 2 * e, 5), 2 * np.sqrt(0.5) * e)
+
+
+def test_few_different_eigenvalues():
+    """A Krylov space that ends early adds no eigenvalue at zero."""
+    assert np.isclose(est.logdet(2 * np.eye(30), ncv=10, rng=0), 30 * np.log(2))
+    B = np.diag(np.repeat([1.0, 4.0], [15, 20]))
+    trace = est.trace_of_function(B, lambda x: x**-0.5, ncv=10, rng=0)
+    assert np.isclose(trace, 15 + 20 / 2, rtol=0.2)
+
+
+def test_products_before_the_runs_are_counted():
+    B = Counting(A)
+    result = est.schatten_norm(B, 1, ncv=10, rng=0, return_estimate=True)
+    assert B.count == result.num_products

@@ -1,5 +1,9 @@
 """Spectral densities against exact spectra: distance, mass, bands, ghosts, results."""
 
+import gc
+import pickle
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -216,3 +220,72 @@ def test_nonfinite_product_is_named():
     A = Counting(symmetric(SPECTRA["indefinite"]), break_at=5)
     with pytest.raises(ValueError, match="Product 5 "):
         SPECTRUM(A, 20)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kappa": 1.0},
+        {"num_points": 1},
+        {"margin": -1.0},
+        {"boundaries": (1.0, 0.0)},
+        {"boundaries": (np.nan, 1.0)},
+        {"boundaries": 3.0},
+        {"boundaries_tol": -1.0},
+        {"num_repeats": 0},
+    ],
+)
+def test_rules_come_before_work(settings):
+    A = Counting(symmetric(SPECTRA["indefinite"]))
+    for function in (SPECTRUM, LOG_SPECTRUM):
+        with pytest.raises(ValueError):
+            function(A, 5, **settings)
+    with pytest.raises(ValueError, match="boundaries of"):
+        LOG_SPECTRUM(A, 5, boundaries=(-1.0, 1.0))
+    with pytest.raises(ValueError, match="epsilon is above 0"):
+        LOG_SPECTRUM(A, 5, epsilon=0.0)
+    assert A.count == 0
+
+
+def test_hermitian_is_needed():
+    A = symmetric(SPECTRA["indefinite"])
+    for wrong in (A + np.triu(A), np.random.default_rng(0).standard_normal((N, N))):
+        with pytest.raises(ValueError, match="needs a Hermitian matrix"):
+            SPECTRUM(wrong, 10, rng=0)
+
+
+def test_few_different_eigenvalues():
+    """Steps past an invariant subspace count for nothing, at zero neither."""
+    A = np.diag(np.repeat([-1.0, 2.0], [15, 30]))
+    runs = est.LanczosApproximateSpectrumCached(A, 10, rng=0)
+    assert np.allclose(runs.approximate_abs_spectrum().boundaries, (1, 2))
+    assert np.allclose(LOG_SPECTRUM(A, 10, rng=0).boundaries, (1, 2))
+    for function in (SPECTRUM, LOG_SPECTRUM):
+        result = function(np.zeros((30, 30)), 10, rng=0)
+        assert np.isclose(np.trapezoid(result.density, result.grid), 1)
+
+
+def test_numbers_of_numpy_and_torch_as_settings(tmp_path):
+    A = symmetric(SPECTRA["two outliers"])
+    result = SPECTRUM(
+        A,
+        np.int64(10),
+        boundaries=(torch.tensor(0.0), np.float32(36)),
+        deflate=np.int64(1),
+        num_repeats=np.int64(2),
+        rng=np.int64(3),
+        checkpoint=tmp_path / "journal",
+    )
+    result.save(tmp_path / "density.npz")
+    again = est.SpectralDensity.load(tmp_path / "density.npz")
+    assert again.provenance["ncv"] == 10 and again.boundaries == (0, 36)
+
+
+def test_result_lets_the_matrix_go():
+    A = Counting(symmetric(SPECTRA["indefinite"]))
+    result, alive = SPECTRUM(A, 10, rng=0), weakref.ref(A)
+    del A
+    gc.collect()
+    assert alive() is None
+    again = pickle.loads(pickle.dumps(result))
+    assert np.array_equal(again.density, result.density)

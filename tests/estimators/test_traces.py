@@ -220,3 +220,32 @@ def test_progress_bar(capsys):
     est.hutchinson_trace(DECAYING, 12, progressbar=True)
     err = capsys.readouterr().err
     assert "hutchinson_trace MatrixLinearOperator on cpu" in err and "12/12" in err
+
+
+def test_condition_number_of_badly_conditioned_matrices():
+    for low in (1e-3, 1e-6, 1e-10):
+        A = Counting(symmetric(np.geomspace(low, 1, N)))
+        found = est.condition_number(A, rng=0, return_estimate=True)
+        assert np.isclose(found.value, 1 / low, rtol=1e-3)
+        assert found.num_products == A.count <= N + 2
+    for singular in (np.r_[np.zeros(20), np.linspace(1, 2, 40)], np.r_[0, np.ones(9)]):
+        assert est.condition_number(symmetric(singular), rng=0) == np.inf
+    assert np.isclose(est.condition_number(3 * np.eye(50)), 1)
+
+
+def test_products_of_norms_are_counted():
+    for function in (est.spectral_norm, lambda A, **o: est.stable_rank(A, 20, **o)):
+        A = Counting(DECAYING)
+        assert function(A, rng=0, return_estimate=True).num_products == A.count
+    A = Counting(DECAYING)
+    for wrong in ({"num_matvecs": N}, {"distribution": "foo"}, {"tol": -1.0}):
+        with pytest.raises(ValueError):
+            est.stable_rank(A, **({"num_matvecs": 9} | wrong))
+    assert A.count == 0
+
+
+def test_errors_of_the_matrix_name_the_product():
+    A = Counting(DECAYING, break_at=7, error=RuntimeError("no"))
+    with pytest.raises(RuntimeError, match="no") as caught:
+        est.hutchinson_trace(A, 12, block_size=1)
+    assert caught.value.__notes__ == ["This was product 7."]

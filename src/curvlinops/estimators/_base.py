@@ -216,10 +216,14 @@ class Operand:
     def _multiply(self, X: Tensor, adjoint: bool) -> Tensor:
         A = self.adjoint() if adjoint else self.matrix
         x = X[:, 0] if X.shape[1] == 1 else X
-        if self.on_torch:
-            Y = (A @ x.to(self._native)).to(self.dtype)
-        else:
-            Y = torch.from_numpy(np.array(A @ x.numpy())).to(self.dtype)
+        try:
+            if self.on_torch:
+                Y = (A @ x.to(self._native)).to(self.dtype)
+            else:
+                Y = torch.from_numpy(np.array(A @ x.numpy())).to(self.dtype)
+        except Exception as error:
+            error.add_note(f"This was product {self.num_products + 1}.")
+            raise
         self.num_products += X.shape[1]
         self.require_finite(Y)
         return Y.reshape(len(Y), X.shape[1])

@@ -50,8 +50,8 @@ def check_settings(scale: str, settings: dict[str, Any]) -> None:
         "epsilon is above 0": scale != "log" or settings["epsilon"] > 0,
         "boundaries are finite": all(np.isfinite(known)),
         "boundaries are a pair (low, high), low < high": len(known) < 2 or low < high,
-        "boundaries of |A| are not negative": scale == "linear" or min(known, default=0)
-        >= 0,
+        "boundaries of |A| are not negative": scale == "linear"
+        or min(known, default=0) >= 0,
     }
     for rule, holds in rules.items():
         if not holds:

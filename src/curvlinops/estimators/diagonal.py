@@ -125,7 +125,8 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
     >>> bool(np.allclose(xdiag(A, 12, rng=0), np.diag(A)))
     True
     """
-    with Run(A, "xdiag", options, total=num_matvecs) as run:
+    size: dict[str, Any] = {"num_matvecs": num_matvecs}
+    with Run(A, "xdiag", options, total=num_matvecs, **size) as run:
         limit = require_num_matvecs(run, num_matvecs, multiple_of=2)
         sketch, Z = RangeSketch(run), None
         for k in run.stages(limit):

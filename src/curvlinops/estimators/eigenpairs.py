@@ -263,10 +263,11 @@ def top_eigenpairs(
     :func:`scipy.sparse.linalg.eigsh` does the work. Memory: ``ncv`` (default
     ``max(2 k + 1, 20)``) vectors. ``k`` more products give the residuals. ARPACK
     takes no fewer than its ``ncv``, whatever it starts from. LOBPCG uses a warm start
-    fully: on three perturbed spectra (N = 1000) 2 to 4 pairs took 6 to 16 products
-    against 23 to 38, at ``tol`` 1e-3 and 1e-4. At 1e-6 it took 8 to 108 against 23 to
-    41, and from a random start mostly more than ARPACK. So ``"auto"`` is LOBPCG for at
-    most 4 pairs with as many start vectors and ``tol`` from 1e-4, ARPACK otherwise.
+    fully: on three perturbed spectra (N = 1000, ``benchmarks/warm_starts.py``) 2 to 4
+    pairs took 9 to 24 products against 23 to 39 at ``tol`` 1e-3, but 10 to 54 against
+    23 to 52 at 1e-4; at 1e-6, or from random vectors, it does not always converge. So
+    ``"auto"`` is LOBPCG for at most 4 pairs with as many start vectors and ``tol`` from
+    1e-3, ARPACK otherwise.
 
     References
     ----------
@@ -318,7 +319,7 @@ def top_eigenpairs(
         guess = _start_vectors(start, run.dim)
         if method == "auto":
             warm = guess is not None and guess.shape[1] >= k
-            block = warm and which in ("LA", "SA") and k <= 4 and tol >= 1e-4
+            block = warm and which in ("LA", "SA") and k <= 4 and tol >= 1e-3
             method = "lobpcg" if block else "arpack"
         values, vectors = solve_eigenpairs(
             run,

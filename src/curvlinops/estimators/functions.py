@@ -10,9 +10,10 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from curvlinops.estimators._base import require_positive_int, require_tolerance
 from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators.lanczos import GaussRules, lanczos, require_ncv
-from curvlinops.estimators.norm import is_hermitian
+from curvlinops.estimators.norm import find_hermitian
 from curvlinops.estimators.spectrum import run_lanczos
 
 if TYPE_CHECKING:
@@ -38,10 +39,6 @@ def trace_of_function(
     ncv: int = 50,
     num_repeats: int = 10,
     distribution: str = "rademacher",
-    *,
-    task: str = "trace_of_function",
-    gram: bool = False,
-    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     **options: Unpack[Options],
 ) -> Any:
     r"""Estimate the trace of a function of a Hermitian matrix.
@@ -64,14 +61,9 @@ def trace_of_function(
         Lanczos runs; with ``until`` the limit.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
-    task : str, optional
-        Name for messages and the checkpoint, which does not know the function.
-    gram : bool, optional
-        Use the smaller of ``A^H A`` and ``A A^H`` in place of ``A``.
-    transform : callable, optional
-        Of the trace and its standard error, for the result.
     **options : Options
-        See :class:`~curvlinops.estimators.Options`.
+        See :class:`~curvlinops.estimators.Options`. A checkpoint holds the Lanczos
+        runs, whatever the function.
 
     Returns
     -------
@@ -104,6 +96,39 @@ def trace_of_function(
     >>> bool(np.isclose(trace, np.exp(np.diag(A)).sum(), rtol=0.02))
     True
     """
+    return _trace(
+        A, function, ncv, num_repeats, "trace_of_function", options, distribution
+    )
+
+
+def _trace(
+    A: Any,
+    function: Function,
+    ncv: int,
+    num_repeats: int,
+    task: str,
+    options: Options,
+    distribution: str = "rademacher",
+    *,
+    gram: bool = False,
+    spent: int = 0,
+    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Any:
+    """Return what :func:`trace_of_function` does, for one of its users.
+
+    Parameters
+    ----------
+    A, function, ncv, num_repeats, distribution, options
+        As there.
+    task : str
+        Name for messages and the checkpoint.
+    gram : bool, optional
+        Use the smaller of ``A^H A`` and ``A A^H`` in place of ``A``.
+    spent : int, optional
+        Products made before.
+    transform : callable, optional
+        Of the trace and its standard error, for the result.
+    """
 
     def statistic(
         nodes: np.ndarray, weights: np.ndarray, norms: np.ndarray
@@ -112,10 +137,13 @@ def trace_of_function(
             values = _check_values(task, nodes, np.asarray(function(nodes)))
         return norms * (weights * values).sum(1)
 
-    total = ncv * num_repeats * (1 + gram)
+    total = require_positive_int("ncv", ncv)
+    total *= require_positive_int("num_repeats", num_repeats) * (1 + gram)
     with Run(A, task, options, distribution, total, gram=gram, ncv=ncv) as run:
         rules = GaussRules(statistic)
         run_lanczos(run, rules, ncv, num_repeats)
+        rules.keep(num_repeats)
+        run.operand.num_products += spent
         mean, sem = rules.mean_and_sem()
         error = rules.truncation_error() if run.full_output else 0.0
         return run.result(mean, sem, rules.count, error, transform)
@@ -162,7 +190,7 @@ def logdet(
     def log(nodes: np.ndarray) -> np.ndarray:
         return np.log(nodes + damping)
 
-    return trace_of_function(A, log, ncv, num_repeats, task="logdet", **options)
+    return _trace(A, log, ncv, num_repeats, "logdet", options)
 
 
 def effective_dimension(
@@ -209,8 +237,7 @@ def effective_dimension(
     def share(nodes: np.ndarray) -> np.ndarray:
         return np.where(nodes > -damping, nodes / (nodes + damping), np.nan)
 
-    task = "effective_dimension"
-    return trace_of_function(A, share, ncv, num_repeats, task=task, **options)
+    return _trace(A, share, ncv, num_repeats, "effective_dimension", options)
 
 
 def eigenvalue_count(
@@ -268,8 +295,7 @@ def eigenvalue_count(
     def indicator(nodes: np.ndarray) -> np.ndarray:
         return ((nodes >= lower) & (nodes < upper)).astype(float)
 
-    task = "eigenvalue_count"
-    return trace_of_function(A, indicator, ncv, num_repeats, task=task, **options)
+    return _trace(A, indicator, ncv, num_repeats, "eigenvalue_count", options)
 
 
 def schatten_norm(
@@ -320,24 +346,25 @@ def schatten_norm(
         raise ValueError(
             f"p is above 0 and finite, got {p!r}. For infinity use spectral_norm."
         )
-    gram = not is_hermitian(A)
+    hermitian, spent = find_hermitian(A)
 
     def power(nodes: np.ndarray) -> np.ndarray:
-        return np.maximum(nodes, 0) ** (p / 2) if gram else np.abs(nodes) ** p
+        return np.abs(nodes) ** p if hermitian else np.maximum(nodes, 0) ** (p / 2)
 
     def root(mean: Tensor, sem: Tensor) -> tuple[Tensor, Tensor]:
         norm = mean ** (1 / p)
         return norm, norm * sem / (p * mean)
 
-    return trace_of_function(
+    return _trace(
         A,
         power,
         ncv,
         num_repeats,
-        task="schatten_norm",
-        gram=gram,
+        "schatten_norm",
+        options,
+        gram=not hermitian,
+        spent=spent,
         transform=root,
-        **options,
     )
 
 
@@ -403,6 +430,7 @@ def apply_function(
     >>> bool(np.allclose(root, np.sqrt(np.diag(A))))
     True
     """
+    require_tolerance("tol", tol)
     with Run(A, "apply_function", options, total=ncv, ncv=ncv, tol=tol) as run:
         run.until = None
         require_ncv(ncv, run.dim)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from curvlinops._random import Probes
-from curvlinops.estimators._base import Operand
+from curvlinops.estimators._base import Operand, require_tolerance
 from curvlinops.estimators._run import Options, Run, require_num_matvecs
 from curvlinops.estimators._sketch import coldot, double
 from curvlinops.estimators.eigenpairs import SciPyView, solve_eigenpairs
+from curvlinops.estimators.lanczos import BASIS_BYTES, lanczos
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,38 +77,28 @@ def hutchinson_squared_fro(
         return run.mean(integrand, m)
 
 
-def is_hermitian(A: Any) -> bool:
+def find_hermitian(A: Any) -> tuple[bool, int]:
     r"""Whether :math:`u^{\mathrm{H}} A v` and :math:`v^{\mathrm{H}} A u` are conjugate.
 
-    Costs two products, with fixed pseudo-random vectors. A matrix that is not Hermitian
-    passes only by a coincidence of probability zero, up to rounding.
+    A matrix that is not Hermitian passes only by a coincidence of probability zero, up
+    to rounding.
+
+    Returns
+    -------
+    tuple of bool and int
+        The answer, and the products spent: two, with fixed pseudo-random vectors, or
+        none if the matrix is not square.
     """
     operand = Operand(A)
     M, N = operand.shape
     if M != N:
-        return False
+        return False, 0
     U = Probes(N, "normal", 0, operand.dtype, operand.device).block(0, 2)
     AU = operand.multiply(U)
     forms = double(U.mH @ AU)
     scale = torch.linalg.vector_norm(AU) * torch.linalg.vector_norm(U)
     tolerance = 10 * torch.finfo(AU.dtype).eps * float(scale)
-    return bool((forms[0, 1] - forms[1, 0].conj()).abs() <= tolerance)
-
-
-def _extremes(
-    A: Any, task: str, which: str, gram: bool, tol: float, options: Options
-) -> tuple[np.ndarray, Run]:
-    """Return the extreme eigenvalues of a matrix, or of its Gram matrix."""
-    settings: dict[str, Any] = {"which": which, "tol": tol, "gram": gram}
-    with Run(A, task, options, "normal", **settings) as run:
-        k = 2 if which == "BE" and run.dim > 1 else 1
-        values, _ = solve_eigenpairs(run, k, which, view=SciPyView(run), tol=tol)
-        if len(values) < k:
-            raise RuntimeError(
-                f"{task} did not converge to tol={tol:.1e} in "
-                f"{run.operand.num_products} products. Allow a larger tol."
-            )
-        return values, run
+    return bool((forms[0, 1] - forms[1, 0].conj()).abs() <= tolerance), 2
 
 
 def _exact(run: Run, value: float, tol: float) -> Any:
@@ -150,10 +143,19 @@ def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> A
     >>> bool(np.isclose(spectral_norm(A, rng=0), np.linalg.norm(A, 2)))
     True
     """
-    gram = not is_hermitian(A)
-    values, run = _extremes(A, "spectral_norm", "LM", gram, tol, options)
-    value = float(np.abs(values).max())
-    return _exact(run, value**0.5 if gram else value, tol)
+    require_tolerance("tol", tol)
+    hermitian, spent = find_hermitian(A)
+    settings: dict[str, Any] = {"tol": tol, "gram": not hermitian}
+    with Run(A, "spectral_norm", options, "normal", **settings) as run:
+        values, _ = solve_eigenpairs(run, 1, "LM", view=SciPyView(run), tol=tol)
+        run.operand.num_products += spent
+        if not len(values):
+            raise RuntimeError(
+                f"spectral_norm did not converge to tol={tol:.1e} in "
+                f"{run.operand.num_products} products. Allow a larger tol."
+            )
+        value = float(np.abs(values[0]))
+        return _exact(run, value if hermitian else value**0.5, tol)
 
 
 def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> Any:
@@ -164,10 +166,11 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
     A : LinearOperator, array, sparse matrix, or Tensor
         Matrix of shape ``(M, N)``.
     tol : float, optional
-        Accuracy asked of the solver for either end, relative to that end.
+        Relative accuracy wanted.
     **options : Options
         See :class:`~curvlinops.estimators.Options`; ``rng`` draws the start vector,
-        ``until`` has no effect.
+        ``until`` has no effect. The Gram matrix has a checkpoint of its own, with
+        ``.gram`` appended to the name.
 
     Returns
     -------
@@ -178,14 +181,15 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
     Raises
     ------
     RuntimeError
-        If the solver does not converge. The smallest eigenvalue of a badly conditioned
-        matrix takes many products.
+        If the ends did not converge in as many steps as fit into 2 GiB.
 
     Notes
     -----
     From both ends of the spectrum of a definite matrix, which resolves numbers up to
     the inverse of rounding error; for other matrices from the smaller Gram matrix,
-    which resolves only the square root of that (1e8 in float64, 3e3 in float32).
+    which resolves only the square root of that (about 1e7 in float64, 1e3 in float32).
+    Costs one Lanczos run, at most ``N`` products (twice that for a Gram matrix), which
+    a badly conditioned matrix takes, and as many vectors.
 
     Examples
     --------
@@ -194,17 +198,58 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
     >>> bool(np.isclose(condition_number(A, rng=0), 5.0))
     True
     """
-    task = "condition_number"
-    gram = not is_hermitian(A)
-    values, run = _extremes(A, task, "BE", gram, tol, options)
-    if not gram and values[0] * values[-1] <= 0:
-        gram = True
-        options = {**options, "checkpoint": None}
-        values, run = _extremes(A, task, "BE", gram, tol, options)
-    low, high = np.sort(np.abs(values))[[0, -1]]
+    require_tolerance("tol", tol)
+    hermitian, spent = find_hermitian(A)
+    if hermitian:
+        low, high, run = _ends(A, tol, False, options)
+        spent += run.operand.num_products
+    if not hermitian or low * high <= 0:
+        hermitian = False
+        path = options.get("checkpoint")
+        path = None if path is None else f"{os.fspath(path)}.gram"
+        low, high, run = _ends(A, tol, True, {**options, "checkpoint": path})
+        spent += run.operand.num_products
+    near, far = sorted([abs(low), abs(high)])
     rounding = torch.finfo(run.operand.dtype).eps * run.dim**0.5
-    ratio = high / low if low > rounding * high else np.inf
-    return _exact(run, float(ratio**0.5 if gram else ratio), tol)
+    ratio = far / near if near > rounding * far else np.inf
+    run.operand.num_products = spent
+    return _exact(run, ratio if hermitian else ratio**0.5, tol)
+
+
+def _ends(A: Any, tol: float, gram: bool, options: Options) -> tuple[float, float, Run]:
+    """Return the smallest and largest eigenvalue, or any two of different sign.
+
+    One Lanczos run, without the restarts of ARPACK: those hardly get anywhere with an
+    end that is small relative to the other.
+    """
+
+    def ends(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nodes, vectors = eigh_tridiagonal(alpha[0], beta[0, :-1])
+        return nodes[[0, -1]], beta[0, -1] * np.abs(vectors[-1, [0, -1]])
+
+    def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
+        steps = alpha.shape[1]
+        if beta[0, -1] == 0 or steps == N:
+            return True
+        if int(steps**0.5) ** 2 != steps or steps == 1:
+            return False
+        nodes, errors = ends(alpha, beta)
+        rounding = torch.finfo(run.operand.dtype).eps * np.abs(nodes).max()
+        enough = errors <= np.maximum(tol * np.abs(nodes), rounding)
+        return bool(enough.all() or nodes[0] < 0 < nodes[1])
+
+    with Run(A, "condition_number", options, "normal", gram=gram) as run:
+        N = run.dim
+        steps = min(N, BASIS_BYTES // (N * run.operand.dtype.itemsize))
+        start = run.probes.block(0, 1)
+        found = lanczos(run.multiply, start, max(steps, 2), "full", stop)
+        if not stop(found.alpha, found.beta):
+            raise RuntimeError(
+                f"The condition number did not converge in {steps} steps, whose basis "
+                "takes up 2 GiB. Add damping, or allow a larger tol."
+            )
+        nodes, _ = ends(found.alpha, found.beta)
+        return float(nodes[0]), float(nodes[1]), run
 
 
 def stable_rank(
@@ -244,11 +289,14 @@ def stable_rank(
     >>> bool(np.isclose(stable_rank(A, 50, rng=0), 10.0))
     True
     """
-    seed = options.get("rng") if isinstance(options.get("rng"), int) else 0
-    norm = spectral_norm(A, tol=tol, rng=seed, return_estimate=True)
-    square = float(norm) ** 2
+    require_tolerance("tol", tol)
     full: Options = {**options, "return_estimate": True}
     estimate = hutchinson_squared_fro(A, num_matvecs, distribution, **full)
+    bar = options.get("progressbar", False)
+    norm = spectral_norm(
+        A, tol=tol, rng=estimate.seed, progressbar=bar, return_estimate=True
+    )
+    square = float(norm) ** 2
     result = replace(
         estimate,
         value=estimate.value / square,

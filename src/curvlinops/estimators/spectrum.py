@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class _CachedRuns:
         reorthogonalization: str = "auto",
         **options: Unpack[Options],
     ) -> None:
-        given = (None, None) if boundaries is None else boundaries
+        given: Any = (None, None) if boundaries is None else boundaries
         if np.shape(given) != (2,):
             raise ValueError(f"boundaries are a pair (low, high), got {boundaries!r}.")
         require_tolerance("boundaries_tol", boundaries_tol)
@@ -136,37 +137,40 @@ class _CachedRuns:
                 )
                 run.check(*self._rules.mean_and_sem(), self._rules.count)
             self._bounded(run, basis)
-            if self._fingerprint is None:
-                self._fingerprint = (
-                    matrix_fingerprint(run.operand)
-                    if run.journal is None
-                    else run.journal.identity["fingerprint"]
-                )
-            # A checkpoint counts the products before, too.
-            made, before = run.operand.num_products, self.num_products
-            resumed = self._options.get("checkpoint") is not None
-            self.num_products = max(made, before) if resumed else made + before
             nodes, weights = self._rules.rules()
             spikes = self._found.get("spikes", np.zeros(0))
-            provenance = settings | {
-                "class": run.operand.name,
-                "shape": list(run.operand.shape),
-                "dtype": str(run.operand.dtype),
-                "parameters": parameters_fingerprint(run.operand),
-                "fingerprint": self._fingerprint,
-                "seed": run.seed,
-                "num_repeats": min(num_repeats, self._rules.count),
-                "num_products": self.num_products,
-                "versions": VERSIONS,
-            }
+            counted = {"num_repeats": min(num_repeats, self._rules.count)}
             return {
                 "nodes": nodes[:num_repeats],
                 "weights": weights[:num_repeats] * (1 - len(spikes) / run.dim),
                 "dim": run.dim,
                 "spikes": spikes,
-                "provenance": provenance,
+                "provenance": settings | counted | self._provenance(run),
                 "convert": run.operand.result,
             }
+
+    def _provenance(self, run: Run) -> dict[str, Any]:
+        """Return what is known of the matrix, and count the products."""
+        if self._fingerprint is None:
+            self._fingerprint = (
+                matrix_fingerprint(run.operand)
+                if run.journal is None
+                else run.journal.identity["fingerprint"]
+            )
+        # A checkpoint counts the products before, too.
+        made, before = run.operand.num_products, self.num_products
+        resumed = self._options.get("checkpoint") is not None
+        self.num_products = max(made, before) if resumed else made + before
+        return {
+            "class": run.operand.name,
+            "shape": list(run.operand.shape),
+            "dtype": str(run.operand.dtype),
+            "parameters": parameters_fingerprint(run.operand),
+            "fingerprint": self._fingerprint,
+            "seed": run.seed,
+            "num_products": self.num_products,
+            "versions": VERSIONS,
+        }
 
     def _section(self, run: Run, name: str, compute: Any) -> None:
         """Find some arrays out once, and keep them here and in the checkpoint."""
@@ -187,6 +191,12 @@ class _CachedRuns:
             values, vectors = solve_eigenpairs(
                 run, self._deflate, "LM", view=SciPyView(run), tol=tol
             )
+            if len(values) < self._deflate:
+                warnings.warn(
+                    f"{len(values)} of {self._deflate} eigenvalues converged and are "
+                    "removed; the others stay in the density.",
+                    stacklevel=6,
+                )
             return {"spikes": values, "vectors": vectors}
 
         self._section(run, "deflation", compute)
@@ -412,13 +422,34 @@ def lanczos_approximate_spectrum(
     Raises
     ------
     ValueError
-        If an argument breaks its rule, or a product is not finite.
+        If an argument breaks its rule, a product is not finite, or the matrix turns out
+        not to be Hermitian.
+    RuntimeError
+        If ``eigsh`` does not find a boundary.
+
+    See Also
+    --------
+    LanczosApproximateSpectrumCached : Several densities of the same runs, and that of
+        :math:`|A|`.
 
     Notes
     -----
     Costs ``ncv * num_repeats`` products, those of ``eigsh`` (20 to 60), and
     one for the fingerprint. Memory: the basis of one run, or 5 vectors without
     reorthogonalisation, and the 20 vectors of ``eigsh`` unless boundaries are given.
+
+    1-Wasserstein distance of nodes and weights from the exact spectrum, relative to its
+    range, for N = 1000 and 10 repeats (``benchmarks/density_wasserstein.py``):
+
+    ==============  =======  =======  =======  ======================
+    spectrum        ncv=10   ncv=30   ncv=100  ncv=100 and deflate=2
+    ==============  =======  =======  =======  ======================
+    clustered       2.2e-03  1.9e-03  1.8e-03  1.7e-03
+    heavy-tailed    7.9e-03  2.9e-03  1.4e-03  1.3e-03
+    two outliers    1.0e-03  4.0e-04  2.3e-04  8.2e-05
+    indefinite      2.5e-02  8.3e-03  2.8e-03  2.8e-03
+    rank-deficient  9.5e-03  7.5e-03  7.5e-03  8.0e-03
+    ==============  =======  =======  =======  ======================
 
     References
     ----------

@@ -147,7 +147,8 @@ def hutchpp_trace(
     >>> bool(abs(hutchpp_trace(A, 60, rng=0) - np.trace(A)) < 5e-3)
     True
     """
-    with Run(A, "hutchpp_trace", options, distribution, num_matvecs) as run:
+    size: dict[str, Any] = {"num_matvecs": num_matvecs}
+    with Run(A, "hutchpp_trace", options, distribution, num_matvecs, **size) as run:
         limit = require_num_matvecs(run, num_matvecs, multiple_of=3)
         sketch, exact, spent = RangeSketch(run), torch.zeros(()), 0
 
@@ -229,7 +230,8 @@ def xtrace(
     >>> bool(abs(xtrace(A, 60, rng=0) - np.trace(A)) < 2e-3)
     True
     """
-    with Run(A, "xtrace", options, distribution, num_matvecs) as run:
+    size: dict[str, Any] = {"num_matvecs": num_matvecs}
+    with Run(A, "xtrace", options, distribution, num_matvecs, **size) as run:
         limit = require_num_matvecs(run, num_matvecs, multiple_of=2)
         sketch, Z = RangeSketch(run), None
         for k in run.stages(limit):
@@ -304,7 +306,7 @@ def xnystrace(
     distribution: str = "rademacher",
     **options: Unpack[Options],
 ) -> Any:
-    r"""Estimate the trace of a positive semi-definite matrix, the fastest way known.
+    r"""Estimate the trace of a positive semi-definite matrix by Nyström approximation.
 
     .. math::
         \mathrm{tr}(A) \approx \frac{1}{m} \sum_{i=1}^{m} \left[
@@ -356,7 +358,8 @@ def xnystrace(
     >>> bool(abs(xnystrace(A, 60, rng=0) - np.trace(A)) < 1e-3)
     True
     """
-    with Run(A, "xnystrace", options, distribution, num_matvecs) as run:
+    size: dict[str, Any] = {"num_matvecs": num_matvecs}
+    with Run(A, "xnystrace", options, distribution, num_matvecs, **size) as run:
         limit = require_num_matvecs(run, num_matvecs)
         Y: Tensor | None = None
         for k in run.stages(limit):

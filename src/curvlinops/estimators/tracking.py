@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ QUANTITIES: dict[str, Callable[..., Any]] = {
     "squared_fro": hutchinson_squared_fro,
 }
 EIGENVALUES = "eigenvalues"
+Quantities: TypeAlias = "str | Iterable[str] | Mapping[str, Callable[[Any], Any]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,7 @@ class Track:
 
 def track(
     operators_or_checkpoints: Iterable[Any],
-    quantities: Iterable[str] | Mapping[str, Callable[[Any], Any]] = (EIGENVALUES,),
+    quantities: Quantities = EIGENVALUES,
     *,
     build: Callable[[Any], Any] | None = None,
     k: int = 5,
@@ -113,7 +114,7 @@ def track(
     operators_or_checkpoints : iterable
         Matrices; or with ``build`` anything else, e.g. state dictionaries, or paths of
         files that :func:`torch.load` reads. One is looked at at a time.
-    quantities : iterable of str, or mapping, optional
+    quantities : str, iterable of str, or mapping, optional
         Names: ``"eigenvalues"``, ``"trace"`` (Hutch++), ``"hutchinson_trace"``,
         ``"squared_fro"``. Or a mapping from names to functions of the matrix that
         return a number or an Estimate; the key ``"eigenvalues"`` may have the value
@@ -142,7 +143,8 @@ def track(
     Raises
     ------
     ValueError
-        If a quantity is unknown, or an item is no matrix and ``build`` is not given.
+        If a quantity is unknown, an item is no matrix and ``build`` is not given, there
+        are no items, or more than ``steps``.
 
     Notes
     -----
@@ -166,7 +168,9 @@ def track(
     items = tqdm(operators_or_checkpoints, "track", disable=not progressbar)
     for index, item in enumerate(items):
         A = _matrix(item, build)
-        row = {"step": index if names is None else next(names)}
+        row = {"step": index if names is None else next(names, None)}
+        if row["step"] is None:
+            raise ValueError(f"steps names {index} rows, and there are more matrices.")
         for name, function in functions.items():
             if name == EIGENVALUES:
                 before = pairs
@@ -175,12 +179,14 @@ def track(
             elif function is not None:
                 row |= _columns(name, function(A))
         rows.append(row)
+    if not rows:
+        raise ValueError("operators_or_checkpoints is empty: nothing to track.")
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return Track(columns, pairs)
 
 
 def _functions(
-    quantities: Iterable[str] | Mapping[str, Callable[[Any], Any]],
+    quantities: Quantities,
     num_matvecs: int,
     seed: int,
 ) -> dict[str, Callable[[Any], Any] | None]:
@@ -188,7 +194,7 @@ def _functions(
     if isinstance(quantities, Mapping):
         return dict(quantities)
     functions: dict[str, Callable[[Any], Any] | None] = {}
-    for name in quantities:
+    for name in [quantities] if isinstance(quantities, str) else quantities:
         if name not in (EIGENVALUES, *QUANTITIES):
             raise ValueError(
                 f"A quantity is one of {', '.join((EIGENVALUES, *QUANTITIES))}, or a "
@@ -210,7 +216,7 @@ def _bind(name: str, num_matvecs: int, seed: int) -> Callable[[Any], Any]:
 def _matrix(item: Any, build: Callable[[Any], Any] | None) -> Any:
     if build is not None:
         is_path = isinstance(item, (str, os.PathLike))
-        return build(torch.load(item) if is_path else item)
+        return build(torch.load(item, map_location="cpu") if is_path else item)
     if not hasattr(item, "shape"):
         raise ValueError(
             f"{type(item).__name__} is no matrix. Say with `build` how to make one of "
@@ -238,5 +244,5 @@ def _eigenvalue_columns(
     columns["overlap"] = np.nan
     if before is not None:
         cosines = to_numpy(pairs.vectors).conj().T @ to_numpy(before.vectors)
-        columns["overlap"] = float(np.linalg.norm(cosines) ** 2 / k)
+        columns["overlap"] = min(float(np.linalg.norm(cosines) ** 2 / k), 1.0)
     return columns
