@@ -116,6 +116,7 @@ class Case:
         if len(known) != 1:
             raise RuntimeError(f"{name}: weights or data differ: {self.replies}")
         self.rows: list[dict[str, Any]] = []
+        self.failed = False
 
     def reference(self, task: str) -> Path:
         """Return the file that a task's results are compared with."""
@@ -161,12 +162,18 @@ class Case:
             if "error" in first:
                 row["failed"] = first["error"]
                 workers.remove(worker)
+                if worker.name == "ours" and "too many columns" not in first["error"]:
+                    tqdm.write(f"Our own task failed: {row}", file=sys.stderr)
+                    self.failed = True
                 continue
             if reference is not None:
                 row["error"] = relative_error(save, reference)
                 row["right"] = bool(row["error"] <= tolerance)
-                if not row["right"] and worker is self.workers[0]:
-                    raise RuntimeError(f"Our own result is wrong: {row}")
+                if not row["right"] and worker.name == "ours":
+                    tqdm.write(f"Our own result is wrong: {row}", file=sys.stderr)
+                    self.failed = True
+                    workers.remove(worker)
+                    continue
             # A long call that has been checked counts as a turn.
             long = first["cpu"] > LONG
             row |= {key: [first[key]] if long else [] for key in ("cpu", "wall")}
@@ -285,8 +292,8 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Measure everything."""
+def main() -> int:
+    """Measure everything; return 1 if a result of ours was wrong or absent."""
     options = arguments().parse_args()
     repeats, limit = (2, 5.0) if options.quick else (options.repeats, options.limit)
     contenders: list[Contender] = [
@@ -308,10 +315,11 @@ def main() -> None:
     if unknown := wanted - {*TIMED, "time_peakmem"}:
         raise SystemExit(f"There are no tasks {unknown}; known: {TIMED} and peakmem.")
     cases = [(p, m) for p in options.problems for m in options.matrices]
+    failed = False
     with tqdm(total=len(cases) * (len(timed) + 1)) as bar:
         for name, matrix in cases:
             workers = [Worker(n, p, **o) for n, p, o in [*contenders, cache_off]]
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(dir=options.output) as folder:
                 case = Case(workers, name, matrix, Path(folder))
                 first = case.replies["ours"]
                 about = PROBLEMS[name].about if name in PROBLEMS else name
@@ -327,6 +335,7 @@ def main() -> None:
             for worker in workers:
                 worker.__exit__()
             report["results"] += case.rows
+            failed |= case.failed
             bar.set_description(f"{name} {matrix} memory")
             if "peakmem" in options.tasks:
                 report["results"] += memory([*contenders, cache_off], name, matrix)
@@ -334,7 +343,8 @@ def main() -> None:
             path = options.output / "products.json"
             path.write_text(json.dumps(report, indent=1) + "\n")
     save_picture(report["results"], options.output / "products.png")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

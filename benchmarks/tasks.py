@@ -106,7 +106,7 @@ class Eigenthings(Curvlinops):
 
     def eigsh(self, A: Any, k: int, v0: np.ndarray) -> Any:
         """Run the package's own Lanczos method."""
-        return self.module.lanczos(A, k=k, tol=1e-4, max_iter=100).eigenvalues
+        return self.module.lanczos(A, k=k, tol=1e-4).eigenvalues
 
     def density(self, A: Any, bounds: tuple[float, float]) -> Any:
         """Run the package's own density."""

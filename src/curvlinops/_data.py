@@ -188,22 +188,25 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
 
 
 _BLOCK = 1 << 16
+#: Tensors with fewer entries are projected together.
+_SMALL = 1 << 12
 
 
 def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
     """Project the content of tensors on a fixed random vector.
 
-    Small tensors of one kind are projected as one.
+    Small tensors of one kind are projected as one, in float64: a change of one must
+    not be lost beside the values of another.
     """
     tensors = strided(tensors)
-    large = [t for t in tensors if t.numel() >= _BLOCK]
+    large = [t for t in tensors if t.numel() >= _SMALL]
     small: dict[Any, list[Tensor]] = {}
     for t in tensors:
-        if t.numel() < _BLOCK:
+        if t.numel() < _SMALL:
             small.setdefault((t.dtype, t.device), []).append(t)
     with torch.no_grad():
         joined = [torch.cat([t.reshape(-1) for t in ts]) for ts in small.values()]
-        joined += large
+        joined = [t.double() if t.is_floating_point() else t for t in joined] + large
         sums = [_projection(t).double() for t in joined]
         values: dict[int, float] = {}
         for device in {s.device for s in sums}:  # one synchronisation per device
