@@ -41,6 +41,8 @@ class ArrayResult:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return :meth:`numpy`, for NumPy functions."""
+        if copy is None:  # which NumPy 1 does not know
+            return np.asarray(self.numpy(), dtype=dtype)
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
 
