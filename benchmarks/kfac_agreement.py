@@ -1,14 +1,22 @@
-"""Compare KFAC and EKFAC with the package ``curvlinops-for-pytorch``, entry by entry.
+r"""Compare KFAC and EKFAC with the package ``curvlinops-for-pytorch``, entry by entry.
 
     python benchmarks/kfac_agreement.py --other PYTHON
 
 ``PYTHON`` is an interpreter that has that package (3.0.1). Each process computes the
 same matrices on the cases where that package is right, in float64; the largest
-difference, relative to the largest entry, must stay below 1e-8. Left out, because it is
-wrong there: class weights, ignored targets, several terms per datum under ``reduce``;
-and EKFAC of convolutions under ``reduce``, whose eigenvalues are here the second
-moments of the gradients themselves, not of their approximation by mean inputs. Sampled
-matrices use other random numbers; tests compare them with exact ones.
+difference, relative to the largest entry, must stay below 1e-8. Left out:
+
+* class weights, ignored targets, and several terms per datum under ``reduce``, where
+  that package is wrong;
+* EKFAC of convolutions under ``reduce``: its eigenvalues are here the second moments of
+  the gradients themselves, not of their approximation by mean inputs;
+* the heuristic damping of a bias that is a block of its own: there it is that of the
+  weight's output factor, :math:`\sqrt\delta / \pi`. The heuristic (arXiv:1503.05671,
+  section 6.3, where biases are columns of weights) splits a damping of :math:`B
+  \otimes A + \delta I` between two factors. A block of one factor needs no splitting:
+  here it is :math:`(B + \delta I)^{-1}`, which is exact.
+
+Sampled matrices use other random numbers; tests compare them with exact ones.
 """
 
 import argparse

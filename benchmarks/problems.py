@@ -37,7 +37,7 @@ class Problem:
 
     about: str
     build: Callable[..., tuple[nn.Module, Batches]]
-    warmup: int = 6
+    warmup: int = 12
     max_columns: int = 64
 
 

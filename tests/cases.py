@@ -60,6 +60,7 @@ from curvlinops import (
     CGInverseLinearOperator,
     DiagonalLinearOperator,
     EFLinearOperator,
+    EKFACLinearOperator,
     EmpiricalRisk,
     FisherMCLinearOperator,
     GGNDiagonalLinearOperator,
@@ -68,6 +69,9 @@ from curvlinops import (
     HessianLinearOperator,
     IdentityLinearOperator,
     JacobianLinearOperator,
+    KFACInverseLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
     LSMRInverseLinearOperator,
     MINRESInverseLinearOperator,
     NeumannInverseLinearOperator,
@@ -1061,12 +1065,17 @@ class Operator:
         Why a law may select or skip it, see below.
     without
         Tags of the problems for which there is no such matrix.
+    names
+        Problems on which it is checked; ``None`` for all of those.
     exponent
         Power of the machine epsilon that its error is proportional to.
     passes
-        Passes over the data that a product takes if nothing is kept.
+        Passes over the data that a product takes if nothing is kept; ``None`` if this
+        depends on the numbers.
     unchecked_passes
         Those at construction if the check is switched off.
+    expectation
+        Like ``dense``, what a sampled matrix is in expectation.
 
     ================  ==================================================================
     tag               meaning
@@ -1075,6 +1084,7 @@ class Operator:
     ``core``          its ways of computing a product are those of the others
     ``datafree``      has no model
     ``derived``       made of other operators, or without a model
+    ``frozen``        keeps its numbers until ``refresh``, whatever changes
     ``indefinite``    self-adjoint, but may have negative eigenvalues
     ``iterative``     a product is a solution, which is linear up to a tolerance
     ``ordered``       its rows or columns are data, in the order in which they come
@@ -1089,16 +1099,19 @@ class Operator:
     dense: Callable[..., Tensor]
     tags: frozenset[str]
     without: frozenset[str]
+    names: frozenset[str] | None
     exponent: float
-    passes: int
+    passes: int | None
     unchecked_passes: int
+    expectation: Callable[..., Tensor]
 
     def __repr__(self) -> str:
         return f"Operator({self.name!r})"
 
     def exists_for(self, problem: Problem) -> bool:
         """Whether the problem has such a matrix."""
-        return not self.without & problem.tags
+        chosen = self.names is None or problem.name in self.names
+        return chosen and not self.without & problem.tags
 
 
 OPERATORS: list[Operator] = []
@@ -1110,15 +1123,25 @@ def operator(
     dense: Callable[..., Tensor],
     *tags: str,
     without: Iterable[str] = (),
+    names: Iterable[str] | None = None,
     exponent: float = 1.0,
-    passes: int = 1,
+    passes: int | None = 1,
     unchecked_passes: int = 0,
+    expectation: Callable[..., Tensor] = references.ggn,
 ) -> None:
     """Register an operator."""
-    tagged, unwanted = frozenset(tags), frozenset(without)
     OPERATORS.append(
         Operator(
-            name, build, dense, tagged, unwanted, exponent, passes, unchecked_passes
+            name,
+            build,
+            dense,
+            frozenset(tags),
+            frozenset(without),
+            None if names is None else frozenset(names),
+            exponent,
+            passes,
+            unchecked_passes,
+            expectation,
         )
     )
 
@@ -1235,6 +1258,7 @@ operator(
     lambda *built: _sampled_fisher(*built, **SAMPLES).diagonal().diag(),
     *("derived", "sampled", "stored"),
     without=["generic-loss", "no-samples"],
+    expectation=lambda *built: references.ggn(*built).diagonal().diag(),
 )
 operator(
     "jacobian",
@@ -1268,6 +1292,123 @@ operator(
     without=["generic-loss"],
     passes=2,
     unchecked_passes=1,
+)
+
+# Kronecker-factored
+
+#: Every kind of layer, of sharing, of loss, and of giving parameters. No factor has a
+#: degenerate eigenvalue whose eigenspace matters: eigenbases would not be unique.
+FACTORED = (
+    "mlp-tanh-mse",
+    "mlp-bfloat16",
+    "mlp-subset-params",
+    "mlp-perturbed-params",
+    "mlp-reversed-params",
+    "tied-weights",
+    "conv-float32",
+    "conv2d-mixed",
+    "batch-norm-1d",
+    "loader",
+    "ce-tokens-options",
+    "ce-ignored-batch",
+    "bce-sum-weights",
+    "generic-huber",
+)
+
+
+def _kronecker(
+    name: str,
+    cls: type,
+    options: dict[str, Any],
+    reference: dict[str, Any],
+    *tags: str,
+    **about: Any,
+) -> None:
+    """Register a Kronecker-factored operator."""
+    operator(
+        name,
+        partial(cls, **options),
+        partial(references.kronecker, **reference),
+        *("frozen", "stored", *tags),
+        names=FACTORED,
+        **about,
+    )
+
+
+_JOINT = {"separate_weight_and_bias": False}
+_kronecker("kfac", KFACLinearOperator, {"fisher_type": "type-2"}, {})
+_kronecker(
+    "kfac-reduce",
+    KFACLinearOperator,
+    {"fisher_type": "type-2", "kfac_approx": "reduce", **_JOINT},
+    {"reduced": True, "joint": True},
+)
+_kronecker(
+    "kfac-mc",
+    KFACLinearOperator,
+    {"fisher_type": "mc", **_JOINT, **SAMPLES},
+    {"fisher": "mc", "joint": True, **SAMPLES},
+    "sampled",
+    without=["generic-loss", "no-samples"],
+    expectation=partial(references.kronecker, joint=True),
+)
+_kronecker(
+    "kfac-empirical",
+    KFACLinearOperator,
+    {"fisher_type": "empirical"},
+    {"fisher": "empirical"},
+)
+_kronecker(
+    "kfac-forward-only",
+    KFACLinearOperator,
+    {"fisher_type": "forward-only", **_JOINT},
+    {"fisher": "forward-only", "joint": True},
+)
+_kronecker(
+    "ekfac",
+    EKFACLinearOperator,
+    {"fisher_type": "type-2"},
+    {"method": "ekfac"},
+    exponent=0.9,
+    passes=2,
+)
+_kronecker(
+    "ekfac-empirical",
+    EKFACLinearOperator,
+    {"fisher_type": "empirical", **_JOINT},
+    {"method": "ekfac", "fisher": "empirical", "joint": True},
+    exponent=0.9,
+    passes=2,
+)
+_kronecker(
+    "kfoc",
+    KFOCLinearOperator,
+    {"fisher_type": "type-2", "max_iter": 100, "tolerance": 1e-12},
+    {"method": "kfoc"},
+    exponent=0.5,
+    passes=None,
+)
+operator(
+    "kfac-inverse",
+    lambda *built, **options: KFACInverseLinearOperator(
+        KFACLinearOperator(*built, fisher_type="type-2", **options), damping=0.3
+    ),
+    partial(references.kronecker, damping=0.3),
+    *("derived", "frozen", "stored"),
+    names=FACTORED,
+)
+operator(
+    "kfac-inverse-exact",
+    lambda *built, **options: KFACInverseLinearOperator(
+        KFACLinearOperator(*built, fisher_type="type-2", **options),
+        damping=0.3,
+        use_exact_damping=True,
+    ),
+    lambda *built: torch.linalg.inv(
+        (K := references.kronecker(*built)) + 0.3 * torch.eye(len(K)).to(K)
+    ),
+    *("derived", "frozen", "stored"),
+    names=FACTORED,
 )
 
 # Derived from those: whatever holds for every model holds for them, too

@@ -92,6 +92,18 @@ def test_jacobian(problem: Problem):
     assert_close(actual, references.jacobian(model, params, data))
 
 
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "kfoc"])
+def test_kronecker_factored_reference_is_exact_for_one_linear_layer(method: str):
+    built = find("linear").build()
+    for fisher, dense in (
+        ("type-2", references.ggn),
+        ("empirical", references.empirical_fisher),
+    ):
+        actual = references.kronecker(*built, method=method, fisher=fisher, joint=True)
+        same = (actual - dense(*built)).abs().max() < 1e-12
+        assert same == (fisher == "type-2")
+
+
 DIFFERENCED = (
     "mlp-tanh-ce",
     "mlp-perturbed-params",

@@ -140,11 +140,11 @@ def test_decompositions_are_retried_in_double_precision():
 def test_decomposition_that_fails_first(monkeypatch):
     eigh, calls = torch.linalg.eigh, []
 
-    def failing(matrix):
+    def failing(matrix, **options):
         calls.append(matrix.dtype)
         if matrix.dtype == torch.float32:
             raise torch.linalg.LinAlgError("did not converge")
-        return eigh(matrix)
+        return eigh(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     K = KroneckerProductLinearOperator(psd(3)[0].float())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvlinops import losses
+from curvlinops import EmpiricalRisk, losses
 from curvlinops.losses import (
     MSE,
     BCEWithLogits,
@@ -562,6 +562,35 @@ def test_register(monkeypatch):
     assert loss_function(torch.ones(2), torch.zeros(2)).value() == 6
 
 
+@pytest.mark.parametrize(
+    "loss_func",
+    [
+        nn.KLDivLoss(reduction="batchmean"),
+        partial(F.kl_div, reduction="batchmean"),
+    ],
+)
+def test_batchmean_is_a_mean_over_the_first_axis(loss_func):
+    """Also if batches have several, and different numbers of, rows per datum."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(-1), nn.Flatten(0, -2)).double()
+    data = []
+    for size, length in ((3, 2), (2, 4), (1, 1)):
+        X = torch.randn(size, length, 3, dtype=torch.float64)
+        data.append((X, torch.rand(size * length, 4, dtype=torch.float64).softmax(1)))
+    params = dict(net.named_parameters())
+    loss_function = as_loss_function(loss_func)
+    assert (loss_function.loss, loss_function.reduction) == (Generic, "mean")
+    risk = EmpiricalRisk(net, loss_func, params, data)
+    gradient, value = risk.gradient_and_loss()
+    f, y = (torch.cat(t) for t in zip(*((net(X), y) for X, y in data), strict=True))
+    expected = F.kl_div(f, y, reduction="batchmean")
+    assert_close(value, expected)
+    grads = torch.autograd.grad(expected, list(params.values()))
+    for actual, g in zip(gradient, grads, strict=True):
+        assert_close(actual, g, size=100)
+    with pytest.raises(NotImplementedError, match="pass sampler"):
+        loss_function(f, y).sample_gradients(1, torch.Generator())
+
+
 # ------------------------------------------------------------------ errors
 
 X, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
@@ -577,7 +606,11 @@ D = torch.zeros(4, 3)
         (nn.MSELoss(reduction="none"), ValueError, "reduction='none'.*'mean' or 'sum'"),
         (nn.L1Loss(reduction="none"), ValueError, "reduction='none'"),
         (partial(F.l1_loss, reduction="none"), ValueError, "reduction='none'"),
-        (nn.KLDivLoss(reduction="batchmean"), ValueError, "reduction='batchmean'"),
+        (
+            partial(F.mse_loss, reduction="batchmean"),
+            ValueError,
+            "reduction='batchmean', so it combines terms in a way.*'mean' or 'sum'",
+        ),
         (partial(F.mse_loss, size_average=False), ValueError, "legacy.*size_average"),
         (partial(F.huber_loss, reduce=True), ValueError, r"legacy.*\['reduce'\]"),
         (partial(F.mse_loss, X), ValueError, "bound to positional arguments"),

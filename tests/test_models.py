@@ -4,9 +4,10 @@ import copy
 import random
 import sys
 import threading
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from curvlinops import (
     GGNLinearOperator,
     HessianLinearOperator,
 )
+from curvlinops._model import Model, _Changes, _MathAttention, _Owner
 from tolerances import assert_close
 
 SIZES = (3, 2, 1)
@@ -336,6 +338,98 @@ def test_interrupted_recording_is_not_used(kind: type[nn.Module]):
     assert_close(A.to_dense(), expected)
 
 
+class Signal:
+    """Sends an interrupt when it is negated.
+
+    Unlike a call, this is no place where Python looks for signals.
+    """
+
+    __neg__ = interrupt_main
+
+
+def interrupt(function: Callable[[], None], position: int, body: Callable) -> bool:
+    """Call a function, with an interrupt that is sent before one of its instructions.
+
+    It arrives at the next place where Python looks for signals. Instructions of
+    ``body`` do not count. Returns whether there are that many.
+    """
+    count, interrupt_now = 0, Signal()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        if frame.f_code is body.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == position:
+                sys.settrace(None)  # or else Python would look here
+                -interrupt_now  # noqa: B018
+        return trace
+
+    before = sys.gettrace()
+    with suppress(KeyboardInterrupt):
+        try:
+            sys.settrace(trace)
+            function()
+        finally:
+            sys.settrace(before)
+    return count >= position
+
+
+@pytest.mark.parametrize("kind", [Everything, WithLock])
+def test_interrupt_anywhere_leaves_nothing_changed(kind: type[nn.Module]):
+    """At all places of the code that prepares a product, and cleans up after it."""
+    built = build(kind)
+    before = Snapshot(*built)
+    model = Model(built[0], built[2])
+    started = 0
+
+    def body() -> None:
+        nonlocal started
+        started += 1
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        same = built[0].first.weight is built[2]["first.weight"]
+        assert same == (kind is Everything)
+
+    position = 0
+    while interrupt(lambda: model.run(body), position + 1, body):
+        position += 1
+        before.assert_unchanged()
+    assert 20 < started < position  # there are some before and some behind
+
+    with ThreadPoolExecutor(1) as pool:  # no lock is held any more
+        pool.submit(model.run, body).result(timeout=10)
+    before.assert_unchanged()
+
+
+def test_changes_are_undone_when_their_owner_is_gone():
+    """As after a second interrupt, which strikes while the first is handled."""
+    model, *rest = build(WithLock)
+    params = rest[1]
+    before = Snapshot(model, *rest)
+    owner = _Owner()
+    changes = _Changes(owner)
+    changes.make(model, {n: nn.Parameter(p.detach()) for n, p in params.items()})
+    assert model.first.weight is not params["first.weight"]
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    del owner
+    before.assert_unchanged()
+    changes.undo()
+    before.assert_unchanged()
+
+
+def test_users_that_are_gone_do_not_keep_attention_as_it_is():
+    before = torch.backends.cuda.flash_sdp_enabled()
+    attention = _MathAttention()
+    attention.add(1, lambda: None)  # a weak reference to what is gone
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+    attention.add(2, object)
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    attention.remove(2)
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+
+
 def test_failing_forward_leaves_nothing_changed():
     class Failing(WithLock):
         def forward(self, X: Tensor) -> Tensor:
@@ -394,6 +488,50 @@ def test_closure_over_another_model_is_explained():
     model, loss_func, params, data = build()
     with pytest.raises(ValueError, match=r"directly instead of through its `params`"):
         GGNLinearOperator(lambda params, X: model(X), loss_func, params, data)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("kind", [nn.Sequential, WithLock])
+def test_parameters_used_without_gradient_are_named(kind: type[nn.Module]):
+    class Checkpointed(nn.Module):
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+            self.options = options
+            if kind is WithLock:
+                self.lock = threading.Lock()
+
+        def forward(self, X: Tensor) -> Tensor:
+            h = checkpoint(self.parts[0], X, **self.options)
+            with nullcontext() if self.options["use_reentrant"] else torch.no_grad():
+                h = h + self.parts[1](X).tanh()
+            return self.parts[2](h)
+
+    X = torch.rand(4, 3)
+    for reentrant in (True, False):
+        net = Checkpointed(use_reentrant=reentrant)
+        model = Model(net, dict(net.named_parameters()))
+        found = model.run(lambda model=model: model.used_without_gradient(X))
+        part = f"parts.{0 if reentrant else 1}"
+        assert found == [f"{part}.weight", f"{part}.bias"]
+
+
+def test_parameters_without_entries_are_refused():
+    empty, full = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.ones(2))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty, self.full = empty, full
+
+        def forward(self, X: Tensor) -> Tensor:
+            return X * self.full + self.empty.sum()
+
+    data = [(torch.ones(4, 2), torch.zeros(4, 2))]
+    with pytest.raises(ValueError, match=r"\{'empty': \(0, 3\)\}: .*Add parameters"):
+        GGNLinearOperator(Both(), nn.MSELoss(), [empty], data)
+    A = GGNLinearOperator(Both(), nn.MSELoss(), [empty, full], data)
+    assert_close(A.to_dense(), torch.eye(2))
 
 
 # Threads
@@ -587,6 +725,8 @@ def check_freshness(operator: Operator, changes: tuple) -> None:
         for _ in range(2):  # what is kept is used
             assert_fresh(A, operator.dense, built, operator.exponent)
         change(model, params, data)
+        if "frozen" in operator.tags:
+            getattr(A, "A", A).refresh()  # that of an inverse is its operator's
     assert_fresh(A, operator.dense, built, operator.exponent)
 
 

@@ -1,20 +1,34 @@
 """Recorded products: which calls are kept, when a recording is trusted, when not."""
 
+import unittest.mock
+
 import pytest
 import torch
 from torch import nn
 
+import references
 from cases import find, problems
-from curvlinops import GGNLinearOperator, HessianLinearOperator, risk
+from curvlinops import (
+    EFLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    _linearization,
+    risk,
+)
+from curvlinops._model import Model
 from curvlinops._replay import Route, Unrecordable, record
 from tolerances import assert_close
+
+directional = Model.directional
 
 OPERATORS = [GGNLinearOperator, HessianLinearOperator]
 
 
 @pytest.fixture
 def never_materialise(monkeypatch):
+    """Record soon instead."""
     monkeypatch.setattr(risk, "MAX_DENSE_DIM", 0)
+    monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
 
 
 def routes(A):
@@ -260,11 +274,139 @@ def test_small_matrices_are_materialised_once_that_pays(operator):
         assert_close(A @ v, dense @ v)
     (matrix,) = A.risk._matrices.values()
     assert_close(matrix, dense)
+    V = torch.randn(A.shape[1], 3, dtype=torch.float64)
+    assert_close(A @ V, dense @ V)
     with torch.no_grad():
         next(iter(params.values())).mul_(2)
     fresh = operator(model, loss, params, data, cache="off")
     assert_close(A @ v, fresh @ v)
     assert not A.risk._matrices
+
+
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+@pytest.mark.parametrize("problem", problems(without=("heavy",)))
+@pytest.mark.filterwarnings("ignore:The model's output does not depend")
+def test_products_with_kept_jacobians_equal_plain_ones(operator, problem):
+    args = problem.build()
+    A, plain = operator(*args), operator(*args, cache="off")
+    N, dtype = A.shape[1], A.torch_dtype
+    generator = torch.Generator().manual_seed(1)
+    for K in (1, 1, 1, 3):
+        V = torch.randn(N, K, generator=generator).to(dtype)
+        assert_close(A @ V, plain @ V, dtype, 16 * N)
+    assert bool(A.risk._jacobians) == (A.risk._repeats and dtype.itemsize >= 4)
+
+
+def test_a_jacobian_that_cannot_be_vectorised_is_not_kept(monkeypatch):
+    def refuse(*args, **options):
+        if options.get("is_grads_batched"):
+            raise RuntimeError("no batching rule")
+        return grad(*args, **options)
+
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    args = find("mlp-tanh-ce").build()
+    A, plain = GGNLinearOperator(*args), GGNLinearOperator(*args, cache="off")
+    for _ in range(4):
+        v = torch.randn(A.shape[1], dtype=torch.float64)
+        assert_close(A @ v, plain @ v)
+    assert not A.risk._jacobians
+
+
+# -- CUDA graphs --------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_programs_on_the_cpu_are_not_captured():
+    route, v = Route(), [torch.ones(3)]
+    for _ in range(4):
+        route.multiply(lambda vs: [2 * vs[0]], v, False)
+    assert route.trusted
+    assert route.captured is None
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_captured_products_equal_plain_ones(never_materialise):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Tanh(), nn.Linear(108, 2))
+    net = net.double().cuda()
+    data = [
+        (torch.rand(n, 1, 8, 8).double().cuda(), torch.randint(2, (n,)).cuda())
+        for n in (4, 3)
+    ]
+    args = net, nn.CrossEntropyLoss(), list(net.parameters()), data
+    for operator in OPERATORS:
+        A, plain = operator(*args), operator(*args, cache="off")
+        for _ in range(6):
+            v = torch.randn(A.shape[1], dtype=torch.float64).cuda()
+            first = A @ v
+            assert_close(first, plain @ v, size=16 * len(v))
+            again = A @ (2 * v)  # results are memory that nobody else holds
+            assert_close(again, 2 * first, size=16 * len(v))
+        assert all(route.captured for route in routes(A))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            other = A @ v
+        torch.cuda.synchronize()
+        assert_close(other, first, size=16 * len(v))
+
+
+# -- forward mode -------------------------------------------------------------------
+
+
+class Stop(nn.Module):
+    """Hides part of its work from reverse mode, but not from forward mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, X):
+        with torch.no_grad():
+            scale = self.inner.weight.pow(2).sum()
+        return self.outer(self.inner(X).tanh()) * scale
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_forward_mode_is_dropped_where_it_differs(cache):
+    model = Stop().double()
+    data = [(torch.rand(4, 3).double(), torch.tensor([0, 1, 1, 0]))]
+    params = dict(model.named_parameters())
+    A = GGNLinearOperator(model, nn.CrossEntropyLoss(), params, data, cache=cache)
+    dense = references.ggn(model, nn.CrossEntropyLoss(), params, data)
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+    assert_close(A @ v, dense @ v)
+    assert not A.risk.model.forward_mode
+    assert_close(A @ v, dense @ v)
+
+
+def test_forward_mode_serves_first_products():
+    args = find("mlp-tanh-ce").build()
+    A = GGNLinearOperator(*args)
+    with unittest.mock.patch.object(
+        type(A.risk.model), "directional", autospec=True, side_effect=directional
+    ) as spy:
+        A @ torch.ones(A.shape[1], dtype=torch.float64)
+        assert spy.call_count == len(args[3])
+        A @ torch.ones(A.shape[1], dtype=torch.float64)
+        assert spy.call_count == len(args[3])
+    assert A.risk.model.forward_mode
+
+
+def test_forward_mode_in_use_elsewhere_is_left_alone():
+    args = find("mlp-tanh-ce").build()
+    A, plain = GGNLinearOperator(*args), HessianLinearOperator(*args)
+    v = torch.ones(A.shape[1], dtype=torch.float64)
+    expected = A.to_dense() @ v
+    A.refresh()
+    with torch.autograd.forward_ad.dual_level():
+        assert_close(A @ v, expected)
+    assert A.risk.model.forward_mode
+    assert plain.risk.model.forward_mode
+
+
+# -- caches off ---------------------------------------------------------------------
 
 
 def test_nothing_is_materialised_without_cache():

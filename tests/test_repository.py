@@ -145,8 +145,11 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 #: this list, never from those below. ``*`` stands for any rest of a dotted name.
 LEVELS = [
     ["_conflicts", "_data", "_lockstep", "_random", "_spaces"],
-    ["_model", "_operator", "_replay", "estimators", "estimators.*", "losses"],
-    ["_determinism", "_linearization", "_parts", "_verify", "structured"],
+    [
+        *["_cuda_graph", "_model", "_operator", "_program", "_replay", "_watch"],
+        *["estimators", "estimators.*", "losses"],
+    ],
+    ["_determinism", "_linearization", "_parts", "_plan", "_verify", "structured"],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],
     [
         *["ggn", "ggn_diagonal", "gradient_covariance", "gram", "hessian", "inverse"],

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from math import isfinite
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,6 +153,26 @@ def cut(value: Any, size: int, start: int, stop: int, several: bool = False) -> 
     return mapped(part, value)
 
 
+class Share(NamedTuple):
+    """Which data of a batch a part of it has."""
+
+    start: int
+    stop: int
+    size: int
+
+
+def shares(size: int, number: int) -> list[Share]:
+    """Cut a batch into a number of parts of nearly equal sizes."""
+    ends = [size * i // number for i in range(number + 1)]
+    return [Share(a, b, size) for a, b in pairwise(ends)]
+
+
+def part_of(item: tuple[Any, Any], share: Share) -> tuple[Any, Any]:
+    """Cut inputs and targets; the parts are views."""
+    (X, y), (start, stop, size) = item, share
+    return cut(X, size, start, stop), cut(y, size, start, stop, several=True)
+
+
 _RNG_LOCK = RLock()
 _RNG_STATES: list[Callable[[], Any]] = []
 _RNG_USERS: list[torch.device] = []
@@ -192,47 +213,85 @@ _BLOCK = 1 << 16
 _SMALL = 1 << 12
 
 
-def checksums(tensors: Sequence[Tensor]) -> tuple[float, ...]:
-    """Project the content of tensors on a fixed random vector.
+class Checksum:
+    """Projects the content of tensors, whenever called, on a fixed random vector.
 
-    Small tensors of one kind are projected as one, in float64: a change of one must
-    not be lost beside the values of another.
+    Small tensors in the CPU's memory are projected as one, in float64: a change of one
+    must not be lost beside the values of another.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+        The tensors, whose shape, dtype and place in memory stay as they are.
+
+    Notes
+    -----
+    Not to be called by several threads at once.
     """
-    tensors = strided(tensors)
-    large = [t for t in tensors if t.numel() >= _SMALL]
-    small: dict[Any, list[Tensor]] = {}
-    for t in tensors:
-        if t.numel() < _SMALL:
-            small.setdefault((t.dtype, t.device), []).append(t)
-    with torch.no_grad():
-        joined = [torch.cat([t.reshape(-1) for t in ts]) for ts in small.values()]
-        joined = [t.double() if t.is_floating_point() else t for t in joined] + large
-        sums = [_projection(t).double() for t in joined]
-        values: dict[int, float] = {}
-        for device in {s.device for s in sums}:  # one synchronisation per device
-            places = [i for i, s in enumerate(sums) if s.device == device]
-            gathered = torch.stack([sums[i] for i in places]).tolist()
-            values.update(zip(places, gathered, strict=True))
-        for i, t in enumerate(joined):
-            if not isfinite(values[i]):  # an attention mask of -inf, say
-                replaced = torch.nan_to_num(t.double(), 3.0, 5.0, 7.0)
-                values[i] = float(_projection(replaced))
-    return tuple(values[i] for i in range(len(sums)))
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            alias = [t.detach() for t in strided(tensors)]
+        small = [t for t in alias if t.numel() < _SMALL and _suits_numpy(t)]
+        # Views where flattening gives one; copied at every call where it does not.
+        self._small = [
+            t.numpy().reshape(-1) if t.is_contiguous() else t.numpy() for t in small
+        ]
+        self._buffer = np.empty(sum(t.numel() for t in small))
+        generator = np.random.default_rng(20260101)
+        self._weights = generator.standard_normal(len(self._buffer))
+        known = set(map(id, small))
+        self._large = [t for t in alias if id(t) not in known]
+
+    def __call__(self) -> tuple[float, ...]:
+        """Return one number for the small tensors, and one per large one."""
+        values = []
+        if self._small:
+            parts = [x if x.ndim == 1 else x.reshape(-1) for x in self._small]
+            np.concatenate(parts, out=self._buffer, casting="unsafe")
+            with np.errstate(invalid="ignore"):
+                value = float(self._buffer @ self._weights)
+            if not isfinite(value):  # an attention mask of -inf, say
+                finite = np.nan_to_num(self._buffer, nan=3.0, posinf=5.0, neginf=7.0)
+                value = float(finite @ self._weights)
+            values.append(value)
+        with torch.no_grad():
+            numbers = _numbers([_projection(t) for t in self._large])
+            for i, t in enumerate(self._large):
+                if not isfinite(numbers[i]):
+                    replaced = torch.nan_to_num(t.double(), 3.0, 5.0, 7.0)
+                    numbers[i] = float(_projection(replaced))
+        return (*values, *numbers)
+
+
+def _suits_numpy(tensor: Tensor) -> bool:
+    supported = tensor.dtype not in (torch.bfloat16, torch.float16)
+    return tensor.device.type == "cpu" and supported and not tensor.is_complex()
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Return tensors as numbers, with one synchronisation per device."""
+    values = [0.0] * len(scalars)
+    for device in {s.device for s in scalars}:
+        places = [i for i, s in enumerate(scalars) if s.device == device]
+        together = torch.stack([scalars[i].double() for i in places]).tolist()
+        for i, value in zip(places, together, strict=True):
+            values[i] = value
+    return values
 
 
 def _projection(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
     if tensor.dtype not in (torch.float32, torch.float64):
         wide = torch.float64 if not tensor.is_floating_point() else torch.float32
         tensor = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to(
             wide
         )
     flat = tensor.reshape(-1)
-    whole = flat.numel() // _BLOCK * _BLOCK
     vector = _random_vector(flat.dtype, flat.device)
-    rest = torch.dot(flat[whole:], vector[: flat.numel() - whole])
-    if whole == 0:
-        return rest
+    if (size := flat.numel()) <= _BLOCK:
+        return torch.dot(flat, vector[:size])
+    whole = size // _BLOCK * _BLOCK
+    rest = torch.dot(flat[whole:], vector[: size - whole])
     rows = flat[:whole].view(-1, _BLOCK) @ vector
     return rest + torch.dot(rows, vector[: len(rows)])
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops._data import checksums, tensors_in
+from curvlinops._data import Checksum, tensors_in
 from curvlinops._linearization import Linearization
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def look(risk: EmpiricalRisk, batches: Iterable[Linearization]) -> Fingerprint:
     sizes: list[int | None] = []
     count: Any = 0
     for batch in batches:
-        marks.append(checksums(tensors_in((batch.X, batch.y))))
+        marks.append(Checksum(tensors_in((batch.X, batch.y)))())
         sizes.append(risk._size_or_none(batch.X))
         if risk.loss is None:
             value += batch.output.detach().sum()

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops._data import cloned, strided, tensors_in
+from curvlinops._data import Share, cloned, strided, tensors_in
 from curvlinops._model import Model, graph_nodes
-from curvlinops._replay import Route
+from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Route, recording
 from curvlinops._spaces import TensorSpace
 from curvlinops.losses import Loss
 
@@ -80,6 +80,9 @@ class Linearization:
         protect: bool = True,
     ) -> None:
         self.index = index
+        #: Position among what a risk multiplies, and, of a part, which part it is.
+        self.place = index
+        self.share: Share | None = None
         #: Whether the model writes, or may write, into its input.
         self.writes = protect
         self.X, self.y = X, y
@@ -90,6 +93,10 @@ class Linearization:
         self._notes: dict[Any, Any] = {}
         self._routes: dict[Hashable, Route] = {}
         self._nbytes: tuple[tuple[int, ...], int] = ((), 0)
+        #: Whether a graph for products with the Jacobian pays from now on.
+        self.multiplied = False
+        #: Whether the next product is the last one, which may free the graphs.
+        self.final = False
         f = self.output
         #: Space of the output, known also while the output is not kept.
         self.output_space = TensorSpace([f.shape], f.dtype, f.device)
@@ -118,7 +125,9 @@ class Linearization:
         if self._make_loss is None:
             raise ValueError("This product needs a loss function.")
         with self._lock:
-            return self._make_loss(self.output, self.y)
+            loss = self._make_loss(self.output, self.y)
+            loss.share = self.share
+            return loss
 
     @cached_property
     def count(self) -> Any:
@@ -195,12 +204,15 @@ class Linearization:
             kept = [self.__dict__.get("output"), *transposed]
             kept += self.__dict__.get("_gradient", [])
             for route in list(self._routes.values()):
-                kept += route.program.constants if route.program else []
+                kept += route.held
             loss = self.__dict__.get("loss")
-            held = [self.y, list(self._notes.values()), vars(loss) if loss else None]
+            held = [list(self._notes.values()), vars(loss) if loss else None]
             kept += tensors_in(held)
             roots = [t for t in kept if t is not None]
-            nbytes = graph_bytes(roots, exclude=self._leaves)
+            # Data may be a view of far more, which is not kept by this batch alone.
+            data = {id(t): t for t in strided(tensors_in([self.X, self.y]))}.values()
+            nbytes = graph_bytes(roots, exclude=[*self._leaves, *data])
+            nbytes += sum(t.numel() * t.element_size() for t in data)
             self._nbytes = stage, nbytes
         return nbytes
 
@@ -229,13 +241,29 @@ class Linearization:
         """
         if key is None:
             return body(self, vectors)
-        route = self._routes.setdefault(key, Route())
+        if (route := self._routes.get(key)) is None:
+            after = RECORD_EARLY if self.pays_early else RECORD_LATE
+            route = self._routes.setdefault(key, Route(after))
         if route.trusted and all(r.trusted for r in list(self._routes.values())):
-            # Nobody has needed the graphs lately; they are built again on demand.
-            with self._lock:
-                for name in _GRAPHS:
-                    self.__dict__.pop(name, None)
+            self._drop_graphs()  # nobody has needed them lately
         return route.multiply(lambda v: body(self, v), vectors, several)
+
+    @cached_property
+    def pays_early(self) -> bool:
+        """Whether a recording pays soon.
+
+        On a GPU, since launching operations one by one takes longer than they do; with
+        convolutions, whose double backward does four where two are needed.
+        """
+        if self.output.device.type != "cpu":
+            return True
+        nodes = graph_nodes(self.output)
+        return any("Convolution" in node.name() for node in nodes)
+
+    def settled(self, key: Hashable) -> bool:
+        """Whether further products change nothing about how one is computed."""
+        route = self._routes.get(key)
+        return key is None or (route is not None and route.settled)
 
     def replays(self, key: Hashable) -> bool:
         """Whether a product needs nothing but a recording of it."""
@@ -252,12 +280,70 @@ class Linearization:
     def vjp(self, U: Tensor) -> Vectors:
         """Multiply by the Jacobian's transpose; returns tensors in parameter shapes."""
         leading = U.shape[: U.ndim - len(self.output_space.shapes[0])]
-        return _pull_back([self.output], self._leaves, [U], leading)
+        return self._last([self.output], [U], leading)
+
+    def congruence(
+        self, middle: Callable[[Linearization, Tensor], Tensor], V: Sequence[Tensor]
+    ) -> Vectors:
+        r"""Multiply by :math:`J^\top M J`.
+
+        Parameters
+        ----------
+        middle : callable
+            Maps this batch and a vector :math:`u` of output space to :math:`M u`.
+        V : list of Tensor
+            Vectors of parameter space.
+
+        Notes
+        -----
+        A graph of :math:`u \mapsto J^\top u` pays from the second product on. The first
+        one computes :math:`J v` in forward mode, and compares :math:`v^\top (J^\top w)`
+        with :math:`(J v)^\top w` at :math:`w = M J v`: where forward mode differs
+        from reverse mode, the product is computed anew in reverse mode.
+        """
+        several = V[0].ndim > self._leaves[0].ndim
+        again = self.multiplied
+        self.multiplied = again or not self.pays_early
+        if self._model.forward_mode and not (again or several or recording()):
+            try:
+                Jv = self._model.directional(self._fresh_input(), V)
+            except (RuntimeError, NotImplementedError):  # no such derivative
+                Jv, self._model.forward_mode = None, False
+            if Jv is not None:
+                w = middle(self, Jv)
+                JTw = self.vjp(w)
+                if _adjoint(Jv, w, V, JTw):
+                    return JTw
+                self._model.forward_mode = False
+        return self.vjp(middle(self, self.jvp(V)))
+
+    def _fresh_input(self) -> Any:
+        """Return the input for an evaluation that may write into it."""
+        return cloned(self.X) if self.writes else self.X
 
     def hvp(self, V: Sequence[Tensor]) -> Vectors:
         """Multiply by the Hessian of the summed loss."""
         leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
-        return _pull_back(self._gradient, self._leaves, V, leading)
+        return self._last(self._gradient, V, leading)
+
+    def _last(
+        self,
+        outputs: Sequence[Tensor | None],
+        vectors: Sequence[Tensor],
+        leading: torch.Size,
+    ) -> Vectors:
+        """Go back to the parameters, for the last time if this is the final product."""
+        final = self.final
+        results = _pull_back(outputs, self._leaves, vectors, leading, not final)
+        if final:
+            self._drop_graphs()
+        return results
+
+    def _drop_graphs(self) -> None:
+        """Forget the graphs, which are built again on demand."""
+        with self._lock:
+            for name in _GRAPHS:
+                self.__dict__.pop(name, None)
 
     def gradient(self) -> Vectors:
         """Return the gradient of the summed loss in parameter shapes."""
@@ -274,7 +360,7 @@ def _grad(
     grad_outputs: Sequence[Tensor | None],
     **options: Any,
 ) -> list[Tensor | None]:
-    """Differentiate, keeping the graph; a missing dependence gives ``None``."""
+    """Differentiate; a missing dependence gives ``None``."""
     if not any(t.requires_grad for t in outputs):
         return [None] * len(inputs)
     try:
@@ -283,9 +369,8 @@ def _grad(
                 outputs,
                 inputs,
                 grad_outputs,
-                retain_graph=True,
                 allow_unused=True,
-                **options,
+                **{"retain_graph": True, **options},
             )
         )
     except RuntimeError as error:
@@ -309,6 +394,7 @@ def _pull_back(
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     leading: torch.Size,
+    keep: bool = True,
 ) -> Vectors:
     """Multiply vectors by the transposed derivative of ``outputs`` by ``inputs``."""
     pairs = [
@@ -320,10 +406,25 @@ def _pull_back(
         return _filled([None] * len(inputs), inputs, leading)
     outs, vs = [list(side) for side in zip(*pairs, strict=True)]
     if leading:
-        grads = _grad(outs, inputs, vs, is_grads_batched=True)
+        grads = _grad(outs, inputs, vs, retain_graph=keep, is_grads_batched=True)
     else:
-        grads = _grad(outs, inputs, vs)
+        grads = _grad(outs, inputs, vs, retain_graph=keep)
     return _filled(grads, inputs, leading)
+
+
+def _adjoint(Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor]) -> bool:
+    r"""Whether :math:`(J v)^\top w = v^\top (J^\top w)` up to rounding.
+
+    Rounding errors are taken to be independent among the summed products.
+    """
+    left = (Jv * w).sum(dtype=torch.float64)
+    right, spread = torch.zeros_like(left), torch.zeros_like(left)
+    for v, g in zip(V, JTw, strict=True):
+        products = v * g
+        right += products.sum(dtype=torch.float64)
+        spread += products.norm() ** 2
+    gap, size = float((left - right).abs()), float(left.abs() + spread.sqrt())
+    return gap <= torch.finfo(Jv.dtype).eps ** 0.75 * size
 
 
 def _filled(

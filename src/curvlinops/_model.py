@@ -10,16 +10,18 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
-from threading import RLock
+from functools import cache, partial
+from threading import Lock, RLock
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
@@ -97,6 +99,12 @@ def named_parameters(
         )
     for name, tensor in named.items():
         _check_parameter(name, tensor, known if is_module else None, model_func)
+    if not any(tensor.numel() for tensor in named.values()):
+        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        raise ValueError(
+            f"No parameter in `params` has an entry, their shapes are {shapes}: there "
+            "is nothing to differentiate by. Add parameters that have."
+        )
     _check_alike(named, lambda t: t.dtype, "dtypes", "`model.to(torch.float32)`")
     _check_alike(named, lambda t: t.device, "devices", "`model.to(device)`")
     _check_distinct(named, known)
@@ -279,6 +287,8 @@ class Model:
         self._held: nn.Module | None = None
         #: Kinds of graphs that were found to be differentiable.
         self.checked_graphs: set[str] = set()
+        #: Whether forward mode has not failed yet.
+        self.forward_mode = True
         if self._module is None:
             aliases = self.aliases
             self._function = lambda X: model_func(dict(aliases), X)
@@ -296,8 +306,7 @@ class Model:
         """Give up the private copy; return whether that was possible."""
         if self._module is None or self._held is not None:
             return False
-        self._held = _Held(self._module)
-        self._function = self._module
+        self._held = self._function = self._module
         return True
 
     def __call__(self, X: Any) -> Any:
@@ -314,28 +323,62 @@ class Model:
         evaluates the model again there).
         """
         device = self.space.device.type
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(_MATH_ATTENTION)
-            if device == "cuda" and self._has_recurrence():
-                # cuDNN's recurrent layers have no double backward.
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            if self._held is None:
+        # cuDNN's recurrent layers have no double backward.
+        plain_recurrence = device == "cuda" and self._has_recurrence()
+        held = self._held
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+            _NO_CUDNN() if plain_recurrence else nullcontext(),
+            nullcontext() if held is None else _lock_of(held),
+        ):
+            owner = _Owner()
+            changes = _Changes(owner)
+            try:
+                changes.make(held, self.aliases)
                 return body()
-            stack.enter_context(_lock_of(self._module))
-            swapped: dict[str, Tensor] = {
-                f"module.{n}": p for n, p in self.aliases.items()
-            }
-            for name, buffer in self._held.named_buffers():
-                swapped[name] = buffer.clone()
-            return torch.func.functional_call(self._held, swapped, (body,))
+            finally:
+                try:
+                    changes.undo()
+                finally:  # an interrupt may have come in between
+                    changes.undo()
 
     def _has_recurrence(self) -> bool:
         return self._module is not None and any(
             isinstance(m, nn.RNNBase) for m in self._module.modules()
         )
+
+    def directional(self, X: Any, tangents: Sequence[Tensor]) -> Tensor | None:
+        """Return the output's derivative along ``tangents`` (within :meth:`run`).
+
+        In forward mode, without an autograd graph. This ignores what reverse mode
+        treats as constant (the rows of ``padding_idx``, what a model computes under
+        `torch.no_grad()`), so the result must be checked against the latter.
+
+        Returns
+        -------
+        Tensor or None
+            ``None`` if forward mode is in use: torch has one for the whole process.
+
+        Raises
+        ------
+        RuntimeError
+            If an operation has no derivative in forward mode.
+        """
+        if not _FORWARD_MODE.acquire(blocking=False):
+            return None
+        try:
+            if forward_ad._current_level >= 0:
+                return None
+            _load_forward_mode()
+            with torch.no_grad(), forward_ad.dual_level():
+                with _Perturbed(dict(zip(map(id, self.leaves), tangents, strict=True))):
+                    output = self(X)
+                value, tangent = forward_ad.unpack_dual(output)
+            return torch.zeros_like(value) if tangent is None else tangent
+        finally:
+            _FORWARD_MODE.release()
 
     def foreign_leaves(self, output: Tensor) -> list[str]:
         """Name the user's own parameters that an output's graph reaches."""
@@ -352,38 +395,95 @@ class Model:
         frozen = [p for p, _ in self._users if not p.requires_grad]
         if not frozen:
             return False
-        with _Watch(frozen) as watch:
+        # Without a graph, this evaluation is none that a recorder of uses notes.
+        with _Watch(frozen) as watch, torch.no_grad():
             self(X)
-        return watch.met
+        return bool(watch.met)
+
+    def used_without_gradient(self, X: Any) -> list[str]:
+        """Name the parameters that an evaluation uses where gradients are off.
+
+        The output's graph does not lead to these. So does a model with
+        `torch.no_grad()`, and one with reentrant activation checkpointing
+        (`use_reentrant=True`) around a part none of whose inputs requires a gradient.
+        """
+        with _Watch(self.leaves) as watch:
+            self(X)
+        return [n for n, p in self.aliases.items() if id(p) in watch.met_without]
 
 
 class _Watch(TorchFunctionMode):
-    """Notes whether a function of torch is called with one of some tensors."""
+    """Notes which of some tensors functions of torch are called with, by ``id``.
+
+    Attributes
+    ----------
+    met, met_without : set of int
+        All of them, and those that are met where gradients are off.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._ids = set(map(id, tensors))
-        self.met = False
+        self.met: set[int] = set()
+        self.met_without: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         leaves, _ = tree_flatten((args, kwargs))
-        self.met = self.met or not self._ids.isdisjoint(map(id, leaves))
+        if found := self._ids.intersection(map(id, leaves)):
+            self.met |= found
+            if not torch.is_grad_enabled():
+                self.met_without |= found
         return func(*args, **(kwargs or {}))
 
 
-class _Held(nn.Module):
-    """Wraps a module so that ``functional_call`` holds the swap around a function."""
+#: Held while forward mode is in use.
+_FORWARD_MODE = Lock()
 
-    def __init__(self, module: nn.Module) -> None:
+
+@cache
+def _load_forward_mode() -> None:
+    """Let torch load what it loads at the first use of forward mode."""
+    with warnings.catch_warnings():
+        # torch 2.13 warns that its own code uses `torch.jit.script`.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+class _Perturbed(TorchFunctionMode):
+    """Calls functions with dual tensors in place of some, within a dual level.
+
+    Parameters
+    ----------
+    tangents : dict of int to Tensor
+        Tangents by the ``id`` of their tensor.
+
+    Notes
+    -----
+    A dual tensor is made for each use: torch copies the tangent to memory laid out as
+    the tensor's is, and all copies together would take as much as the parameters.
+    """
+
+    def __init__(self, tangents: dict[int, Tensor]) -> None:
         super().__init__()
-        self.module = module
-        self.training = module.training
+        self._tangents = tangents
 
-    def forward(self, body: Callable[[], T]) -> T:
-        """Run the function."""
-        return body()
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def perturbed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                tangent = self._tangents.get(id(value))
+                return value if tangent is None else make_dual(value, tangent)
+            if type(value) in (list, tuple):
+                return type(value)(map(perturbed, value))
+            return value
+
+        make_dual = forward_ad.make_dual
+        kwargs = {key: perturbed(value) for key, value in (kwargs or {}).items()}
+        return func(*map(perturbed, args), **kwargs)
 
 
 def _private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:
@@ -432,31 +532,108 @@ class _Substitutions(TorchFunctionMode):
 
 
 class _MathAttention:
-    """Process-wide choice of attention's math form, counted over threads.
+    """Process-wide choice of attention's math form, while anything uses it.
 
-    Flash and memory-efficient attention have no double backward. torch's switch is
-    global, hence entered by the first user and left by the last.
+    Flash and memory-efficient attention have no double backward. torch's switches are
+    global, hence turned by the first user and turned back by the last. Users are known
+    by weak references: one that is gone counts no more.
     """
 
     def __init__(self) -> None:
         self._lock = RLock()
-        self._users = 0
-        self._stack = ExitStack()
+        self._users: dict[int, Callable[[], Any]] = {}
+        self._before: list[bool] | None = None
 
-    def __enter__(self) -> None:
+    def add(self, key: int, user: Callable[[], Any]) -> None:
+        """Turn the switches on behalf of a user, given by a weak reference."""
         with self._lock:
-            if self._users == 0:
-                self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self._users += 1
+            self._users[key] = user
+            self._update()
 
-    def __exit__(self, *_: object) -> None:
+    def remove(self, key: int) -> None:
+        """Turn them back unless there are other users. May be repeated."""
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._stack.close()
+            self._users.pop(key, None)
+            self._update()
+
+    def _update(self) -> None:
+        if any(user() is not None for user in list(self._users.values())):
+            if self._before is None:
+                self._before = [_get_switch(name)() for name in _ATTENTION]
+            for name in _ATTENTION:
+                _set_switch(name)(name == "math")
+        elif self._before is not None:
+            for name, value in zip(_ATTENTION, self._before, strict=True):
+                _set_switch(name)(value)
+            self._before = None
 
 
+def _get_switch(name: str) -> Callable[[], bool]:
+    return getattr(torch._C, f"_get_{name}_sdp_enabled")
+
+
+def _set_switch(name: str) -> Callable[[bool], None]:
+    return getattr(torch._C, f"_set_sdp_use_{name}")
+
+
+#: The forms of attention that this version of torch can switch, as
+#: `torch.nn.attention.sdpa_kernel` does.
+_ATTENTION = [
+    name
+    for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
+    if hasattr(torch._C, f"_set_sdp_use_{name}")
+]
 _MATH_ATTENTION = _MathAttention()
+_NO_CUDNN = partial(torch.backends.cudnn.flags, enabled=False)
+
+
+class _Owner:
+    """A local variable, which is gone when its frame is."""
+
+
+class _Changes:
+    """What a run changes outside of itself: attention's form, a module's tensors.
+
+    What is to be undone is noted before it is done, and undoing twice does no harm. So
+    wherever an interrupt strikes, the rest can be undone later: at the latest when the
+    owner is gone. (Not in a finaliser, which would be called every time and swallow the
+    interrupts that strike it.)
+    """
+
+    def __init__(self, owner: _Owner) -> None:
+        #: Where tensors were replaced, and which ones.
+        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        self._owner: Callable[[], Any] | None = ref(owner, self._forsaken)
+
+    def _forsaken(self, _: Any) -> None:
+        self.undo()
+
+    def make(self, module: nn.Module | None, aliases: dict[str, nn.Parameter]) -> None:
+        """Switch attention, and put aliases and copies of buffers into a module."""
+        assert self._owner is not None
+        _MATH_ATTENTION.add(id(self), self._owner)
+        if module is None:
+            return
+        others: dict[int, Tensor] = {id(b): b.clone() for b in module.buffers()}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name in aliases:
+                others[id(parameter)] = aliases[name]
+        for part in module.modules():
+            places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for place in places:
+                for name, tensor in list(place.items()):
+                    if id(tensor) in others:
+                        self._places.append((place, name, tensor))
+                        place[name] = others[id(tensor)]
+
+    def undo(self) -> None:
+        """Undo what has been done and is not undone yet."""
+        while self._places:
+            place, name, tensor = self._places[-1]
+            place[name] = tensor
+            self._places.pop()
+        _MATH_ATTENTION.remove(id(self))
+        self._owner = None  # it need not call any more
 
 
 def graph_leaves(output: Tensor) -> Iterator[Tensor]:

@@ -13,47 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+)
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from curvlinops._cuda_graph import CapturedProgram, captured
+from curvlinops._program import Call, Memory, Program, Slot, leaves, replaced
 
 Product = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 class Unrecordable(Exception):
     """A product does something that cannot be replayed safely."""
-
-
-class Program:
-    """Straight-line code of a product.
-
-    Parameters
-    ----------
-    run : callable
-        Maps vectors to the product's tensors.
-    constants : list of Tensor
-        The tensors it holds.
-    num_calls : int
-        Number of tensor operations it runs.
-    """
-
-    def __init__(
-        self,
-        run: Callable[..., tuple[Tensor, ...]],
-        constants: list[Tensor],
-        num_calls: int,
-    ) -> None:
-        self._run, self.constants, self.num_calls = run, constants, num_calls
-
-    def __call__(self, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Multiply vectors in parameter shapes."""
-        with torch.no_grad():
-            return self._run(*vectors)
-
-    def vectorised(self, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Multiply vectors with a leading dimension, one per index of it."""
-        with torch.no_grad():
-            return torch.func.vmap(self._run)(*vectors)
 
 
 def record(product: Product, vectors: list[Tensor]) -> tuple[list[Tensor], Program]:
@@ -91,24 +64,44 @@ def record(product: Product, vectors: list[Tensor]) -> tuple[list[Tensor], Progr
     return results, recorder.compile(results)
 
 
-#: Plain products of a batch before one is recorded.
-RECORD_AFTER = 1
+def recording() -> bool:
+    """Whether this thread is recording a product."""
+    return isinstance(_get_current_dispatch_mode(), _Recorder)
+
+
+#: Plain products of a batch before one is recorded: where replaying it costs far less
+#: (convolutions, and work so small that looking after graphs takes longer), and else.
+RECORD_EARLY, RECORD_LATE = 1, 8
 
 
 class Route:
     """How one batch's product is computed: plainly at first, then by replay.
 
-    After the first :data:`RECORD_AFTER` products, one with random vectors is recorded.
-    The recording is trusted if it gives the plain product with the user's vectors:
-    work that went unseen, hence was taken for constant, would not fit them.
+    After ``record_after`` products, one with random vectors is recorded. The recording
+    is trusted if it gives the plain product with the user's vectors: work that went
+    unseen, hence was taken for constant, would not fit them.
     """
 
-    def __init__(self) -> None:
-        #: The recording, once there is a trusted one.
+    def __init__(self, record_after: int = RECORD_EARLY) -> None:
+        self._record_after = record_after
+        #: The recording, once there is a trusted one, ...
         self.program: Program | None = None
+        #: ... and the same as a CUDA graph.
+        self.captured: CapturedProgram | None = None
         self._refused = False
         self._vectorises: bool | None = None
         self._products = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether no more recordings are tried."""
+        return self.trusted or self._refused
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The tensors that recordings keep."""
+        held = self.program.constants if self.program else []
+        return [*held, *(self.captured.held if self.captured else [])]
 
     @property
     def trusted(self) -> bool:
@@ -121,23 +114,30 @@ class Route:
         """Return the product with vectors, which have a leading axis if ``several``."""
         if several:
             return self._multiply_several(product, vectors)
-        if (program := self.program) is not None:
+        if (program := self.captured or self.program) is not None:
             return program(vectors)
         plain = product(vectors)
         self._products += 1
-        if self._products > RECORD_AFTER and not self._refused:
-            program = _verified(product, vectors, plain)
-            # Never taken back, as other threads may rely on it.
-            self.program = program or self.program
-            self._refused = program is None
+        if self._products > self._record_after and not self._refused:
+            self._record(product, vectors, plain)
         return plain
+
+    def _record(
+        self, product: Product, vectors: list[Tensor], plain: Sequence[Tensor]
+    ) -> None:
+        program = _verified(product, vectors, plain)
+        if program is not None and (graph := captured(program, vectors)) is not None:
+            self.captured = graph if _close(graph(vectors), plain, 0.75) else None
+        # Never taken back, as other threads may rely on it.
+        self.program = program or self.program
+        self._refused = program is None
 
     def _multiply_several(
         self, product: Product, vectors: list[Tensor]
     ) -> Sequence[Tensor]:
-        for column in range(2):
-            if not (self.trusted or self._refused):
-                self.multiply(product, [v[column] for v in vectors], False)
+        if not (self.trusted or self._refused):
+            first = [v[0] for v in vectors]
+            self._record(product, first, product(first))
         if (program := self.program) is None:
             return product(vectors)
         if self._vectorises is None:
@@ -182,32 +182,6 @@ def _close(a: Sequence[Tensor], b: Sequence[Tensor], exponent: float) -> bool:
     return gap <= torch.finfo(b[0].dtype).eps ** exponent * scale
 
 
-class _Slot:
-    """A tensor of the recorded product that depends on the vectors."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"t{self.number}"
-
-
-class _Call:
-    """One recorded operation; tensors that depend on the vectors are slots."""
-
-    def __init__(
-        self, func: Any, args: Any, kwargs: Any, outputs: list[Any], is_sequence: bool
-    ) -> None:
-        self.func, self.args, self.kwargs, self.outputs = func, args, kwargs, outputs
-        self.is_sequence = is_sequence
-        self.mutates = func._schema.is_mutable
-
-    def slots(self) -> list[_Slot]:
-        """Return the slots that the call reads."""
-        flat, _ = tree_flatten((self.args, self.kwargs))
-        return [value for value in flat if isinstance(value, _Slot)]
-
-
 class _Recorder(TorchDispatchMode):
     """Watches a product at the level of ATen operations."""
 
@@ -218,12 +192,12 @@ class _Recorder(TorchDispatchMode):
         self._created = WeakTensorKeyDictionary()
         # Tensors that calls wrote into, held so that no storage address is reused.
         self._written: dict[int, Tensor] = {}
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._count = 0
-        self._inputs = [self._new_slot(v) for v in vectors]
+        self._inputs = [self._new_slot(v, Memory(owned=False)) for v in vectors]
 
-    def _new_slot(self, tensor: Tensor) -> _Slot:
-        slot = _Slot(self._count)
+    def _new_slot(self, tensor: Tensor, memory: Memory) -> Slot:
+        slot = Slot(self._count, tensor, memory)
         self._count += 1
         self._slots[tensor] = slot
         return slot
@@ -237,8 +211,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        flat, _ = tree_flatten((args, kwargs))
-        tensors = [t for t in flat if isinstance(t, Tensor)]
+        values = leaves(args) + leaves([*kwargs.values()])
+        tensors = [t for t in values if isinstance(t, Tensor)]
         if not any(t in self._slots for t in tensors):
             return self._constant(func, args, kwargs, tensors)
         if func in _ALIASES:
@@ -247,12 +221,14 @@ class _Recorder(TorchDispatchMode):
             return result
         if func._schema.is_mutable:
             self._adopt_targets(func, args, kwargs)
-        slots = tree_map_only(Tensor, self._reference, args)
-        options = tree_map_only(Tensor, self._reference, kwargs)
+        slots = replaced(args, self._reference)
+        options = {k: replaced(v, self._reference) for k, v in kwargs.items()}
         result = func(*args, **kwargs)
         is_sequence = isinstance(result, (tuple, list))
-        outputs = [self._output(t) for t in (result if is_sequence else [result])]
-        self._calls.append(_Call(func, slots, options, outputs, is_sequence))
+        results = result if is_sequence else [result]
+        memories = {_storage(t): self._memory_of(t) for t in tensors}
+        outputs = [self._output(t, memories) for t in results]
+        self._calls.append(Call(func, slots, options, outputs, is_sequence))
         return result
 
     def _constant(
@@ -271,13 +247,20 @@ class _Recorder(TorchDispatchMode):
             self._created[result] = (func, args, kwargs)
         return result
 
-    def _output(self, value: Any) -> _Slot | None:
-        """Return the slot of a call's result."""
+    def _output(self, value: Any, memories: dict[int, Memory]) -> Slot | None:
+        """Return the slot of a call's result, which may be a view of others."""
         if value is None:
             return None
         if not isinstance(value, Tensor):
             raise Unrecordable("reads numbers from a tensor that depends on the vector")
-        return self._slots.get(value) or self._new_slot(value)
+        if (slot := self._slots.get(value)) is not None:
+            return slot
+        memory = memories.setdefault(_storage(value), Memory(owned=True))
+        return self._new_slot(value, memory)
+
+    def _memory_of(self, tensor: Tensor) -> Memory:
+        slot = self._slots.get(tensor)
+        return Memory(owned=False) if slot is None else slot.memory
 
     def _reference(self, tensor: Tensor) -> Any:
         slot = self._slots.get(tensor)
@@ -298,8 +281,7 @@ class _Recorder(TorchDispatchMode):
         for argument in func._schema.arguments:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            flat, _ = tree_flatten(given.get(argument.name))
-            for target in flat:
+            for target in leaves(given.get(argument.name)):
                 if not isinstance(target, Tensor):
                     continue
                 if target not in self._slots:
@@ -312,15 +294,22 @@ class _Recorder(TorchDispatchMode):
         if made is None:
             raise Unrecordable("writes into a tensor from outside the product")
         func, args, kwargs = made
-        self._calls.append(_Call(func, args, kwargs, [self._new_slot(target)], False))
+        slot = self._new_slot(target, Memory(owned=False))
+        self._calls.append(Call(func, args, kwargs, [slot], False))
 
     def compile(self, results: list[Any]) -> Program:
         """Turn the recorded calls into a function."""
         if not all(isinstance(t, Tensor) for t in results):
             raise Unrecordable("returns something else than tensors")
         outputs = [self._reference(t) for t in results]
-        calls = _without_dead_calls(self._calls, outputs)
-        return _compiled(self._inputs, calls, outputs)
+        return Program(self._inputs, self._calls, outputs)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return a number that only tensors that share memory have in common."""
+    if tensor.layout is not torch.strided:
+        return -id(tensor)
+    return tensor.untyped_storage()._cdata
 
 
 #: Operations whose result is their argument, as far as values go.
@@ -336,70 +325,3 @@ _FACTORIES = {
     torch.ops.aten.full_like.default,
     torch.ops.aten.ones_like.default,
 }
-
-
-def _without_dead_calls(calls: list[_Call], outputs: list[Any]) -> list[_Call]:
-    """Drop calls that neither write nor contribute to the outputs."""
-    used = {o.number for o in outputs if isinstance(o, _Slot)}
-    alive: list[_Call] = []
-    for call in reversed(calls):
-        numbers = [o.number for o in call.outputs if o is not None]
-        if not call.mutates and not used.intersection(numbers):
-            continue
-        used.update(slot.number for slot in call.slots())
-        alive.append(call)
-    for call in alive:
-        if call.func is torch.ops.aten.convolution_backward.default:
-            # (input, weight, bias) are computed as the last argument asks.
-            wanted = [o is not None and o.number in used for o in call.outputs]
-            mask = [a and b for a, b in zip(call.args[-1], wanted, strict=True)]
-            call.args = (*call.args[:-1], mask)
-    return alive[::-1]
-
-
-def _compiled(inputs: list[_Slot], calls: list[_Call], outputs: list[Any]) -> Program:
-    """Write and compile the straight-line code of a program."""
-    constants: dict[str, Any] = {}
-
-    def name(value: Any) -> str:
-        if isinstance(value, _Slot):
-            return repr(value)
-        if isinstance(value, (list, tuple)) and _has_slot(value):
-            return "[" + ", ".join(map(name, value)) + "]"
-        if isinstance(value, (bool, int)) or value is None:
-            return repr(value)
-        constants[f"c{len(constants)}"] = value
-        return f"c{len(constants) - 1}"
-
-    last_use = {slot.number: i for i, c in enumerate(calls) for slot in c.slots()}
-    kept = {o.number for o in outputs if isinstance(o, _Slot)}
-    lines = []
-    for i, call in enumerate(calls):
-        arguments = [name(a) for a in call.args]
-        arguments += [f"{key}={name(a)}" for key, a in call.kwargs.items()]
-        targets = [f"t{o.number}" if o is not None else "_" for o in call.outputs]
-        left = ", ".join(targets) + ("," if call.is_sequence else "")
-        assign = f"{left} = " if targets else ""
-        # A view of the recorded layout may be none of a vectorised one.
-        func = torch.reshape if call.func is torch.ops.aten.view.default else call.func
-        lines.append(f"{assign}{name(func)}({', '.join(arguments)})")
-        seen = {s.number for s in call.slots()} | {
-            o.number for o in call.outputs if o is not None
-        }
-        done = sorted(n for n in seen if last_use.get(n, -1) <= i and n not in kept)
-        if done:
-            lines.append("del " + ", ".join(f"t{n}" for n in done))
-    returned = "".join(f"{name(o)}, " for o in outputs)
-    source = f"def run({', '.join(map(repr, inputs))}):\n    " + "\n    ".join(
-        [*lines, f"return ({returned})"]
-    )
-    namespace: dict[str, Any] = {}
-    exec(compile(source, "<recorded product>", "exec"), constants, namespace)
-    flat, _ = tree_flatten(list(constants.values()))
-    tensors = [t for t in flat if isinstance(t, Tensor)]
-    return Program(namespace["run"], tensors, len(calls))
-
-
-def _has_slot(value: Any) -> bool:
-    flat, _ = tree_flatten(value)
-    return any(isinstance(v, _Slot) for v in flat)

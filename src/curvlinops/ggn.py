@@ -121,9 +121,7 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         middle = self._middle
-        return self.risk.mean(
-            lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title(), middle.key
-        )
+        return self.risk.congruence(middle, V, self._title(), middle.key)
 
 
 class FisherMCLinearOperator(RiskOperator, LinearOperator):
@@ -213,9 +211,7 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         middle = self._middle
-        return self.risk.mean(
-            lambda b, v: b.vjp(middle(b, b.jvp(v))), V, self._title(), middle.key
-        )
+        return self.risk.congruence(middle, V, self._title(), middle.key)
 
 
 class LossHessian:

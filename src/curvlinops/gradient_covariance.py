@@ -117,9 +117,7 @@ num_per_example_loss_terms, batch_size_fn, **options
         super().__init__(risk)
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.mean(
-            lambda b, v: b.vjp(self._outer_mul(b, b.jvp(v))), V, self._title(), "ef"
-        )
+        return self.risk.congruence(self._outer_mul, V, self._title(), "ef")
 
     def _outer_mul(self, b: Linearization, U: Tensor) -> Tensor:
         r"""Multiply by the terms' :math:`\sum_t g_t g_t^\top` in output space."""

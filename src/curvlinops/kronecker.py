@@ -7,7 +7,7 @@ no more than a decomposition of the small factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from math import prod
 from typing import Any
@@ -114,10 +114,18 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
 
     def _apply(self, V: Tensor) -> Tensor:
         G, K = len(self.factors[0]), V.shape[1]
-        X = V.T.reshape(K, G, *self._cols)
+        return self._multiply(V.T.reshape(K, G, *self._cols)).reshape(K, -1).T
+
+    def _multiply(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """Turn ``[K, G, n_1, ...]`` into ``[K, G, m_1, ...]``, in ``out`` if given."""
+        if out is not None and X.shape[:2] == (1, 1) and len(self.factors) == 2:
+            B, A = (f[0] for f in self.factors)
+            if B.ndim == A.ndim == 2 and out.is_contiguous():
+                torch.mm(B @ X[0, 0], A.T, out=out[0, 0])
+                return out
         for i, factor in enumerate(self.factors):
             X = _multiply(factor, X, i)
-        return X.reshape(K, -1).T
+        return X if out is None else out.copy_(X)
 
     def _adjoint(self) -> TorchOperator:
         return self._with([f if f.ndim == 2 else f.mT for f in self.factors])
@@ -184,7 +192,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         evals, vectors = zip(*(eigh(f, self.name) for f in self.factors), strict=True)
         Q = self._with(list(vectors))
         return EighDecomposedLinearOperator(
-            _outer(list(evals)).flatten(), Q, name=self.name
+            _outer(list(evals)).flatten(), Q, name=self.name, spectra=evals
         )
 
     def inverse(
@@ -298,6 +306,9 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
         operator may be a Kronecker product of small orthogonal matrices.
     name : str, optional
         What error messages call this operator.
+    spectra : sequence of Tensor, optional
+        If ``Q`` is a Kronecker product of eigenvectors of factors: the factors'
+        eigenvalues, ``(G, n_i)`` each, of which ``evals`` need not be the products.
 
     Raises
     ------
@@ -324,8 +335,15 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
     True
     """
 
-    def __init__(self, evals: Tensor, Q: Any, *, name: str = "") -> None:
-        self.Q = as_operator(Q)
+    def __init__(
+        self,
+        evals: Tensor,
+        Q: Any,
+        *,
+        name: str = "",
+        spectra: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.Q, self.spectra = as_operator(Q), spectra
         flat = _tensors("An eigendecomposition", evals)[0].flatten()
         if self.Q.shape != (len(flat), len(flat)):
             raise ValueError(
@@ -342,6 +360,23 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.Q._apply(self.evals.unsqueeze(1) * self.Q.adjoint()._apply(V))
+
+    def factors_decomposed(self) -> list[Tensor]:
+        """Return the factors that ``Q`` and ``spectra`` are the decompositions of.
+
+        Raises
+        ------
+        ValueError
+            If these are not known.
+        """
+        if self.spectra is None or not isinstance(
+            self.Q, KroneckerProductLinearOperator
+        ):
+            raise ValueError("It is not known which factors these eigenvectors are of.")
+        return [
+            evals if Q.ndim == 2 else (Q * evals.unsqueeze(1)) @ Q.mT
+            for evals, Q in zip(self.spectra, self.Q.factors, strict=True)
+        ]
 
     def trace(self) -> Tensor:
         """Return the trace, the sum of the eigenvalues."""
@@ -422,8 +457,12 @@ def _outer(vectors: list[Tensor]) -> Tensor:
     return reduce(lambda a, b: (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1), vectors)
 
 
-def eigh(factor: Tensor, name: str = "", retry: bool = True) -> tuple[Tensor, Tensor]:
+def eigh(
+    factor: Tensor, name: str = "", retry: bool = True, upper: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``(G, n)`` and vectors (ones if ``factor`` is diagonal).
+
+    With ``upper``, only a positive semi-definite matrix's upper half is looked at.
 
     Raises
     ------
@@ -432,7 +471,13 @@ def eigh(factor: Tensor, name: str = "", retry: bool = True) -> tuple[Tensor, Te
     """
     if factor.ndim == 2:
         return factor, torch.ones_like(factor)
-    return _retried(torch.linalg.eigh, factor, name, retry, "eigendecomposition")
+
+    def decompose(f: Tensor) -> Any:
+        return torch.linalg.eigh(f, UPLO="U" if upper else "L")
+
+    # Of a positive semi-definite matrix, the diagonal bounds all entries.
+    look_at = _diagonal(factor) if upper else factor
+    return _retried(decompose, factor, name, retry, "eigendecomposition", look_at)
 
 
 def _damped_inverse(
@@ -478,10 +523,16 @@ def _retried(
     name: str,
     retry: bool,
     what: str,
+    look_at: Tensor | None = None,
 ) -> Any:
-    """Decompose, in float64 if that fails in the factor's own precision."""
-    if not bool(factor.isfinite().all()):
-        raise _failed(what, factor, name)
+    """Decompose, in float64 if that fails in the factor's own precision.
+
+    Whether all entries are finite is seen from ``look_at``, or else the factor itself.
+    """
+    seen = factor if look_at is None else look_at
+    # The sum is quick, and finite if all entries are, unless it overflows.
+    if not bool(seen.sum().isfinite()) and not bool(seen.isfinite().all()):
+        raise _failed(what, factor, name, finite=False)
     try:
         return decompose(factor)
     except RuntimeError as error:
@@ -496,11 +547,11 @@ def _retried(
     return tuple(part.to(factor.dtype) for part in result)
 
 
-def _failed(what: str, factor: Tensor, name: str) -> LinAlgError:
+def _failed(what: str, factor: Tensor, name: str, finite: bool = True) -> LinAlgError:
     shape = tuple(factor.shape[1:])
     cause = (
         "is not positive definite: pass a larger `damping`"
-        if bool(factor.isfinite().all())
+        if finite
         else "has entries that are not finite: look at the parameters and the data"
     )
     where = f" of {name}" if name else ""

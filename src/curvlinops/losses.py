@@ -55,6 +55,8 @@ class Loss(ABC):
 
     opaque: ClassVar[bool] = False
     count: Number
+    #: Of a part of a batch: its first datum, the one after its last, and their number.
+    share: tuple[int, int, int] | None = None
 
     def __init__(self, output: Tensor, target: Any) -> None:
         if not _is_tensor(output) or not output.is_floating_point():
@@ -210,8 +212,15 @@ class Loss(ABC):
     def _draw(
         self, draw: Callable[..., Tensor], *shape: int, generator: Generator
     ) -> Tensor:
-        numbers = draw(*shape, generator=generator, dtype=self._dtype, device="cpu")
-        return numbers.to(self.output.device)
+        options = {"generator": generator, "dtype": self._dtype, "device": "cpu"}
+        if self.share is None:
+            return draw(*shape, **options).to(self.output.device)
+        # A part gets what it would get in the batch.
+        start, stop, size = self.share
+        samples, length, *rest = shape
+        rows = length // (stop - start)
+        numbers = draw(samples, rows * size, *rest, **options)
+        return numbers[:, rows * start : rows * stop].to(self.output.device)
 
 
 class _Elementwise(Loss):
@@ -862,7 +871,8 @@ def as_loss_function(
         A loss module, a loss function, or a ``functools.partial`` of one that binds
         options by keyword. Those in :func:`register`'s table are computed in closed
         form, others as :class:`Generic`. The reduction is the one that is bound, or an
-        attribute ``reduction``, or ``"mean"``.
+        attribute ``reduction``, or ``"mean"``. The ``"batchmean"`` of
+        :class:`torch.nn.KLDivLoss` is a mean over the output's first axis.
     num_terms_fn, sampler : Callable, optional
         For :class:`Generic` losses only, see :class:`LossFunction` and
         :class:`Generic`. By default a batch has as many terms as data.
@@ -913,6 +923,8 @@ def as_loss_function(
             )
         known = LossFunction(loss, reduction, options)
     if known is None:
+        if reduction == "batchmean":  # of nn.KLDivLoss: over the output's first axis
+            reduction, num_terms_fn = "mean", num_terms_fn or _length
         options = {"function": loss_func, "reduction": reduction, "sampler": sampler}
         return LossFunction(Generic, reduction, options, num_terms_fn)
     if num_terms_fn is not None or sampler is not None:
@@ -923,12 +935,19 @@ def as_loss_function(
     return known
 
 
+def _length(output: Tensor, _: Any) -> int:
+    return output.shape[0] if output.ndim else 1
+
+
 def _check_reduction(reduction: Any) -> None:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"The loss has reduction={reduction!r}, but curvature needs a scalar: use "
-            "'mean' or 'sum'."
-        )
+    if reduction in ("mean", "sum"):
+        return
+    cause = "it combines terms in a way that is not known here"
+    if reduction == "none":
+        cause = "it gives one value per term, while curvature needs a scalar"
+    raise ValueError(
+        f"The loss has reduction={reduction!r}, so {cause}: use 'mean' or 'sum'."
+    )
 
 
 def _is_tensor(value: Any) -> bool:

@@ -44,9 +44,11 @@ class NystromPreconditionerLinearOperator(TorchOperator, LinearOperator):
         If ``A`` is not square, ``rank`` is not between 1 and ``N``, or ``damping`` is
         negative.
 
-    Notes ----- Symmetric positive definite. Its eigenvalues on the sketched subspace
-    approximate :math:`(\hat\lambda_k + \delta) (\lambda_i + \delta)^{-1}`, elsewhere
-    they are one: it is the inverse of :math:`A + \delta I` up to the factor
+    Notes
+    -----
+    Symmetric positive definite. Its eigenvalues on the sketched subspace approximate
+    :math:`(\hat\lambda_k + \delta) (\lambda_i + \delta)^{-1}`, elsewhere they are one:
+    it is the inverse of :math:`A + \delta I` up to the factor
     :math:`\hat\lambda_k + \delta`, which no Krylov method sees. With ``rank`` about 1.5
     to 2 times the effective dimension :math:`\operatorname{tr} A (A + \delta I)^{-1}`,
     the preconditioned condition number is bounded by a constant in expectation.

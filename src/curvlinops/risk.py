@@ -16,8 +16,9 @@ import pickle
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
+from math import inf
 from threading import RLock
 from typing import Any, Self, TypeVar
 
@@ -26,24 +27,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from curvlinops._data import (
+    Share,
     checked_data,
     checked_pair,
-    checksums,
     cloned,
     length_of,
     moved,
+    part_of,
     preserved_rng,
-    strided,
+    shares,
     tensors_in,
 )
 from curvlinops._determinism import look, passes_agree
 from curvlinops._linearization import Linearization, budget_bytes
 from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
+from curvlinops._plan import (
+    GRADIENT,
+    Data,
+    Fit,
+    Probe,
+    Product,
+    fitted,
+    number_of_parts,
+    numel,
+)
 from curvlinops._spaces import TensorSpace
+from curvlinops._watch import Watch
 from curvlinops.losses import Loss, LossFunction, as_loss_function
 
 T = TypeVar("T")
 Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
+Middle = Callable[[Linearization, Tensor], Tensor]
 
 #: Most columns that one vectorised backward pass takes.
 MAX_COLUMNS = 64
@@ -52,6 +66,8 @@ MAX_COLUMNS = 64
 MAX_COLUMN_BYTES = 4 << 20
 #: Largest dimension of a matrix that is materialised.
 MAX_DENSE_DIM = 4096
+#: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
+MAX_JACOBIAN_COST = 32
 #: Key of products with the transposed Jacobian alone.
 _VJPS = "vjps"
 #: Attributes of a risk that are pickled and copied; all others are made from them.
@@ -65,6 +81,7 @@ _KEPT = (
     "batch_size_fn",
     "terms_per_datum",
     "cache",
+    "max_memory",
     "plain",
     "_repeats",
     "_shuffled",
@@ -124,6 +141,11 @@ class EmpiricalRisk:
         are recorded in order as long as they fit; the others are recomputed in each
         product. A graph takes about what one gradient evaluation of that batch takes,
         and 1.8 times that for the Hessian.
+    max_memory : int, optional
+        Bytes that a product may allocate beyond model, parameters, and data: kept
+        recordings, vectors and results, and what it creates and drops. Batches that
+        take more are multiplied in as few parts as will do, less is kept, and fewer
+        columns are multiplied at once. No matrix depends on it.
 
     Raises
     ------
@@ -131,6 +153,9 @@ class EmpiricalRisk:
         If an argument is not as described, the data is empty or can be read only
         once, the loss is not finite, or two passes differ; the message names the
         cause and the cure.
+    MemoryError
+        In a product (or in the check), if it does not fit into ``max_memory``, before
+        it starts; the message says how many bytes would do.
 
     Notes
     -----
@@ -141,6 +166,13 @@ class EmpiricalRisk:
     and the data behind a loader: call :meth:`refresh` after changing these. A loader's
     batches are kept on the device, within the budget, if the check has found that
     they repeat.
+
+    What fits into ``max_memory`` is predicted from products with two and three data
+    of the first batch, made before the first product of each kind and number of
+    columns, again after a change of parameters. Batches are cut only if these data
+    contribute apart and the loss is known in closed form or has ``num_terms_fn``. What
+    operations of torch use inside, and estimating Kronecker factors, is not counted;
+    products in several threads take their bytes each.
 
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
@@ -172,6 +204,7 @@ class EmpiricalRisk:
         num_terms_fn: Callable[[Tensor, Any], int] | None = None,
         sampler: Callable[..., Any] | None = None,
         cache: str | int = "auto",
+        max_memory: int | None = None,
     ) -> None:
         if not callable(model_func):
             raise TypeError(
@@ -191,6 +224,7 @@ class EmpiricalRisk:
         self.batch_size_fn = batch_size_fn
         self.terms_per_datum = num_per_example_loss_terms or 1
         self.cache = cache
+        self.max_memory = _checked_bytes(max_memory)
         #: Whether products are neither replayed nor materialised.
         #: How many times products were asked to be plain; see `fix_route`.
         self.plain = 0
@@ -201,6 +235,7 @@ class EmpiricalRisk:
         self._start()
         budget_bytes(cache, self.space.device)  # raises on a wrong setting
         if check_deterministic:
+            self._fit(GRADIENT, 1)
             same_batches = passes_agree(self, num_data)
             self._repeats = self._repeats or same_batches
             self._shuffled = not same_batches
@@ -212,11 +247,14 @@ class EmpiricalRisk:
         self._lock = RLock()
         self.model = Model(self.model_func, self.params)
         self.space = self.model.space
+        self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen: tuple[Any, ...] | None = None
         self._known_input = False
         self._reached: set[str] | None = set()
         # Whether each product, by key, agrees with itself vectorised.
         self._vectorises: dict[Hashable, bool] = {}
+        #: Which part of a larger batch the only batch stands for.
+        self._share: Share | None = None
         self._forget()
 
     def refresh(self) -> None:
@@ -239,9 +277,15 @@ class EmpiricalRisk:
             self._recordings: dict[int, Linearization] = {}
             self._bytes: dict[Hashable, tuple[tuple[int, ...], int]] = {}
             self._matrices: dict[Hashable, Tensor] = {}
+            self._jacobians: dict[int, Tensor] = {}
             self._spent: dict[Hashable, float] = {}
             self._budget: int | None = None
             self._full = False
+            # What keeps products within `max_memory`: for each, and in force.
+            self._fits: dict[Hashable, Fit] = {}
+            self._entries: float | None = None
+            self._cache_bytes: int | None = None
+            self._most_columns = MAX_COLUMNS
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
             self._results: dict[Any, Any] = {}
@@ -263,7 +307,7 @@ class EmpiricalRisk:
     def _refresh_if_changed(self) -> None:
         """Redo recordings if what they depend on has changed."""
         with self.model.exclusive(), self._lock:
-            seen = self._state()
+            seen = self._watch.state()
             if seen == self._seen:
                 return
             if self._seen is not None:
@@ -281,29 +325,6 @@ class EmpiricalRisk:
                 f"The parameters were {self.space} at construction and are {now} now. "
                 "Build a new operator after converting or moving the model."
             )
-
-    def _state(self) -> tuple[Any, ...]:
-        """Return what changes whenever a recording would be stale."""
-        tensors = list(self.params.values())
-        flags: list[Any] = []
-        if isinstance(self.model_func, nn.Module):
-            for module in self.model_func.modules():
-                flags.append((id(module), module.training))
-                own = (*module._parameters.values(), *module._buffers.values())
-                tensors += [t for t in own if t is not None]
-        if isinstance(self.loss_func, nn.Module):
-            tensors += [*self.loss_func.parameters(), *self.loss_func.buffers()]
-        tensors += tensors_in(getattr(self.loss_func, "keywords", None))
-        if isinstance(self.data, (list, tuple)):
-            for item in self.data:
-                tensors += tensors_in(item)
-            flags.append(len(self.data))
-        unique = strided({id(t): t for t in tensors}.values())
-        marks = tuple(
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape)
-            for t in unique
-        )
-        return flags, marks, checksums(unique)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without recordings, private copies, and locks."""
@@ -377,20 +398,67 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
+        self._fit(Product("mean", body, title, key), V.shape[1])
+        return self._product(lambda V: self._mean(body, V, title, key), V, key)
+
+    def congruence(
+        self, middle: Middle, V: Tensor, title: str = "_matmat", key: Hashable = None
+    ) -> Tensor:
+        r"""Return :math:`\frac{1}{\sum_b D_b} \sum_b J_b^\top M_b J_b V`.
+
+        Parameters
+        ----------
+        middle : callable
+            Maps a batch's :class:`~curvlinops._linearization.Linearization` and
+            vectors :math:`U` of its output space, with leading dimensions, to
+            :math:`M_b U`.
+        V, title, key : optional
+            As for :meth:`mean`.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``(P, K)``.
+        """
 
         def multiply(V: Tensor) -> Tensor:
-            total = V.new_zeros(V.shape[1], V.shape[0])
+            if (jacobians := self._small_jacobians(key)) is None:
+                return self._mean(lambda b, v: b.congruence(middle, v), V, title, key)
+            total: Any = 0
             count: Any = 0
-            for batch in self.batches(title):
-                self._add_products(body, batch, V, total, key=key)
-                count = count + batch.count
-            return total.div_(self._denominator(count)).T
+            with torch.inference_mode(False), torch.enable_grad():
+                rows = V.T if V.shape[1] > 1 else V[:, 0]
+                for index, J in jacobians.items():
+                    batch = self._recordings[index]
+                    shape = (*rows.shape[:-1], *batch.output_space.shapes[0])
+                    U = middle(batch, (rows @ J.T).reshape(shape))
+                    total = total + U.reshape(*rows.shape[:-1], -1) @ J
+                    count = count + batch.count
+                return (total / self._denominator(count)).reshape(-1, len(V)).T
 
+        self._fit(Product("congruence", middle, title, key), V.shape[1])
+        return self._product(multiply, V, key)
+
+    def _mean(self, body: Body, V: Tensor, title: str, key: Hashable) -> Tensor:
+        """Return a mean over batches of products (within :meth:`session`)."""
+        total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
+        count: Any = 0
+        for batch in self.batches(title):
+            count = count + batch.count
+            self._add_products(body, batch, V, total, key=key)
+        return total().div_(self._denominator(count)).T
+
+    def _product(
+        self, multiply: Callable[[Tensor], Tensor], V: Tensor, key: Hashable
+    ) -> Tensor:
+        """Return ``multiply(V)``, by its matrix once that is known."""
         self._refresh_if_changed()
         with self._alone():
-            if (matrix := self._materialised(key, V, multiply)) is not None:
-                return matrix @ V
-            return self._session(lambda: multiply(V), key)
+            if (matrix := self._materialised(key, V, multiply)) is None:
+                return self._session(lambda: multiply(V), key)
+            with torch.autocast(self.space.device.type, enabled=False):
+                # The matrix is symmetric; rows are faster to multiply than columns.
+                return (V.T.contiguous() @ matrix).T if V.shape[1] > 1 else matrix @ V
 
     def _materialised(
         self, key: Hashable, V: Tensor, multiply: Callable[[Tensor], Tensor]
@@ -402,13 +470,7 @@ class EmpiricalRisk:
         """
         P = self.space.dim
         nbytes = P * P * V.element_size()
-        if (
-            key is None
-            or self.plain
-            or P > MAX_DENSE_DIM
-            or not self._repeats
-            or V.element_size() < 4
-        ):
+        if not self._may_be_dense(key):
             return None
         with self._lock:
             if key in self._matrices:
@@ -418,19 +480,85 @@ class EmpiricalRisk:
             complete = self._num_batches == len(self._recordings)
             if not complete or spent < self._cost(key, P):
                 return None
-            used = sum(n for _, n in self._bytes.values())
-            if self._budget is None or used + nbytes > self._budget:
+            if not self._room_for(nbytes):
                 return None
             identity = torch.eye(P, dtype=V.dtype, device=V.device)
             self._matrices[key] = self._session(lambda: multiply(identity), key)
             self._bytes["matrix", key] = ((), nbytes)
             return self._matrices[key]
 
+    def _may_be_dense(self, key: Hashable) -> bool:
+        """Whether a product's matrix, or Jacobians, may be kept if that pays."""
+        return (
+            key is not None
+            and not self.plain
+            and self._repeats
+            and self.space.dim <= MAX_DENSE_DIM
+            and self.space.dtype.itemsize >= 4
+        )
+
+    def _room_for(self, nbytes: int) -> bool:
+        """Whether so many more bytes may be kept."""
+        used = sum(n for _, n in self._bytes.values())
+        # Within a bound for all memory, also what it is made from counts.
+        needed = nbytes if self.max_memory is None else 3 * nbytes
+        return self._budget is not None and used + needed <= self._budget
+
     def _cost(self, key: Hashable, K: int) -> float:
         """Return the cost of ``K`` columns in products with a single vector."""
         widths = [self._columns_at_once(key, b) for b in self._recordings.values()]
         width = min(widths, default=1)
         return K if width == 1 else -(-K // width) + K / 16
+
+    def _small_jacobians(self, key: Hashable) -> dict[int, Tensor] | None:
+        """Return every batch's Jacobian as a matrix if that pays.
+
+        From the second product on, with models so small that computing it costs less
+        than :data:`MAX_JACOBIAN_COST` products.
+        """
+        if not self._may_be_dense(key):
+            return None
+        if self._jacobians:
+            return self._jacobians
+        batches = self._recordings
+        if self._num_batches != len(batches) or not self._spent.get(key):
+            return None
+        sizes = [b.output_space.dim for b in batches.values()]
+        nbytes = sum(sizes) * self.space.dim * self.space.dtype.itemsize
+        if not (self._jacobians_pay(sizes) and self._room_for(nbytes)):
+            return None
+        jacobians: dict[int, Tensor] = {}
+        for index, batch in batches.items():
+            if (J := self._jacobian(batch)) is None:
+                self._vectorises[_VJPS] = False  # hence costs too much
+                return None
+            jacobians[index] = J
+        with self._lock:
+            self._jacobians = jacobians
+            self._bytes["jacobians"] = ((), nbytes)
+        return jacobians
+
+    def _jacobians_pay(self, sizes: Iterable[int]) -> bool:
+        """Whether Jacobians with so many rows each cost few products."""
+        return max(self._cost(_VJPS, size) for size in sizes) <= MAX_JACOBIAN_COST
+
+    def _jacobian(self, batch: Linearization) -> Tensor | None:
+        """Return a batch's Jacobian as a matrix if it can be computed at once."""
+        f, M = batch.output_space, batch.output_space.dim
+        identity = torch.eye(M, dtype=f.dtype, device=f.device)
+        width = self._columns_at_once(_VJPS, batch)
+        try:
+            chunks = [
+                self.space.join(batch.vjp(rows.reshape(-1, *f.shapes[0])), leading=1)
+                for rows in identity.split(width)
+            ]
+        except RuntimeError:  # some operation cannot
+            return None
+        J = torch.cat(chunks)
+        u = torch.linspace(1, 2, M, dtype=f.dtype, device=f.device)
+        one = self.space.join(batch.vjp(u.reshape(f.shapes[0])))
+        tolerance = torch.finfo(J.dtype).eps ** 0.5 * one.abs().max()
+        return J if bool((u @ J - one).abs().max() <= tolerance) else None
 
     def push_forward(
         self,
@@ -466,10 +594,12 @@ class EmpiricalRisk:
         def run() -> Tensor:
             total = V.new_zeros(V.shape[1], rows)
             for batch, place, outputs in self._with_places(title, rows):
-                part = total[:, place]
-                self._add_products(body, batch, V, part, (self.space, outputs), key)
+                part = cache(partial(total.__getitem__, (slice(None), place)))
+                spaces = self.space, outputs
+                self._add_products(body, batch, V, part, spaces, key)
             return total.T
 
+        self._fit(Product("push_forward", body, title, key), V.shape[1])
         return self.session(run, key)
 
     def pull_back(
@@ -500,15 +630,17 @@ class EmpiricalRisk:
         """
 
         def run() -> Tensor:
-            total = U.new_zeros(U.shape[1], self.space.dim)
+            total = cache(lambda: U.new_zeros(U.shape[1], self.space.dim))
             count: Any = 0
             for batch, place, outputs in self._with_places(title, len(U)):
+                count = count + batch.count if mean else count
                 part = U[place].to(outputs.dtype)
                 spaces = outputs, self.space
                 self._add_products(body, batch, part, total, spaces, key)
-                count = count + batch.count if mean else count
-            return total.div_(self._denominator(count) if mean else 1).T
+            return total().div_(self._denominator(count) if mean else 1).T
 
+        options = (("mean", mean),)
+        self._fit(Product("pull_back", body, title, key, options), U.shape[1])
         return self.session(run, key)
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
@@ -561,12 +693,14 @@ class EmpiricalRisk:
         Known from the check for determinism, else from one forward pass.
         """
         if self._output_shapes is None:
+            self._fit(GRADIENT, 1)
             self.session(lambda: [None for _ in self.batches("output_shapes")])
         assert self._output_shapes is not None
         return self._output_shapes
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Return gradient (in parameter shapes) and loss of the whole data."""
+        self._fit(GRADIENT, 1)
         seen = self.session(lambda: look(self, self.batches("gradient_and_loss")))
         return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
 
@@ -606,7 +740,10 @@ class EmpiricalRisk:
             and not self.plain
             and self._num_batches == len(recordings)
             and not torch.is_autocast_enabled(self.space.device.type)
-            and all(b.replays(key) for b in recordings.values())
+            and (
+                bool(self._jacobians and self.loss and not self.loss.loss.opaque)
+                or all(b.replays(key) for b in recordings.values())
+            )
         )
 
     def batches(self, title: str) -> Iterator[Linearization]:
@@ -615,30 +752,54 @@ class EmpiricalRisk:
         complete = self._num_batches is not None and (
             len(recordings) == self._num_batches
         )
-        indices = range(len(recordings))
-        source: Iterable[Any] = (
-            ((i, None) for i in indices) if complete else (enumerate(self.data))
-        )
+        known = [
+            (batch.index, None, batch.share) for _, batch in sorted(recordings.items())
+        ]
         bar = tqdm(
-            source,
+            known if complete else self._parts(),
             desc=f"{title} (on {self.space.device})",
             total=self._num_batches or length_of(self.data),
             disable=not self.progressbar,
         )
-        index = -1
-        shapes = []
-        for index, item in bar:
-            batch = recordings.get(index) or self._linearize(index, item)
-            shapes.append(batch.output_space.shapes[0])
+        place = -1
+        shapes: list[torch.Size] = []
+        for place, (index, item, share) in enumerate(bar):
+            batch = recordings.get(place) or self._linearize(index, item, place, share)
+            shape = batch.output_space.shapes[0]
+            if share is None or share.start == 0:
+                shapes.append(shape)
+            else:  # goes on where the part before it ended
+                shapes[-1] = torch.Size([shapes[-1][0] + shape[0], *shape[1:]])
             yield batch
             self._record(recordings, batch)
-        if index < 0:
+        if place < 0:
             raise ValueError("The data is empty: there is no batch to work on.")
-        self._num_batches = index + 1
+        self._num_batches = place + 1
         self._output_shapes = tuple(shapes)
         self._warn_about_unused()
 
-    def _linearize(self, index: int, item: Any) -> Linearization:
+    def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
+        """Read the data, in parts of batches where whole ones would not fit."""
+        entries = self._entries
+        for index, item in enumerate(self.data):
+            if entries is None:
+                yield index, item, self._share
+                continue
+            X, y = checked_pair(item, index)
+            size = self._size_or_none(X)
+            number = number_of_parts(size, numel(X), entries)
+            if size is None or number == 1:
+                yield index, item, None
+                continue
+            for share in shares(size, number):
+                part = part_of((X, y), share)
+                # A part that is kept must not keep a loader's batch alive.
+                listed = isinstance(self.data, (list, tuple))
+                yield index, part if listed else cloned(part), share
+
+    def _linearize(
+        self, index: int, item: Any, place: int, share: Share | None
+    ) -> Linearization:
         X, y = checked_pair(item, index)
         device = self.space.device
         X, y = moved(X, device), moved(y, device)
@@ -646,6 +807,7 @@ class EmpiricalRisk:
         try:
             protect = index not in self._unwritten
             batch = Linearization(self.model, X, y, make_loss, index, protect)
+            batch.place, batch.share = place, share
         except RuntimeError as error:
             dtypes = sorted({str(t.dtype) for t in tensors_in(X)})
             differ = str(self.space.dtype) not in dtypes
@@ -732,50 +894,94 @@ class EmpiricalRisk:
         self, recordings: dict[int, Linearization], batch: Linearization
     ) -> None:
         """Keep a batch's graphs if they fit into the budget."""
-        if not self._repeats or self.cache == "off":
+        if not self._may_keep(batch):
             return
         stage = batch.stage
         with self._lock:
-            index = batch.index
-            known, _ = self._bytes.get(index, (None, 0))
-            if known == stage or (self._full and index not in recordings):
+            place = batch.place
+            known, _ = self._bytes.get(place, (None, 0))
+            if known == stage:
                 return
             if self._budget is None:
                 self._budget = budget_bytes(self.cache, self.space.device)
-            self._bytes[index] = (stage, batch.nbytes)
+            self._bytes[place] = (stage, batch.nbytes)
             if sum(nbytes for _, nbytes in self._bytes.values()) <= self._budget:
-                recordings[index] = batch
+                recordings[place] = batch
             else:
                 self._full = True
-                del self._bytes[index]
-                recordings.pop(index, None)
+                del self._bytes[place]
+                recordings.pop(place, None)
+
+    def _may_keep(self, batch: Linearization) -> bool:
+        """Whether a batch's graphs may still be of use after a product."""
+        if not self._repeats or self.cache == "off":
+            return False
+        return not self._full or batch.place in self._recordings
+
+    def _fit(self, product: Product, K: int) -> None:
+        """Choose parts, columns and budget with which a product fits `max_memory`."""
+        if self.max_memory is None:
+            return
+        self._refresh_if_changed()
+        if product.key in self._matrices:
+            return
+        name = product.method, product.key, K
+        once = product.key is None and product is not GRADIENT
+        with self._alone(), self._lock:
+            fit = self._fits.get(name)
+            if fit is None or once:
+                probe = Probe(self, Data.of(self), [product], K)
+                self._fits[name] = fit = fitted(probe, self.max_memory)[0]
+            if fit.entries is not None and fit.entries < (self._entries or inf):
+                self._entries = fit.entries
+                self._recordings, self._num_batches = {}, None
+                self._jacobians = {}
+                for place in [k for k in self._bytes if isinstance(k, (int, str))]:
+                    del self._bytes[place]
+            self._most_columns = fit.width
+            if self._cache_bytes is None:
+                self._cache_bytes = budget_bytes(self.cache, self.space.device)
+            budget = min(self._cache_bytes, fit.budget)
+            if budget == self._budget:
+                return
+            self._budget, self._full = budget, False
+            kept = dict(self._recordings)  # another thread may be using these
+            if sum(n for _, n in self._bytes.values()) > budget:
+                self._jacobians = {}
+                self._bytes.pop("jacobians", None)
+            while kept and sum(n for _, n in self._bytes.values()) > budget:
+                place, _ = kept.popitem()
+                del self._bytes[place]
+            self._recordings = kept
 
     def _add_products(
         self,
         body: Body,
         batch: Linearization,
         V: Tensor,
-        total: Tensor,
+        total: Callable[[], Tensor],
         spaces: tuple[TensorSpace, TensorSpace] | None = None,
         key: Hashable = None,
     ) -> None:
-        """Add ``body(batch, V)`` to the rows of ``total``, in chunks of columns.
+        """Add ``body(batch, V)`` to the rows of ``total()``, in chunks of columns.
 
         ``V`` and the products are vectors of the two ``spaces``, by default those of
-        the parameters.
+        the parameters. Where nothing is kept, the last of a keyed body's products
+        frees its graph, and the sum is allocated after that.
         """
         inputs, outputs = spaces or (self.space, self.space)
+        batch.multiplied |= self.plain > 0
         K = V.shape[1]
         start = 0
         while start < K:
             width = min(self._width(key, body, batch, V, inputs), K - start)
-            part, rows = V[:, start], total[start]
-            if width > 1:
-                columns = slice(start, start + width)
-                part, rows = V[:, columns].T.contiguous(), total[columns]
+            columns: Any = slice(start, start + width) if width > 1 else start
+            part = V.T[columns].contiguous()
             # A recording that is made for one product only must pay within it.
-            pays = width == 1 or batch.index in self._recordings or 4 * width <= K
-            name = key if pays else None
+            pays = width == 1 or batch.place in self._recordings or 4 * width <= K
+            name = key if pays and not self.plain else None
+            last = width == 1 and start == K - 1 and key is not None
+            batch.final = last and not self._may_keep(batch)
             try:
                 products = batch.multiply(name, body, inputs.split(part), width > 1)
             except RuntimeError:
@@ -783,7 +989,8 @@ class EmpiricalRisk:
                     raise
                 self._vectorises[key] = False  # some operation cannot
                 continue
-            for row, product in zip(outputs.split(rows), products, strict=True):
+            parts = outputs.split(total()[columns])
+            for row, product in zip(parts, products, strict=True):
                 row.add_(product)
             start += width
 
@@ -796,8 +1003,8 @@ class EmpiricalRisk:
         inputs: TensorSpace,
     ) -> int:
         """Return how many columns to multiply at once."""
-        width = self._columns_at_once(key, batch)
-        if V.shape[1] == 1 or width == 1:
+        width = 1 if V.shape[1] == 1 else self._columns_at_once(key, batch)
+        if width == 1:
             return 1
         if not self.plain and batch.replays(key):
             return width  # vectorised, and checked, on its own
@@ -809,7 +1016,7 @@ class EmpiricalRisk:
         """Return how many columns may be multiplied at once."""
         itemsize = self.space.dtype.itemsize
         per_column = batch.nbytes + self.space.dim * itemsize
-        width = min(MAX_COLUMN_BYTES // per_column, MAX_COLUMNS)
+        width = min(MAX_COLUMN_BYTES // per_column, self._most_columns)
         return width if width >= 4 and self._vectorises.get(key, True) else 1
 
     def _agrees(
@@ -869,12 +1076,21 @@ class EmpiricalRisk:
     def _fresh_batches(self, title: str) -> Iterator[Linearization]:
         """Yield batches that are evaluated now, whatever is recorded."""
         title = f"{type(self).__name__}.{title}"
+        self._fit(GRADIENT, 1)
         recordings, self._recordings = self._recordings, {}
         full, self._full = self._full, True
         try:
             yield from self.batches(title)
         finally:
             self._recordings, self._full = recordings, full
+
+
+def _checked_bytes(max_memory: int | None) -> int | None:
+    if max_memory is None or (type(max_memory) is int and max_memory > 0):
+        return max_memory
+    raise ValueError(
+        f"`max_memory` must be a number of bytes > 0 or None, got {max_memory!r}."
+    )
 
 
 class _CopyLeaksError(Exception):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
+from curvlinops._plan import Plan, plan
 from curvlinops._random import Rng
 from curvlinops._spaces import TensorSpace
 from curvlinops._verify import Report, verify
@@ -119,6 +120,57 @@ class RiskOperator(TorchOperator):
     def blocks(self) -> dict[str, ParameterBlock]:
         """Return the diagonal block of every parameter, by name."""
         return {name: self.block([name]) for name in self.risk.params}
+
+    def plan(self, columns: int = 1) -> Plan:
+        """Predict how much memory products take, and how each batch is multiplied.
+
+        Parameters
+        ----------
+        columns : int, optional
+            Number of columns of the operand.
+
+        Returns
+        -------
+        Plan
+            ``plan.peak`` and ``plan.held``, in bytes, ``plan.batches`` with one
+            :class:`~curvlinops._plan.BatchPlan` each, and a table as its string.
+
+        Raises
+        ------
+        MemoryError
+            If products do not fit into the risk's ``max_memory``; the message says how
+            many bytes would do.
+        TypeError
+            If products do not run over the data (Kronecker-factored matrices).
+
+        Notes
+        -----
+        Of products with this operator as if nothing else used the risk. Predicted from
+        a few products with two and three data of the first batch (with the whole first
+        batch, where the model does not take fewer), so other batches are taken to
+        differ in their size only. Not counted are model, parameters, and data, and what
+        operations of torch use inside.
+
+        Cost: these products, and one pass over the data that reads their sizes. Models,
+        recordings and random states stay as they are.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from curvlinops import GGNLinearOperator
+        >>> net, loss = torch.nn.Linear(300, 20), torch.nn.MSELoss()
+        >>> data = [(torch.rand(n, 300), torch.rand(n, 20)) for n in (64, 32)]
+        >>> G = GGNLinearOperator(net, loss, dict(net.named_parameters()), data)
+        >>> plan = G.plan()
+        >>> [batch.route for batch in plan.batches]
+        ['recording kept', 'recording kept']
+        >>> less = GGNLinearOperator(
+        ...     net, loss, dict(net.named_parameters()), data, max_memory=plan.peak // 2
+        ... )
+        >>> less.plan().peak <= plan.peak // 2
+        True
+        """
+        return plan(self, columns)
 
     def verify(self, rng: Rng = 0) -> Report:
         """Check this operator on its own model, loss and data.

@@ -13,8 +13,8 @@ from torch import nn
 import references
 from cases import Lambda, find, problems, split
 from curvlinops import EmpiricalRisk
-from curvlinops.kfac._corrections import gradients
-from curvlinops.kfac._estimation import Estimation, Settings
+from curvlinops.kfac._corrections import gradients, parts_of
+from curvlinops.kfac._estimation import Estimation, Settings, Visitor
 from curvlinops.kfac._layers import Fisher
 from tolerances import assert_close
 
@@ -32,16 +32,18 @@ def exact_blocks(problem, fisher_type="type-2", bias="alone"):
     estimation = Estimation(risk, settings, "test")
     totals = {}
 
-    def add(batch, grads):
-        for layer in batch.layers:
-            for M, b, a in gradients(layer, batch, grads, lambda _, b, a: (b, a)):
-                M = b.unsqueeze(-1) * a.unsqueeze(-2) if M is None else M
-                parts = layer.layout.scatter(M.transpose(0, 1))
-                rows = torch.cat([p.reshape(len(p), -1) for p in parts], dim=1)
+    class Exact(Visitor):
+        def add(self, batch, layer, grads):
+            parts = parts_of(layer)
+            dtype = grads[id(parts[0].use)].dtype
+            rows = [part.rows(layer, grads, batch.size, dtype) for part in parts]
+            for M in gradients(rows, layer.layout.size):
+                tensors = layer.layout.scatter(M.transpose(0, 1))
+                flat = torch.cat([t.reshape(len(t), -1) for t in tensors], dim=1)
                 names = layer.layout.names
-                totals[names] = totals.get(names, 0) + rows.T @ rows
+                totals[names] = totals.get(names, 0) + flat.T @ flat
 
-    estimation.sweep(None, add)
+    estimation.sweep(Exact())
     return risk, {names: t / estimation.denominator for names, t in totals.items()}
 
 

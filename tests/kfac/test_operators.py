@@ -230,9 +230,59 @@ def test_save_and_load(A, tmp_path):
     fresh = type(A)(model, nn.MSELoss(), params, data, fisher_type="empirical")
     fresh.load(path)
     assert torch.equal(fresh.to_dense(), dense)
-    if isinstance(A, EKFACLinearOperator):
-        return
-    assert_close(fresh.factors()["2"].input, A.factors()["2"].input)
+    assert list(fresh.factors()) == list(A.factors()) == ["0", "2", "4"]
+    assert fresh._mapping == A._mapping
+    for name, factors in A.factors().items():
+        for mine, its in zip(factors, fresh.factors()[name], strict=True):
+            assert torch.equal(mine, its)
+    again = tmp_path / "again.npz"
+    fresh.save(again)
+    assert torch.equal(load(again).to_dense(), dense)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "cuda"])
+def test_load_to_a_device(A, tmp_path, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    path = tmp_path / "factors.npz"
+    A.save(path)
+    loaded = load(path, device)
+    kind = torch.device(device).type
+    assert loaded.device.type == kind
+    for block in loaded.blocks:
+        tensors = [*getattr(block, "Q", block).factors]
+        tensors += [getattr(block, "evals", tensors[0])]
+        assert {t.device.type for t in tensors} == {kind}
+    assert_close(loaded.to_dense().cpu(), A.to_dense())
+    assert loaded.factors()["2.weight"].input.device.type == kind
+    x = torch.ones(A.shape[1], dtype=torch.float64)
+    assert_close(loaded @ x, A @ x)
+    model, loss, _, data = find("mlp-tanh-mse").build()
+    model, data = model.to(device), [(X.to(device), y.to(device)) for X, y in data]
+    moved = type(A)(model, loss, list(model.parameters()), data, **EXACT)
+    moved.load(path)
+    assert moved.representation.device.type == kind
+    assert_close(moved @ x, A @ x)
+
+
+def test_factors_of_ekfac_are_kfacs():
+    problem = find("conv2d").build()
+    K, E = (cls(*problem, **EXACT) for cls in FAMILY[:2])
+    assert list(E.factors()) == list(K.factors())
+    for name, factors in K.factors().items():
+        for mine, its in zip(factors, E.factors()[name], strict=True):
+            assert_close(its, mine, size=100)
+    with pytest.raises(ValueError, match="not known which factors"):
+        next(iter(E.inverse(0.1).blocks)).factors_decomposed()
+
+
+def test_heuristic_damping_of_a_lone_bias():
+    """A block of one factor needs no heuristic: its damping is exact."""
+    K = KFACLinearOperator(*find("mlp-tanh-ce").build(), **EXACT)
+    inverse = K.inverse(0.1, use_heuristic_damping=True)
+    B = K.factors()["2"].output
+    expected = torch.linalg.inv(B + 0.1 * eye(len(B)))
+    assert_close(inverse.block_of("2.bias").to_dense(), expected, size=1000)
 
 
 def test_load_refuses_mismatches(A, tmp_path):

@@ -21,6 +21,10 @@ from curvlinops.estimators.lanczos import BASIS_BYTES, lanczos
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+#: An eigenvalue counts as zero below so many times ``eps sqrt(N)``, relative to the
+#: largest. Of singular matrices, up to 1.6 were observed.
+ROUNDING = 8
+
 
 def hutchinson_squared_fro(
     A: Any,
@@ -187,9 +191,9 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
     -----
     From both ends of the spectrum of a definite matrix, which resolves numbers up to
     the inverse of rounding error; for other matrices from the smaller Gram matrix,
-    which resolves only the square root of that (about 1e7 in float64, 1e3 in float32).
-    Costs one Lanczos run, at most ``N`` products (twice that for a Gram matrix), which
-    a badly conditioned matrix takes, and as many vectors.
+    which resolves only the square root of that (about 1e7 in float64, a few hundred in
+    float32). Costs one Lanczos run, at most ``N`` products (twice that for a Gram
+    matrix), which a badly conditioned matrix takes, and as many vectors.
 
     Examples
     --------
@@ -210,7 +214,7 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
         low, high, run = _ends(A, tol, True, {**options, "checkpoint": path})
         spent += run.operand.num_products
     near, far = sorted([abs(low), abs(high)])
-    rounding = torch.finfo(run.operand.dtype).eps * run.dim**0.5
+    rounding = ROUNDING * torch.finfo(run.operand.dtype).eps * run.dim**0.5
     ratio = far / near if near > rounding * far else np.inf
     run.operand.num_products = spent
     return _exact(run, ratio if hermitian else ratio**0.5, tol)

@@ -322,10 +322,11 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
     Examples
     --------
     >>> import numpy as np
+    >>> from scipy.integrate import trapezoid
     >>> A = np.diag(np.geomspace(1e-3, 1.0, 500))
     >>> cached = LanczosApproximateLogSpectrumCached(A, 20, rng=0)
     >>> grid, density = cached.approximate_log_spectrum(num_repeats=2)
-    >>> bool(np.isclose(np.trapezoid(density, grid), 1.0))
+    >>> bool(np.isclose(trapezoid(density, grid), 1.0))
     True
     """
 
@@ -464,11 +465,12 @@ def lanczos_approximate_spectrum(
     Examples
     --------
     >>> import numpy as np
+    >>> from scipy.integrate import trapezoid
     >>> A = np.diag(np.r_[np.linspace(-1.0, 1.0, 498), 50.0, 80.0])
     >>> result = lanczos_approximate_spectrum(A, 20, deflate=2, rng=0)
     >>> bool(np.allclose(result.spikes, [80, 50]))
     True
-    >>> mass = np.trapezoid(result.density, result.grid) + 2 / 500
+    >>> mass = trapezoid(result.density, result.grid) + 2 / 500
     >>> bool(np.isclose(mass, 1.0))
     True
     """
@@ -538,9 +540,10 @@ def lanczos_approximate_log_spectrum(
     Examples
     --------
     >>> import numpy as np
+    >>> from scipy.integrate import trapezoid
     >>> A = np.diag(np.geomspace(1e-4, 1.0, 500))
     >>> grid, density = lanczos_approximate_log_spectrum(A, 40, rng=0)
-    >>> bool(np.isclose(np.trapezoid(density, grid), 1.0))
+    >>> bool(np.isclose(trapezoid(density, grid), 1.0))
     True
     """
     cached = LanczosApproximateLogSpectrumCached(

@@ -3,10 +3,10 @@ r"""Block-diagonal matrices of parameters, :math:`P \operatorname{diag}(B_l) P^\
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,17 @@ from curvlinops.kronecker import (
 Block = KroneckerProductLinearOperator | EighDecomposedLinearOperator
 #: One number, one per factor of a product, or either by parameter name.
 Damping = float | tuple[float, ...] | Mapping[str, Any]
+
+
+class Factors(NamedTuple):
+    """The covariances of a layer's inputs and of its output gradients.
+
+    Of shape ``(n, n)`` and ``(m, m)``, one dimension less if diagonal, and one more in
+    front if the layer has groups.
+    """
+
+    input: Tensor
+    output: Tensor
 
 
 class BlockwiseLinearOperator(TorchOperator, LinearOperator):
@@ -72,18 +83,44 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         self._places = [[index[name] for name in lay.names] for lay in self.layouts]
 
     def _apply(self, V: Tensor) -> Tensor:
-        K = V.shape[1]
-        rows = torch.empty(K, V.shape[0], dtype=V.dtype, device=V.device)
-        given, results = self._in_space.split(V.T), self._in_space.split(rows)
+        rows = torch.empty(V.shape[::-1], dtype=V.dtype, device=V.device)
+        self._multiply(self._in_space.split(V.T), self._in_space.split(rows))
+        return rows.T
+
+    def _multiply(self, given: list[Tensor], results: list[Tensor]) -> None:
+        """Multiply tensors ``[K, *shape]``; write into others."""
         for places, layout, block in zip(
             self._places, self.layouts, self.blocks, strict=True
         ):
-            M = layout.gather([given[i] for i in places])
-            X = M.reshape(K, -1).T.to(block.torch_dtype)
-            product = block._apply(X).T.reshape(K, *layout.size)
-            for i, part in zip(places, layout.scatter(product), strict=True):
-                results[i].copy_(part)
-        return rows.T
+            X = layout.gather([given[i] for i in places]).to(block.torch_dtype)
+            into = [results[i] for i in places]
+            if isinstance(block, KroneckerProductLinearOperator):
+                out = layout.as_view(into[0]) if X.dtype == into[0].dtype else None
+                product = block._multiply(X, out)
+                if out is not None:
+                    continue
+            else:
+                K = len(X)
+                product = block._apply(X.reshape(K, -1).T).T.reshape(K, *layout.size)
+            for result, part in zip(into, layout.scatter(product), strict=True):
+                result.copy_(part)
+
+    def _product(
+        self, x: Any, columns: int | None = None, ndim: int | None = None
+    ) -> Any:
+        """Multiply a list of tensors as it is, other operands as usual."""
+        space = self._in_space
+        kind = space.dtype, space.device, False
+        if (
+            not isinstance(x, (list, tuple))
+            or ndim == 2
+            or tuple(getattr(t, "shape", None) for t in x) != space.shapes
+            or any((t.dtype, t.device, t.requires_grad) != kind for t in x)
+        ):
+            return super()._product(x, columns, ndim)
+        results = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in x]
+        self._multiply(*([t.unsqueeze(0) for t in each] for each in (x, results)))
+        return results
 
     # -- scalars and vectors ------------------------------------------------------
 
@@ -204,6 +241,29 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
             f"No parameter {name!r}; there are {list(self._in_space.names)}."
         )
 
+    def layers(self) -> Iterator[tuple[str, Block]]:
+        """Yield the blocks that have two factors, with the weight's name."""
+        for layout, block in zip(self.layouts, self.blocks, strict=True):
+            if len(_kronecker(block).factors) == 2:
+                yield layout.names[0], block
+
+    def factors(self) -> dict[str, Factors]:
+        """Return the factors of every block that has two, by the weight's name.
+
+        Those of an eigendecomposed block are assembled from their eigenvalues and
+        eigenvectors.
+        """
+        factors = {
+            name: block.factors
+            if isinstance(block, KroneckerProductLinearOperator)
+            else block.factors_decomposed()
+            for name, block in self.layers()
+        }
+        return {
+            name: Factors(*(f[0] if len(f) == 1 else f for f in its[::-1]))
+            for name, its in factors.items()
+        }
+
     # -- files ------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -213,21 +273,18 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         for i, (layout, block) in enumerate(
             zip(self.layouts, self.blocks, strict=True)
         ):
-            spectral = isinstance(block, EighDecomposedLinearOperator)
-            Q: Any = (
-                block.Q if isinstance(block, EighDecomposedLinearOperator) else block
-            )
-            tensors = [*Q.factors]
+            product = _kronecker(block)
+            parts: dict[str, Sequence[Tensor]] = {"factors": product.factors}
             if isinstance(block, EighDecomposedLinearOperator):
-                tensors.append(block.evals)
-            for j, tensor in enumerate(tensors):
-                arrays[f"block{i}.{j}"] = tensor.cpu().numpy()
-            described.append(
-                [spectral, len(Q.factors), block.name, *vars(layout).values()]
-            )
+                parts |= {"evals": [block.evals], "spectra": block.spectra or []}
+            for part, tensors in parts.items():
+                for j, tensor in enumerate(tensors):
+                    arrays[f"block{i}.{part}{j}"] = tensor.cpu().numpy()
+            counts = {part: len(tensors) for part, tensors in parts.items()}
+            described.append([counts, block.name, *vars(layout).values()])
         space = self._in_space
         header = {
-            "format": "curvlinops-blocks-1",
+            "format": "curvlinops-blocks-2",
             "names": space.names,
             "shapes": space.shapes,
             "dtype": str(space.dtype).removeprefix("torch."),
@@ -235,6 +292,13 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         }
         with open(path, "wb") as file:
             np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+
+
+def _kronecker(block: Block) -> KroneckerProductLinearOperator:
+    """Return a block's product of factors, or of these factors' eigenvectors."""
+    Q: Any = block.Q if isinstance(block, EighDecomposedLinearOperator) else block
+    assert isinstance(Q, KroneckerProductLinearOperator)
+    return Q
 
 
 def load(
@@ -263,26 +327,32 @@ def load(
         if "header" not in file:
             raise ValueError(f"{path!r} holds no Kronecker factors: it has no header.")
         header = json.loads(str(file["header"]))
-        if header.get("format") != "curvlinops-blocks-1":
+        if header.get("format") != "curvlinops-blocks-2":
             raise ValueError(
                 f"{path!r} has an unknown format {header.get('format')!r}."
             )
         layouts, blocks = [], []
-        for i, (spectral, k, name, names, shapes, *rest) in enumerate(header["blocks"]):
+        for i, (counts, name, names, shapes, *rest) in enumerate(header["blocks"]):
             view, order, size = map(tuple, rest)
             layouts.append(
                 Layout(tuple(names), tuple(map(tuple, shapes)), view, order, size)
             )
-            tensors = [
-                torch.from_numpy(file[f"block{i}.{j}"]).to(device)
-                for j in range(k + spectral)
-            ]
-            Q = KroneckerProductLinearOperator(*tensors[:k], grouped=True, name=name)
-            blocks.append(
-                EighDecomposedLinearOperator(tensors[k], Q, name=name)
-                if spectral
-                else Q
+            parts = {
+                part: [
+                    torch.from_numpy(file[f"block{i}.{part}{j}"]).to(device)
+                    for j in range(count)
+                ]
+                for part, count in counts.items()
+            }
+            block: Block = KroneckerProductLinearOperator(
+                *parts["factors"], grouped=True, name=name
             )
+            if "evals" in parts:
+                (evals,), spectra = parts["evals"], parts["spectra"] or None
+                block = EighDecomposedLinearOperator(
+                    evals, block, name=name, spectra=spectra
+                )
+            blocks.append(block)
     dtype = getattr(torch, header["dtype"])
     space = TensorSpace(header["shapes"], dtype, device, header["names"])
     return BlockwiseLinearOperator(space, layouts, blocks)

@@ -2,72 +2,231 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvlinops.kfac._covariance import mirror
 from curvlinops.kfac._estimation import (
+    CHUNK_BYTES,
     Block,
     Estimation,
     Sums,
+    Visitor,
     product,
     slots,
 )
-from curvlinops.kfac._factors import _total, kfac
-from curvlinops.kfac._layers import Batch, Layer
-from curvlinops.kronecker import (
-    EighDecomposedLinearOperator,
-)
+from curvlinops.kfac._factors import blocks_of, sums_of
+from curvlinops.kfac._layers import Batch, Gradients, Layer
+from curvlinops.kronecker import EighDecomposedLinearOperator, eigh
 
-#: Bytes of intermediate matrices per chunk of data.
-CHUNK_BYTES = 1 << 26
+#: Eigenvalues of at most this many units of rounding, relative to the largest, are zero
+ROUNDING = 8
+
+
+@dataclass
+class Part:
+    """One use of a layer: which groups it fills, and whether the roles are exchanged.
+
+    Its rows ``b`` and ``a`` are of shape ``[G, K, N, R, m]`` and ``[G, K, N, R, n]``,
+    those that come from inputs with ``K = 1``.
+    """
+
+    groups: slice
+    use: Any
+    swapped: bool
+
+    def rows(
+        self, layer: Layer, grads: Gradients, N: int, dtype: torch.dtype
+    ) -> tuple[slice, Tensor, Tensor]:
+        """Return groups and rows."""
+        a = layer.inputs(self.use, N).unsqueeze(1).to(dtype)
+        b = layer.outputs(self.use, grads[id(self.use)], N).to(dtype)
+        return self.groups, *((a, b) if self.swapped else (b, a))
+
+
+def parts_of(layer: Layer) -> list[Part]:
+    """Return a layer's uses."""
+    return [
+        Part(groups, use, swapped)
+        for swapped in (False, True)
+        for groups, uses in slots(layer, swapped)
+        for use in uses
+    ]
 
 
 def gradients(
-    layer: Layer, batch: Batch, grads: dict[int, Tensor], transform: Any
-) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
-    """Yield ``(M, b, a)`` in chunks of data, after transforming the rows ``b, a``.
+    rows: list[tuple[slice, Tensor, Tensor]], size: Sequence[int]
+) -> Iterator[Tensor]:
+    """Yield the gradients ``[G, chunk, m, n]`` for all vectors, in chunks of data.
 
-    ``M`` of shape ``[G, chunk, m, n]`` are the gradients; ``None`` if each is the outer
-    product of the one row of ``b`` and that of ``a``, ``[G, chunk, m]`` and ``n``.
+    Parameters
+    ----------
+    rows : list of (slice, Tensor, Tensor)
+        The groups and rows of every part.
+    size : sequence of int
+        ``(G, m, n)``.
     """
-    G, m, n = layer.layout.size
-    N = batch.size
-    parts = []
-    for swapped in (False, True):
-        for groups, uses in slots(layer, swapped):
-            for use in uses:
-                a = layer.inputs(use, N)
-                b = layer.outputs(use, grads[id(use)], N).to(a.dtype)
-                b, a = (a, b) if swapped else (b, a)
-                parts.append((groups, *transform(groups, b, a)))
-    if len(parts) == 1 and parts[0][1].shape[2] == 1:
-        _, b, a = parts[0]
-        yield None, b[:, :, 0], a[:, :, 0]
+    (G, m, n), like = size, rows[0][1]
+    K = max(max(b.shape[1], a.shape[1]) for _, b, a in rows)
+    N = like.shape[2]
+    chunk = max(1, CHUNK_BYTES // max(1, G * m * n * like.element_size()))
+    for k in range(K):
+        for start in range(0, N, chunk):
+            part = slice(start, start + chunk)
+            M: Any = None
+            for groups, b, a in rows:
+                b, a = (t[:, k if t.shape[1] == K else 0, part] for t in (b, a))
+                if groups == slice(None) and M is None:
+                    M = b.mT @ a
+                    continue
+                if M is None:
+                    M = like.new_zeros(G, b.shape[1], m, n)
+                M[groups] += b.mT @ a
+            yield M
+
+
+def _add_squares(total: Tensor, M: Tensor) -> None:
+    """Add the squares of ``[G, N, m, n]``, summed over ``N``; may overwrite them."""
+    if total[0].numel() < 1 << 14:
+        total += M.square_().sum(1)
         return
-    size = max(1, CHUNK_BYTES // (G * m * n * parts[0][1].element_size()))
-    for start in range(0, N, size):
-        part = slice(start, start + size)
-        like = parts[0][1]
-        M = like.new_zeros(G, len(range(N)[part]), m, n)
-        for groups, b, a in parts:
-            M[groups] += b[:, part].mT @ a[:, part]
-        yield M, like, like
+    for one in M.unbind(1):  # one pass over the memory
+        total.addcmul_(one, one)
 
 
-def _side(factor: Tensor, groups: slice, rows: Tensor) -> Tensor:
-    """Multiply rows ``[G, N, R, d]`` by a factor from the right."""
-    factor = factor[groups]
-    rows = rows.to(factor.dtype)
-    if factor.ndim == 2:
-        return rows * factor[:, None, None]
-    return (rows.flatten(1, 2) @ factor).unflatten(1, rows.shape[1:3])
+def times(rows: Tensor, Q: Tensor) -> Tensor:
+    """Multiply rows ``[G, ..., d]`` from the right by matrices ``[G, d, e]``."""
+    return (rows.to(Q.dtype).flatten(1, -2) @ Q).unflatten(1, rows.shape[1:-1])
 
 
-def ekfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
+@dataclass
+class Basis:
+    """Eigenvectors of a layer's factors, those of eigenvalue zero left out.
+
+    Attributes
+    ----------
+    layer : Layer
+        The layer.
+    vectors : tuple of Tensor
+        Eigenvectors of the output and of the input factor, ``[G, d, d]``; ``[G, d]``,
+        ones, for a diagonal factor.
+    spectra : tuple of Tensor
+        Their eigenvalues, ``[G, d]``.
+    first : tuple of int
+        How many of these are zero, in every group.
+    """
+
+    layer: Layer
+    vectors: tuple[Tensor, Tensor]
+    spectra: tuple[Tensor, Tensor]
+    first: tuple[int, int]
+
+    def rotated(self, groups: slice, rows: Tensor, side: int) -> Tensor:
+        """Return the components of rows, in fresh memory."""
+        Q = self.vectors[side][groups]
+        if Q.ndim == 2:
+            return rows.to(Q.dtype).clone()
+        return times(rows, Q[..., self.first[side] :])
+
+
+def basis_of(sums: Sums, name: str, exact: bool) -> Basis:
+    """Decompose a layer's factors, which are dropped."""
+    vectors, spectra, first = [], [], []
+    for side, divisor in zip("BA", sums.divisors, strict=True):
+        factor = getattr(sums, side)
+        setattr(sums, side, None)
+        evals, Q = eigh(factor, name, upper=True)
+        least = ROUNDING * torch.finfo(evals.dtype).eps * evals.amax(-1, keepdim=True)
+        zeros = (evals <= least).sum(-1).min() if factor.ndim == 3 and exact else 0
+        first.append(int(zeros))
+        vectors.append(Q)
+        spectra.append(mirror(evals, divisor))
+    (QB, QA), (lB, lA), (sB, sA) = vectors, spectra, first
+    return Basis(sums.layer, (QB, QA), (lB, lA), (sB, sA))
+
+
+class Moments(Visitor):
+    r"""Sums up the squares of every datum's gradient, in a given basis.
+
+    Without weight sharing, the gradients are outer products :math:`b_{nk} a_n^\top`, so
+    the sums are one product of squares, :math:`\sum_n (\sum_k b_{nki}^2) a_{nj}^2`.
+    """
+
+    def __init__(self, bases: dict[str, Basis]) -> None:
+        self.bases = bases
+        self.evals: dict[str, Tensor] = {}
+        self.columns: dict[str, Tensor] = {}
+        for name, basis in bases.items():
+            like = basis.spectra[0]
+            size = basis.layer.layout.size
+            self.evals[name] = like.new_zeros(size)
+            if basis.layer.bias is not None:
+                self.columns[name] = like.new_zeros(size[:2])
+
+    def start(self, batch: Batch) -> None:
+        """Forget the previous batch."""
+        self._inputs: dict[int, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch, layer: Layer, grads: Gradients) -> None:
+        """Add a layer's gradients."""
+        if layer.name not in self.bases:
+            return
+        basis, N = self.bases[layer.name], batch.size
+        rows = []
+        for part in parts_of(layer):
+            g = layer.outputs(part.use, grads[id(part.use)], N)
+            g = basis.rotated(part.groups, g, int(part.swapped))
+            a = self._rotated_inputs(layer, part, N)
+            b, a = (a, g) if part.swapped else (g, a)
+            rows.append((part.groups, b, a))
+        whole = [b for groups, b, _ in rows if groups == slice(None)]
+        if len(rows) == len(whole) == 1 and b.shape[3] == 1 and not part.swapped:
+            squares = b.square_().sum((1, 3))
+            known = self._squares.get(layer.name)
+            self._squares[layer.name] = squares if known is None else known + squares
+            return
+        sB, sA = basis.first
+        total = self.evals[layer.name][:, sB:, sA:]
+        for M in gradients(rows, total.shape):
+            _add_squares(total, M)
+        if layer.bias is not None:
+            ones = [(groups, b, b.new_ones(*b.shape[:-1], 1)) for groups, b, _ in rows]
+            column = self.columns[layer.name][:, sB:].unsqueeze(-1)
+            for M in gradients(ones, column.shape):
+                _add_squares(column, M)
+
+    def done(self, batch: Batch, layer: Layer) -> None:
+        """Multiply the squares."""
+        if (squares := self._squares.pop(layer.name, None)) is not None:
+            (part,) = parts_of(layer)
+            a = self._rotated_inputs(layer, part, batch.size)[:, 0, :, 0]
+            sB, sA = self.bases[layer.name].first
+            total = self.evals[layer.name][:, sB:, sA:]
+            total.baddbmm_(squares.mT, a.square_())
+            if layer.bias is not None:
+                self.columns[layer.name][:, sB:] += squares.sum(1)
+        for use, _ in layer.uses:
+            self._inputs.pop(id(use), None)
+
+    def _rotated_inputs(self, layer: Layer, part: Part, N: int) -> Tensor:
+        """Return a use's rotated inputs ``[G, 1, N, R, n]``, kept if they are small."""
+        basis, key = self.bases[layer.name], id(part.use)
+        if key not in self._inputs:
+            rows = layer.inputs(part.use, N).unsqueeze(1)
+            rotated = basis.rotated(part.groups, rows, int(not part.swapped))
+            known = sum(a.nbytes for a in self._inputs.values())
+            if known + rotated.nbytes > CHUNK_BYTES:
+                self._inputs.clear()
+            self._inputs[key] = rotated
+        return self._inputs[key]
+
+
+def ekfac(estimation: Estimation) -> list[Block]:
     r"""Correct the eigenvalues of KFAC's product.
 
     .. math::
@@ -75,80 +234,80 @@ def ekfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
         \Lambda_{ij} = \frac{1}{D} \sum_{n, k} \left( Q_B^\top M_{nk} Q_A \right)_{ij}^2
 
     with the eigenvectors of :math:`A` and :math:`B`: the diagonal of
-    :math:`(Q_B \otimes Q_A)^\top F (Q_B \otimes Q_A)`.
+    :math:`(Q_B \otimes Q_A)^\top F (Q_B \otimes Q_A)`. Where an eigenvalue of a factor
+    is zero up to rounding, so is a whole row or column of it (with ``"expand"``, whose
+    factors are made of the same inputs and gradients), which is not computed.
     """
-    blocks, sums = kfac(estimation)
-    bases: dict[str, tuple[Any, Any]] = {}
-    for name, s in sums.items():
-        if not s.layer.elementwise:
-            decomposed = product(name, s.B, s.A).eigh()
-            bases[name] = (decomposed.Q, decomposed)
-    if estimation.settings.fisher.fisher_type == "forward-only":
+    sums, settings = sums_of(estimation), estimation.settings
+    chosen = {name for name, s in sums.items() if not s.layer.elementwise}
+    if settings.fisher.fisher_type == "forward-only":
         return [
-            (layout, op if layout.names[0] not in bases else op.eigh())
-            for layout, op in blocks
-        ], sums
-    evals = {
-        name: torch.zeros(s.layer.layout.size, dtype=s.A.dtype, device=s.A.device)
-        for name, s in sums.items()
-        if name in bases
+            (layout, op.eigh() if layout.names[0] in chosen else op)
+            for layout, op in blocks_of(estimation, sums)
+        ]
+    others = blocks_of(estimation, {n: s for n, s in sums.items() if n not in chosen})
+    bases = {
+        n: basis_of(sums[n], f"the block of {n!r}", not settings.reduce) for n in chosen
     }
-    column = {
-        name: torch.zeros_like(total[..., 0])
-        for name, total in evals.items()
-        if sums[name].layer.bias is not None
-    }
-
-    def add(batch: Batch, grads: dict[int, Tensor]) -> None:
-        for layer in batch.layers:
-            if layer.elementwise:
-                continue
-            QB, QA = bases[layer.name][0].factors
-
-            sums_of_rows: dict[Any, list[Tensor]] = defaultdict(list)
-
-            def rotate(
-                groups: slice,
-                b: Tensor,
-                a: Tensor,
-                Q: Any = (QB, QA),
-                to: Any = sums_of_rows,
-            ) -> Any:
-                b = _side(Q[0], groups, b)
-                to[groups.start].append(b.sum(2))
-                return b, _side(Q[1], groups, a)
-
-            total = evals[layer.name]
-            for M, b, a in gradients(layer, batch, grads, rotate):
-                if M is None:
-                    total += b.square().mT @ a.square()
-                else:
-                    total += M.square().sum(1)
-            if layer.bias is not None:
-                for start, rows in sums_of_rows.items():
-                    groups = slice(start, None if start is None else start + 1)
-                    column[layer.name][groups] += _total(rows).square().sum(1)
-
-    estimation.sweep(None, add)
+    moments = Moments(bases)
+    estimation.sweep(moments)
     D = estimation.denominator
-    result = [block for block in blocks if block[0].names[0] not in bases]
-    biases = {s.layer.bias.names[0] for s in sums.values() if s.layer.bias is not None}
-    result = [block for block in result if block[0].names[0] not in biases]
-    for name, (Q, _) in bases.items():
-        layer = sums[name].layer
-        label = Q.name
-        op = EighDecomposedLinearOperator(evals[name] / D, Q, name=label)
-        result.append((layer.layout, op))
-        if layer.bias is not None:
-            bias = product(layer.bias.names[0], Q.factors[0])
-            op = EighDecomposedLinearOperator(column[name] / D, bias, name=bias.name)
-            result.append((layer.bias, op))
-    return result, sums
+    for name, basis in bases.items():
+        Q = product(name, *basis.vectors)
+        op = EighDecomposedLinearOperator(
+            moments.evals[name].div_(D), Q, name=Q.name, spectra=basis.spectra
+        )
+        others.append((basis.layer.layout, op))
+        if basis.layer.bias is not None:
+            Q = product(basis.layer.bias.names[0], basis.vectors[0])
+            op = EighDecomposedLinearOperator(
+                moments.columns[name].div_(D), Q, name=Q.name
+            )
+            others.append((basis.layer.bias, op))
+    return others
 
 
-def kfoc(
-    estimation: Estimation, max_iter: int, tolerance: float
-) -> tuple[list[Block], dict[str, Sums]]:
+class Halves(Visitor):
+    """Sums up ``M A M^T`` (left) or ``M^T B M`` over all gradients ``M``.
+
+    Parameters
+    ----------
+    others : dict of str to Tensor
+        ``A`` or ``B`` for every layer.
+    left : bool
+        Which of both.
+    """
+
+    def __init__(self, others: dict[str, Tensor], left: bool) -> None:
+        self.others, self.left = others, left
+        self.totals: dict[str, Any] = dict.fromkeys(others, 0)
+
+    def add(self, batch: Batch, layer: Layer, grads: Gradients) -> None:
+        """Add a layer's gradients."""
+        if layer.name not in self.others:
+            return
+        other, total = self.others[layer.name], self.totals[layer.name]
+        parts = parts_of(layer)
+        rows = [part.rows(layer, grads, batch.size, other.dtype) for part in parts]
+        if len(rows) == 1 and rows[0][1].shape[3] == 1:
+            _, b, a = rows[0]
+            first, second = (b, a) if self.left else (a, b)
+            first, second = first[..., 0, :], second[..., 0, :]
+            weights = (times(second, other) * second).sum(-1, keepdim=True)
+            if first.shape[1] == 1:
+                weights = weights.sum(1, keepdim=True)
+            weighted = (first * weights).flatten(1, 2)
+            total = total + weighted.mT @ first.flatten(1, 2)
+        else:
+            for M in gradients(rows, layer.layout.size):
+                M = M if self.left else M.mT
+                columns = M.transpose(1, 2).flatten(2)
+                weighted = (M @ other.unsqueeze(1)).transpose(1, 2).flatten(2)
+                total = total + columns @ weighted.mT
+        self.totals[layer.name] = total
+
+
+def kfoc(estimation: Estimation, max_iter: int, tolerance: float) -> list[Block]:
     r"""Find the Kronecker product nearest to :math:`F` in Frobenius norm.
 
     Alternates between the best :math:`B` for given :math:`A` and the reverse,
@@ -162,35 +321,23 @@ def kfoc(
     rearranged :math:`F`. Every step is a pass over the data, decreases the distance,
     and gives a symmetric positive semi-definite factor.
     """
-    blocks, sums = kfac(estimation)
+    sums = sums_of(estimation)
     if estimation.settings.fisher.fisher_type == "forward-only":
-        return blocks, sums
+        return blocks_of(estimation, sums)
+    for s in sums.values():
+        s.to_means()
     chosen = {n: s for n, s in sums.items() if not s.layer.elementwise}
     for s in chosen.values():
         s.A, s.B = (f if f.ndim == 3 else f.diag_embed() for f in (s.A, s.B))
     previous = dict.fromkeys(chosen, 0.0)
     for step in range(2 * max_iter):
         left = step % 2 == 0
-        totals = {n: torch.zeros_like(s.B if left else s.A) for n, s in chosen.items()}
-
-        def add(
-            batch: Batch,
-            grads: dict[int, Tensor],
-            left: bool = left,
-            totals: Any = totals,
-        ) -> None:
-            for layer in batch.layers:
-                if not layer.elementwise:
-                    s = sums[layer.name]
-                    other = s.A if left else s.B
-                    _add_half(totals[layer.name], layer, batch, grads, other, left)
-
-        estimation.sweep(None, add)
+        halves = Halves({n: s.A if left else s.B for n, s in chosen.items()}, left)
+        estimation.sweep(halves)
         settled = True
         for name, s in chosen.items():
-            other = s.A if left else s.B
-            square = other.square().sum((1, 2), keepdim=True)
-            best = totals[name] / (estimation.denominator * square)
+            square = halves.others[name].square().sum((1, 2), keepdim=True)
+            best = halves.totals[name] / (estimation.denominator * square)
             best = torch.where(square > 0, best, torch.zeros_like(best))
             best = (best + best.mT) / 2
             s.A, s.B = (s.A, best) if left else (best, s.B)
@@ -199,21 +346,4 @@ def kfoc(
             previous[name] = size
         if settled:
             break
-    keep = [block for block in blocks if block[0].names[0] not in chosen]
-    keep += [(s.layer.layout, product(n, s.B, s.A)) for n, s in chosen.items()]
-    return keep, sums
-
-
-def _add_half(
-    total: Tensor, layer: Layer, batch: Batch, grads: Any, other: Tensor, left: bool
-) -> None:
-    """Add ``M A M^T`` (left) or ``M^T B M``."""
-    for M, b, a in gradients(layer, batch, grads, lambda _, b, a: (b, a)):
-        if M is None:
-            first, second = (b, a) if left else (a, b)
-            weight = ((second @ other) * second).sum(-1, keepdim=True)
-            total += (first * weight).mT @ first
-        else:
-            M = M if left else M.mT
-            columns = M.transpose(1, 2).flatten(2)
-            total += columns @ (M @ other.unsqueeze(1)).transpose(1, 2).flatten(2).mT
+    return blocks_of(estimation, sums)

@@ -6,6 +6,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvlinops.kfac._recording import Use
@@ -17,7 +18,7 @@ LEAST_SIZE = 128
 PLAIN_COST = 0.6
 
 
-def gram(total: Tensor, rows: Tensor) -> None:
+def gram(total: Tensor, rows: Tensor, fresh: bool = False) -> None:
     r"""Add :math:`X^\top X` of every group's rows, half of it; see :func:`mirror`.
 
     Parameters
@@ -27,34 +28,46 @@ def gram(total: Tensor, rows: Tensor) -> None:
         is ``(G, d)``, the diagonal is added.
     rows : Tensor
         The rows :math:`X`.
+    fresh : bool, optional
+        Whether ``total`` holds nothing yet, and is to be overwritten.
     """
     rows = rows.to(total.dtype)
+    beta = 0 if fresh else 1
     if total.ndim == 2:
-        total += rows.square().sum(1)
+        square = rows.square().sum(1)
+        total.copy_(square) if fresh else total.add_(square)
         return
     d = rows.shape[-1]
     if d < 2 * LEAST_SIZE:
-        total.baddbmm_(rows.mT, rows)
+        total.baddbmm_(rows.mT, rows, beta=beta)
         return
     half = d // 2
     left, right = rows[..., :half], rows[..., half:]
-    gram(total[:, :half, :half], left)
-    gram(total[:, half:, half:], right)
-    total[:, :half, half:].baddbmm_(left.mT, right)
+    gram(total[:, :half, :half], left, fresh)
+    gram(total[:, half:, half:], right, fresh)
+    total[:, :half, half:].baddbmm_(left.mT, right, beta=beta)
 
 
-def mirror(total: Tensor) -> Tensor:
-    """Fill, in place, the part of a symmetric matrix that :func:`gram` leaves out."""
+def mirror(total: Tensor, divisor: Any = 1) -> Tensor:
+    """Fill, in place, the part of a symmetric matrix that :func:`gram` leaves out.
+
+    Divide by a number, or by one for every group.
+    """
     d = total.shape[-1]
-    if total.ndim == 3 and d >= 2 * LEAST_SIZE:
-        half = d // 2
-        mirror(total[:, :half, :half])
-        mirror(total[:, half:, half:])
-        total[:, half:, :half] = total[:, :half, half:].mT
+    if torch.is_tensor(divisor) and divisor.ndim:
+        divisor = divisor.reshape(-1, *[1] * (total.ndim - 1))
+    if total.ndim == 2 or d < 2 * LEAST_SIZE:
+        return total.div_(divisor)
+    half = d // 2
+    mirror(total[:, :half, :half], divisor)
+    mirror(total[:, half:, half:], divisor)
+    total[:, half:, :half] = total[:, :half, half:].div_(divisor).mT
     return total
 
 
-def patch_covariance(total: Tensor, use: Use, joint: bool) -> int | None:
+def patch_covariance(
+    total: Tensor, use: Use, joint: bool, fresh: bool = False
+) -> int | None:
     r"""Add the covariance of the patches that a convolution of stride one sees.
 
     With a kernel of size :math:`K`, offsets :math:`k, l` and pixels :math:`x_q`,
@@ -77,6 +90,8 @@ def patch_covariance(total: Tensor, use: Use, joint: bool) -> int | None:
         The convolution.
     joint : bool
         Whether the last row and column belong to a bias.
+    fresh : bool, optional
+        Whether ``total`` holds nothing yet, and is to be overwritten.
 
     Returns
     -------
@@ -117,9 +132,12 @@ def patch_covariance(total: Tensor, use: Use, joint: bool) -> int | None:
             blocks[:, j, :, i] = block.mT
     n = C * len(offsets)
     matrix = total[:, :n, :n].unflatten(2, (C, -1)).unflatten(1, (C, -1))
-    matrix += blocks.permute(0, 2, 1, 4, 3)
+    blocks = blocks.permute(0, 2, 1, 4, 3)
+    matrix.copy_(blocks) if fresh else matrix.add_(blocks)
     rows = patches * image.count
     if joint:
+        if fresh:
+            total[:, :, n:] = total[:, n:] = 0
         sums = _patch_sums(use, kernel, padding).to(total.dtype).reshape(G, n)
         total[:, :n, n] += sums
         total[:, n, :n] += sums

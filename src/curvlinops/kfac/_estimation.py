@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlinops.kfac._layers import Batch, Fisher, Layer, batches
+from curvlinops._linearization import budget_bytes
+from curvlinops.kfac._covariance import mirror
+from curvlinops.kfac._layers import (
+    Batch,
+    Fisher,
+    Gradients,
+    Layer,
+    Receiver,
+    batches,
+)
 from curvlinops.kfac._uses import Layout
 from curvlinops.kronecker import (
     KroneckerProductLinearOperator,
@@ -18,6 +27,17 @@ from curvlinops.kronecker import (
 from curvlinops.risk import EmpiricalRisk
 
 Block = tuple[Layout, Any]
+
+#: Bytes of inputs and gradients that may be kept between passes, even if the factors
+#: take less.
+KEPT_BYTES = 1 << 23
+#: Vectors are sent back together if the layers' results take no more bytes than this:
+#: it saves overhead, while a large model computes several vectors no faster than one.
+TOGETHER_BYTES = 1 << 18
+#: Bytes of intermediate tensors that are computed at once.
+CHUNK_BYTES = 1 << 24
+#: How many vectors are sent back together, at most.
+MAX_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,9 @@ class Settings:
 class Sums:
     """Sums for one layer: covariances of its rows, and the number of inputs.
 
-    ``swapped`` belongs to the uses in which inputs and outputs exchange their roles.
+    Of a symmetric matrix the part above the diagonal is there. ``swapped`` belongs to
+    the uses in which inputs and outputs exchange their roles; ``divisors``, one number
+    for every group or for all, turn the sums ``B`` and ``A`` into means.
     """
 
     layer: Layer
@@ -43,6 +65,35 @@ class Sums:
     B: Any = None
     count: Any = 0
     swapped: Any = None
+    divisors: tuple[Any, Any] = (1, 1)
+
+    def to_means(self) -> None:
+        """Turn the sums into means, in place, with all their entries."""
+        self.B, self.A = (
+            None if total is None else mirror(total, divisor)
+            for total, divisor in zip((self.B, self.A), self.divisors, strict=True)
+        )
+        self.divisors = 1, 1
+
+
+class Visitor:
+    """What is done with a batch's inputs, and with the gradients sent back to them.
+
+    Between the first and the last call for a batch, gradients arrive vector by vector
+    and in there layer by layer, or in the other order.
+    """
+
+    def start(self, batch: Batch) -> None:
+        """Look at a batch's inputs."""
+
+    def add(self, batch: Batch, layer: Layer, grads: Gradients) -> None:
+        """Look at gradients by a layer's results, ``[K, *shape]`` for each of its uses.
+
+        ``K`` vectors were sent back, out of those for the batch.
+        """
+
+    def done(self, batch: Batch, layer: Layer) -> None:
+        """Do what is left, after the last of these gradients."""
 
 
 class Estimation:
@@ -56,48 +107,138 @@ class Estimation:
         The user's choice.
     title : str
         What the progress bar is called.
+    reuse : bool, optional
+        Whether there are several passes. Layers' inputs and output gradients are then
+        kept, instead of being computed again, if those of the whole data take no more
+        memory than the factors (or :data:`KEPT_BYTES`), nor than ``cache`` allows.
     """
 
-    def __init__(self, risk: EmpiricalRisk, settings: Settings, title: str) -> None:
+    def __init__(
+        self, risk: EmpiricalRisk, settings: Settings, title: str, reuse: bool = False
+    ) -> None:
         self.risk, self.settings, self.title = risk, settings, title
         self.layers: dict[str, Layer] = {}
         self.diagonals: dict[str, Tensor] = {}
         self.denominator: Any = 1
+        self._kept: list[tuple[Batch, list[tuple[Layer, Gradients]]]] | None = None
+        self._reuse = reuse
+        self._may_send_together = True
+        self._is_checked = False
 
-    def sweep(
-        self,
-        each_batch: Callable[[Batch], None] | None,
-        each_vector: Callable[[Batch, dict[int, Tensor]], None] | None,
-        diagonals: bool = False,
-    ) -> None:
-        """Go through the data once, with one backward pass per vector."""
-        settings = self.settings
+    def sweep(self, visitor: Visitor, diagonals: bool = False) -> None:
+        """Go through the data once, with as few backward passes as possible."""
+        if self._kept is not None:
+            for batch, seen in self._kept:
+                _show(visitor, batch, seen)
+            return
 
         def run() -> None:
             self.diagonals = {} if diagonals else self.diagonals
             count: Any = 0
-            source = batches(self.risk, settings.bias, settings.unsupported, self.title)
+            kept: Any = []
+            budget: int | None = None
+            source = batches(
+                self.risk, self.settings.bias, self.settings.unsupported, self.title
+            )
             for batch in source:
                 self._register(batch)
                 count = count + batch.linearization.count
-                if each_batch is not None:
-                    each_batch(batch)
-                send = diagonals and batch.diagonal
-                if each_vector is None and not send:
-                    continue
-                for U, more in settings.fisher.vectors(batch):
-                    if each_vector is not None:
-                        each_vector(batch, batch.back(U, more or bool(send)))
-                    if send:
-                        self._add_diagonals(batch, U)
+                seen: list[tuple[Layer, Gradients]] = []
+                budget = self._bytes_to_keep() if budget is None else budget
+                budget -= _input_bytes(batch)
+                visitor.start(batch)
+
+                def receive(
+                    layer: Layer,
+                    grads: Gradients,
+                    batch: Batch = batch,
+                    seen: Any = seen,
+                ) -> None:
+                    nonlocal budget
+                    assert budget is not None
+                    budget -= sum(g.nbytes for g in grads.values())
+                    if budget >= 0:
+                        seen.append((layer, grads))
+                    else:
+                        seen.clear()
+                    visitor.add(batch, layer, grads)
+
+                self._send_all(batch, receive, diagonals and bool(batch.diagonal))
+                keep = budget >= 0 and kept is not None
+                batch.release()
+                for layer in batch.layers:
+                    visitor.done(batch, layer)
+                    for use, _ in () if keep else layer.uses:
+                        use.input = None
+                kept = [*kept, (batch, seen)] if keep else None
             self.denominator = self.risk._denominator(count)
+            self._kept = kept
 
         self.risk.session(run)
+
+    def _bytes_to_keep(self) -> int:
+        """Return how many bytes of inputs and gradients may be kept."""
+        if not self._reuse:
+            return -1
+        sizes = [layer.layout.size for layer in self.layers.values()]
+        factors = sum(G * (m * m + n * n) for G, m, n in sizes)
+        nbytes = max(KEPT_BYTES, factors * self.risk.space.dtype.itemsize)
+        return min(nbytes, budget_bytes(self.risk.cache, self.risk.space.device))
+
+    def _send_all(self, batch: Batch, receive: Receiver, diagonals: bool) -> None:
+        """Send every vector of a batch back."""
+        width = self._vectors_at_once(batch)
+        for U, more in self.settings.fisher.vectors(batch, width):
+            keep = more or diagonals
+            together = self._sent_together(batch, U)
+            if together is None:
+                for i, u in enumerate(U, start=1):
+                    batch.send(u, keep or i < len(U), receive)
+            else:
+                for layer in batch.layers:
+                    its = {id(use): together[id(use)] for use, _ in layer.uses}
+                    receive(layer, its)
+            for u in U if diagonals else ():
+                self._add_diagonals(batch, u)
+
+    def _vectors_at_once(self, batch: Batch) -> int:
+        """Return how many vectors to send back together: several for small layers."""
+        size = sum(use.shape.numel() for _, use in batch.uses)
+        size *= self.risk.space.dtype.itemsize
+        if not self._may_send_together or size > TOGETHER_BYTES:
+            return 1
+        return max(1, min(MAX_TOGETHER, CHUNK_BYTES // max(size, 1)))
+
+    def _sent_together(self, batch: Batch, U: Tensor) -> dict[int, Tensor] | None:
+        """Send several vectors back at once; ``None`` if that is not possible.
+
+        The first time, one of them is sent alone, too, and the results are compared.
+        """
+        if len(U) == 1 or not self._may_send_together:
+            return None
+        try:
+            result = batch.send_together(U)
+        except RuntimeError:  # some operation cannot
+            self._may_send_together = False
+            return None
+        if not self._is_checked:
+            self._is_checked = True
+            tolerance = torch.finfo(U.dtype).eps ** 0.5
+            agree: list[bool] = []
+
+            def compare(_: Layer, grads: Gradients) -> None:
+                for key, g in grads.items():
+                    difference = torch.dist(result[key][0], g[0])
+                    agree.append(bool(difference <= tolerance * g.norm()))
+
+            batch.send(U[0], True, compare)
+            self._may_send_together = all(agree)
+        return result if self._may_send_together else None
 
     def _register(self, batch: Batch) -> None:
         """Check that every batch uses the parameters in the same way."""
         for layer in batch.layers:
-            known = self.layers.setdefault(layer.name, layer)
+            known = self.layers.setdefault(layer.name, replace(layer, uses=[]))
             if (known.layout, known.bias) != (layer.layout, layer.bias):
                 raise ValueError(
                     f"The parameter {layer.name!r} is used in several ways by different"
@@ -145,6 +286,23 @@ class Estimation:
                 layout = Layout((name,), (tuple(p.shape),), size, (0, 1, 2), size)
                 blocks.append((layout, product(name, flat.detach() / self.denominator)))
         return blocks
+
+
+def _show(visitor: Visitor, batch: Batch, seen: list[tuple[Layer, Gradients]]) -> None:
+    """Show what was kept of a batch to a visitor, layer by layer."""
+    by_name: dict[str, list[Gradients]] = defaultdict(list)
+    for layer, grads in seen:
+        by_name[layer.name].append(grads)
+    visitor.start(batch)
+    for layer in batch.layers:
+        for grads in by_name[layer.name]:
+            visitor.add(batch, layer, grads)
+        visitor.done(batch, layer)
+
+
+def _input_bytes(batch: Batch) -> int:
+    storages = [use.input.untyped_storage() for _, use in batch.uses]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def _names(layer: Layer) -> tuple[str, ...]:

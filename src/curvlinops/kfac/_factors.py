@@ -18,51 +18,76 @@ eigenbasis of such a product.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlinops.kfac._covariance import gram, mirror, patch_covariance
+from curvlinops.kfac._covariance import gram, patch_covariance
 from curvlinops.kfac._estimation import (
     Block,
     Estimation,
     Settings,
     Sums,
+    Visitor,
     product,
     slots,
 )
-from curvlinops.kfac._layers import Batch, Layer
+from curvlinops.kfac._layers import Batch, Gradients, Layer
 from curvlinops.kfac._uses import token_ids
 
 
-class Covariances:
+class Covariances(Visitor):
     """Sums up the covariances of inputs and of output gradients."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._forward_only = settings.fisher.fisher_type == "forward-only"
         self.sums: dict[str, Sums] = {}
         self._warned: set[str] = set()
 
     def of(self, layer: Layer) -> Sums:
-        """Return a layer's sums, with zeros to begin with."""
+        """Return a layer's sums; at first they are empty."""
         if layer.name not in self.sums:
-            G, m, n = layer.layout.size
             use = layer.uses[0][0]
             dtype = use.options.get("dtype", use.input.dtype)
-            dtype = torch.promote_types(dtype, torch.float32)
-
-            def zeros(d: int, diagonal: bool = False) -> Tensor:
-                shape = (G, d) if diagonal or self._is_large(layer, d) else (G, d, d)
-                return torch.zeros(shape, dtype=dtype, device=use.input.device)
-
-            units = _counts_tokens(layer, self.settings)
-            sums = Sums(layer, zeros(n, units), zeros(m), zeros(1, True)[:, 0])
+            like = use.input.new_empty(0, dtype=dtype)
+            count = self._zeros(layer, like, 1, diagonal=True)[:, 0]
+            sums = Sums(replace(layer, uses=[]), count=count)
             if any(swapped for _, swapped in layer.uses):
-                sums.swapped = (zeros(n), zeros(m), zeros(1, True)[:, 0])
+                _, m, n = layer.layout.size
+                parts = self._zeros(layer, like, n), self._zeros(layer, like, m)
+                sums.swapped = (*parts, count.clone())
             self.sums[layer.name] = sums
         return self.sums[layer.name]
+
+    def _zeros(
+        self,
+        layer: Layer,
+        like: Tensor,
+        d: int,
+        diagonal: bool = False,
+        filled: bool = True,
+    ) -> Tensor:
+        G = layer.layout.groups
+        shape = (G, d) if diagonal or self._is_large(layer, d) else (G, d, d)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        new = torch.zeros if filled else torch.empty
+        return new(shape, dtype=dtype, device=like.device)
+
+    def _empty(
+        self, layer: Layer, like: Tensor, d: int, diagonal: bool = False
+    ) -> tuple[Tensor, bool]:
+        """Return memory for a sum, and whether its first term must overwrite it.
+
+        That saves clearing it; otherwise it is zero.
+        """
+        (use, swapped), *others = layer.uses
+        if others or swapped or "slot" in use.options or diagonal:
+            return self._zeros(layer, like, d, diagonal), False
+        return self._zeros(layer, like, d, filled=False), True
 
     def _is_large(self, layer: Layer, size: int) -> bool:
         if size <= self.settings.max_factor:
@@ -77,74 +102,90 @@ class Covariances:
             )
         return True
 
-    def add_inputs(self, batch: Batch) -> None:
-        """Add a batch's inputs."""
-        for layer in batch.layers:
-            if layer.elementwise:
-                continue
-            s = self.of(layer)
-            for groups, uses in slots(layer, swapped=False):
-                s.count[groups] += self._add_input(s.A[groups], layer, uses, batch.size)
-            for _, uses in slots(layer, swapped=True):
-                s.swapped[2].add_(
-                    self._add_input(s.swapped[1], layer, uses, batch.size)
-                )
+    def start(self, batch: Batch) -> None:
+        """Check that all parameters can be treated."""
+        if self._forward_only and batch.diagonal:
+            raise ValueError(
+                f"`fisher_type='forward-only'` sends nothing back, so {batch.diagonal} "
+                "cannot be given a diagonal block: leave them out of `params`."
+            )
 
-    def _add_input(self, A: Tensor, layer: Layer, uses: list[Any], N: int) -> int:
+    def done(self, batch: Batch, layer: Layer) -> None:
+        """Add a layer's inputs: now, that gradients and most of the graph are gone."""
+        s = self.of(layer)
+        if layer.elementwise:
+            if self._forward_only:
+                self._add_identity(s, batch, layer)
+            return
+        fresh = s.A is None
+        if fresh:
+            units = _counts_tokens(layer, self.settings)
+            d = layer.layout.size[2]
+            s.A, fresh = self._empty(layer, s.count, d, units)
+        N = batch.size
+        for groups, uses in slots(layer, swapped=False):
+            s.count[groups] += self._add_input(s.A[groups], layer, uses, N, fresh)
+        for _, uses in slots(layer, swapped=True):
+            s.swapped[2].add_(self._add_input(s.swapped[1], layer, uses, N))
+
+    def _add_input(
+        self, A: Tensor, layer: Layer, uses: list[Any], N: int, fresh: bool = False
+    ) -> int:
         """Add to ``A``; return the number of inputs."""
         if not self.settings.reduce:
-            return sum(_add_expanded(A, layer, use) for use in uses)
+            return sum(_add_expanded(A, layer, use, fresh) for use in uses)
         rows = [layer.inputs(use, N) for use in uses]
         R = sum(a.shape[2] for a in rows)
-        gram(A, _total([a.sum(2) for a in rows]) / R)
+        gram(A, _total([a.sum(2) for a in rows]) / R, fresh)
         return N
 
-    def add_outputs(self, batch: Batch, grads: dict[int, Tensor]) -> None:
-        """Add the gradients of one backward pass."""
-        for layer in batch.layers:
-            s = self.of(layer)
-            for groups, uses in slots(layer, swapped=False):
-                self._add_output(s.B[groups], layer, uses, grads, batch.size)
-            for _, uses in slots(layer, swapped=True):
-                self._add_output(s.swapped[0], layer, uses, grads, batch.size)
+    def add(self, batch: Batch, layer: Layer, grads: Gradients) -> None:
+        """Add a layer's output gradients."""
+        s = self.of(layer)
+        fresh = s.B is None
+        if fresh:
+            s.B, fresh = self._empty(layer, s.count, layer.layout.size[1])
+        for groups, uses in slots(layer, swapped=False):
+            self._add_output(s.B[groups], layer, uses, grads, batch.size, fresh)
+        for _, uses in slots(layer, swapped=True):
+            self._add_output(s.swapped[0], layer, uses, grads, batch.size)
 
     def _add_output(
-        self, B: Tensor, layer: Layer, uses: list[Any], grads: Any, N: int
+        self,
+        B: Tensor,
+        layer: Layer,
+        uses: list[Any],
+        grads: Gradients,
+        N: int,
+        fresh: bool = False,
     ) -> None:
         if self.settings.reduce or layer.elementwise:
             rows = [layer.outputs(use, grads[id(use)], N) for use in uses]
-            gram(B, _total([b.sum(2) for b in rows]))
+            gram(B, _total([b.sum(3) for b in rows]).flatten(1, 2), fresh)
             return
         for use in uses:
-            gram(B, layer.outputs(use, grads[id(use)], 1).flatten(1, 2))
+            gram(B, layer.outputs(use, grads[id(use)], 1).flatten(1, 3), fresh)
 
-    def add_identity(self, batch: Batch) -> None:
-        """Add what white noise in place of gradients gives elementwise parameters."""
-        for layer in batch.layers:
-            if layer.elementwise:
-                s = self.of(layer)
-                s.B = s.B if s.B.ndim == 2 else s.B.diagonal(dim1=1, dim2=2).clone()
-                for use, _ in layer.uses:
-                    c = use.checked_input().expand(use.shape)
-                    s.B += layer.outputs(use, c, batch.size).sum((1, 2))
-                    s.count += c.numel() / s.B.shape[1]
+    def _add_identity(self, s: Sums, batch: Batch, layer: Layer) -> None:
+        """Add what white noise in place of gradients gives."""
+        if s.B is None:
+            m = layer.layout.size[1]
+            s.B = self._zeros(layer, s.count, m, diagonal=True)
+        for use, _ in layer.uses:
+            c = use.checked_input().expand(1, *use.shape)
+            s.B += layer.outputs(use, c, batch.size).sum((1, 2, 3))
+            s.count += c.numel() / s.B.shape[1]
 
     def finish(self, denominator: Any) -> None:
-        """Turn sums into means; pool uses in which the roles are exchanged."""
+        """Note what makes means of the sums; pool uses with exchanged roles."""
         for s in self.sums.values():
-            forward_only = self.settings.fisher.fisher_type == "forward-only"
-            if s.layer.elementwise:
-                s.B = mirror(
-                    s.B / (s.count.clamp(min=1) if forward_only else denominator)
-                )
-                continue
-            if forward_only:
-                s.B = torch.ones_like(_diagonal(s.B)) * s.count[:, None]
+            number = s.count.clamp(min=1)
+            if self._forward_only and not s.layer.elementwise:
+                s.B = s.count[:, None].repeat(1, s.layer.layout.size[1])
             if s.swapped is not None:
-                _pool(s, forward_only)
-            count = s.count.clamp(min=1).reshape(-1, *[1] * (s.A.ndim - 1))
-            s.A = mirror(s.A.div_(count))
-            s.B = mirror(s.B.div_(s.count[:, None] if forward_only else denominator))
+                _pool(s, self._forward_only)
+                number = s.count.clamp(min=1)
+            s.divisors = (number if self._forward_only else denominator), number
 
 
 def _diagonal(factor: Tensor) -> Tensor:
@@ -162,7 +203,7 @@ def _counts_tokens(layer: Layer, settings: Settings) -> bool:
     )
 
 
-def _add_expanded(A: Tensor, layer: Layer, use: Any) -> int:
+def _add_expanded(A: Tensor, layer: Layer, use: Any, fresh: bool) -> int:
     """Add every position's input; return their number."""
     if use.kind == "embedding":
         ids = token_ids(use, 1).flatten()
@@ -172,10 +213,10 @@ def _add_expanded(A: Tensor, layer: Layer, use: Any) -> int:
         target = A if A.ndim == 2 else A.diagonal(dim1=1, dim2=2)
         target += counts
         return len(ids)
-    if (rows := patch_covariance(A, use, layer.joint)) is not None:
+    if (rows := patch_covariance(A, use, layer.joint, fresh)) is not None:
         return rows
     a = layer.inputs(use, 1).flatten(1, 2)
-    gram(A, a)
+    gram(A, a, fresh)
     return a.shape[1]
 
 
@@ -203,8 +244,8 @@ def _plus(F: Tensor, other: Tensor) -> Tensor:
     return dense + torch.diag_embed(flat)
 
 
-def kfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
-    r"""Estimate :math:`B \otimes A` with the covariances of inputs and gradients.
+def sums_of(estimation: Estimation) -> dict[str, Sums]:
+    r"""Estimate the covariances of inputs and gradients.
 
     .. math::
 
@@ -214,29 +255,20 @@ def kfac(estimation: Estimation) -> tuple[list[Block], dict[str, Sums]]:
     (expand), or the same with the mean of a datum's inputs and the sum of its gradients
     in place of the positions' (reduce).
     """
-    settings = estimation.settings
-    covariances = Covariances(settings)
-    forward_only = settings.fisher.fisher_type == "forward-only"
-
-    def each_batch(batch: Batch) -> None:
-        if forward_only and batch.diagonal:
-            raise ValueError(
-                f"`fisher_type='forward-only'` sends nothing back, so {batch.diagonal} "
-                "cannot be given a diagonal block: leave them out of `params`."
-            )
-        for layer in batch.layers:
-            covariances.of(layer)
-        covariances.add_inputs(batch)
-        if forward_only:
-            covariances.add_identity(batch)
-
-    back = None if forward_only else covariances.add_outputs
-    estimation.sweep(each_batch, back, diagonals=True)
+    covariances = Covariances(estimation.settings)
+    estimation.sweep(covariances, diagonals=True)
     covariances.finish(estimation.denominator)
-    blocks = estimation.other_blocks(covariances.sums)
-    for name, s in covariances.sums.items():
+    return covariances.sums
+
+
+def blocks_of(estimation: Estimation, sums: dict[str, Sums]) -> list[Block]:
+    r"""Return :math:`B \otimes A` for every layer, and the blocks without factors."""
+    for s in sums.values():
+        s.to_means()
+    blocks = estimation.other_blocks(sums)
+    for name, s in sums.items():
         if not s.layer.elementwise:
             blocks.append((s.layer.layout, product(name, s.B, s.A)))
             if s.layer.bias is not None:
                 blocks.append((s.layer.bias, product(s.layer.bias.names[0], s.B)))
-    return blocks, covariances.sums
+    return blocks

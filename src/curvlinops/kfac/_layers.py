@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, vmap
 
-from curvlinops._linearization import Linearization
 from curvlinops._parts import data_gradients
 from curvlinops.kfac._handlers import HANDLERS
 from curvlinops.kfac._recording import Recorder, Use
 from curvlinops.kfac._uses import KINDS, Layout, applies_elementwise
 from curvlinops.losses import Loss
 from curvlinops.risk import EmpiricalRisk
+
+#: How many vectors are worth a vectorised backward pass.
+LEAST_TOGETHER = 4
 
 
 @dataclass
@@ -56,8 +61,17 @@ class Layer:
         return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1) if self.joint else a
 
     def outputs(self, use: Use, g: Tensor, N: int) -> Tensor:
-        """Return the rows ``[G, N, R, m]``."""
-        return KINDS[use.kind].outputs(use, g, N)
+        """Return the rows ``[G, K, N, R, m]`` of gradients ``[K, *shape]``."""
+
+        def rows(g: Tensor) -> Tensor:
+            return KINDS[use.kind].outputs(use, g, N)
+
+        return rows(g[0]).unsqueeze(1) if len(g) == 1 else vmap(rows, out_dims=1)(g)
+
+
+#: Gradients ``[K, *shape]`` by a layer's results, by ``id`` of the use.
+Gradients: TypeAlias = dict[int, Tensor]
+Receiver: TypeAlias = Callable[[Layer, Gradients], None]
 
 
 @dataclass
@@ -65,7 +79,7 @@ class Batch:
     """One batch's layers, and what is needed to send gradients to them."""
 
     risk: EmpiricalRisk
-    linearization: Linearization
+    linearization: Any
     layers: list[Layer]
     diagonal: list[str]
     size: int
@@ -75,25 +89,116 @@ class Batch:
         """The batch's loss as a function of the output."""
         return self.linearization.loss
 
-    def back(self, U: Tensor, keep: bool) -> dict[int, Tensor]:
+    @cached_property
+    def uses(self) -> list[tuple[Layer, Use]]:
+        """All uses, with their layers."""
+        return [(layer, use) for layer in self.layers for use, _ in layer.uses]
+
+    @cached_property
+    def _last(self) -> set[int]:
+        """The ``id`` of every use behind which, going backward, there is no other."""
+        inner = _nodes_before(
+            self.linearization.output, [use.edge.node for _, use in self.uses]
+        )
+        return {id(use) for _, use in self.uses if use.edge.node not in inner}
+
+    def send(self, u: Tensor, keep: bool, receive: Receiver) -> None:
         """Pull an output-space vector back to the layers' results only.
 
-        No gradient by a parameter is computed. Returns tensors by ``id`` of the use.
+        No gradient by a parameter is computed. ``receive(layer, gradients)`` is called
+        during the backward pass, as soon as a layer's are known, so that few are alive
+        at a time.
         """
-        uses = [use for layer in self.layers for use, _ in layer.uses]
-        if not uses:
+        if not self.uses:
+            return
+        waiting: dict[str, Gradients] = {layer.name: {} for layer in self.layers}
+
+        def arrive(layer: Layer, use: Use, gradient: Tensor | None) -> None:
+            g = u.new_zeros(use.shape) if gradient is None else gradient
+            mine = waiting[layer.name]
+            mine[id(use)] = g.unsqueeze(0)
+            if len(mine) == len(layer.uses):
+                del waiting[layer.name]
+                receive(layer, mine)
+
+        def on_the_way(layer: Layer, use: Use, gradients: Any) -> None:
+            arrive(layer, use, gradients[use.edge.output_nr])
+
+        last = [pair for pair in self.uses if id(pair[1]) in self._last]
+        handles = [
+            use.edge.node.register_prehook(partial(on_the_way, layer, use))
+            for layer, use in self.uses
+            if id(use) not in self._last
+        ]
+        # a scalar: with a vector, torch imports its symbolic shapes (36 MB)
+        total = (self.linearization.output * u).sum()
+        if not keep:
+            self._forget_output()
+        try:
+            grads = torch.autograd.grad(
+                total,
+                [use.edge for _, use in last],
+                retain_graph=keep,
+                allow_unused=True,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for (layer, use), g in zip(last, grads, strict=True):
+            arrive(layer, use, g)
+
+    def send_together(self, U: Tensor) -> dict[int, Tensor]:
+        """Pull vectors ``[K, *shape]`` back in one vectorised backward pass.
+
+        The graph is kept. Returns gradients ``[K, *shape]`` by ``id`` of the use.
+
+        Raises
+        ------
+        RuntimeError
+            If an operation of the model is not vectorised.
+        """
+        if not self.uses:
             return {}
         grads: tuple[Tensor | None, ...] = torch.autograd.grad(
             self.linearization.output,
-            [use.edge for use in uses],
+            [use.edge for _, use in self.uses],
             U,
-            retain_graph=keep,
+            retain_graph=True,
             allow_unused=True,
+            is_grads_batched=True,
         )
         return {
-            id(use): U.new_zeros(use.shape) if g is None else g
-            for use, g in zip(uses, grads, strict=True)
+            id(use): U.new_zeros(len(U), *use.shape) if g is None else g
+            for (_, use), g in zip(self.uses, grads, strict=True)
         }
+
+    def _forget_output(self) -> None:
+        for name in ("output", "loss"):  # computed when asked for
+            vars(self.linearization).pop(name, None)
+
+    def release(self) -> None:
+        """Drop the autograd graph; nothing can be sent back any more."""
+        self._forget_output()
+        self.linearization = None
+        self.__dict__.pop("_last", None)
+        for _, use in self.uses:
+            use.edge = None
+
+
+def _nodes_before(output: Tensor, wanted: Iterable[Any]) -> set[Any]:
+    """Return the nodes of an output's graph with another, wanted, node behind them."""
+    wanted = set(wanted)
+    before: dict[Any, bool] = {}
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        node = stack[-1]
+        behind = [n for n, _ in node.next_functions if n is not None]
+        if todo := [n for n in behind if n not in before]:
+            stack += todo
+            continue
+        before[node] = any(n in wanted or before[n] for n in behind)
+        stack.pop()
+    return {node for node, is_before in before.items() if is_before}
 
 
 def batches(
@@ -228,16 +333,25 @@ class Fisher:
     mc_samples: int
     seed: int
 
-    def vectors(self, batch: Batch) -> Iterator[tuple[Tensor, bool]]:
-        """Yield the vectors of a batch, and whether there are more."""
+    def vectors(self, batch: Batch, width: int = 1) -> Iterator[tuple[Tensor, bool]]:
+        """Yield vectors ``[K, *shape]`` of a batch, and whether there are more.
+
+        There are ``K = width`` of them, or one at a time if only few are left.
+        """
         vectors = self._vectors(batch)
-        current = next(vectors, None)
-        while current is not None:
-            following = next(vectors, None)
-            yield current, following is not None
+        current = list(islice(vectors, width))
+        while current:
+            following = list(islice(vectors, width))
+            if len(current) >= LEAST_TOGETHER:
+                yield torch.stack(current), bool(following)
+            else:
+                for i, u in enumerate(current, start=1):
+                    yield u.unsqueeze(0), i < len(current) or bool(following)
             current = following
 
     def _vectors(self, batch: Batch) -> Iterator[Tensor]:
+        if self.fisher_type == "forward-only":
+            return
         loss = batch.loss
         if self.fisher_type == "mc":
             seed = self.seed + batch.linearization.index

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvlinops._model import graph_nodes
@@ -33,11 +33,11 @@ class Use:
         The parameter's name.
     bias : str or None
         Name of a parameter that is added to each row of the function's result.
-    input : Tensor
-        What the weight is multiplied with.
-    edge : GradientEdge
+    input : Tensor or None
+        What the weight is multiplied with. ``None`` once it was looked at.
+    edge : GradientEdge or None
         Where in the autograd graph the gradient by the function's result is. It stays
-        there if the result is changed in place later.
+        there if the result is changed in place later. ``None`` once the graph is gone.
     shape : torch.Size
         The result's shape.
     options : dict
@@ -47,8 +47,8 @@ class Use:
     kind: str
     weight: str
     bias: str | None
-    input: Tensor
-    edge: GradientEdge
+    input: Any
+    edge: Any
     shape: torch.Size
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -58,6 +58,7 @@ class Use:
 
     def checked_input(self) -> Tensor:
         """Return the input, unless it was overwritten in place since."""
+        assert self.input is not None
         if self.input._version == self._version:
             return self.input
         raise ValueError(

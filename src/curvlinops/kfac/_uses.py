@@ -72,6 +72,12 @@ class Layout:
         parts = [W.reshape(K, G, m, n - 1), tensors[1].reshape(K, G, m, 1)]
         return torch.cat(parts, dim=-1)
 
+    def as_view(self, tensor: Tensor) -> Tensor | None:
+        """Return a view ``[K, G, m, n]`` of ``[K, *shape]``, if there is one."""
+        if len(self.names) == 2 or list(self.order) != sorted(self.order):
+            return None
+        return tensor.view(len(tensor), *self.size)
+
     def scatter(self, M: Tensor) -> list[Tensor]:
         """Turn ``[K, G, m, n]`` into ``[K, *shape]`` for each name."""
         K = len(M)

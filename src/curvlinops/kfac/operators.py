@@ -2,256 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
-from enum import StrEnum
-from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._model import Parameters
-from curvlinops._operator import TorchOperator
+from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops.ggn import DEFAULT_SEED
-from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping, load
+from curvlinops.kfac._blocks import BlockwiseLinearOperator, Damping
 from curvlinops.kfac._corrections import ekfac, kfoc
-from curvlinops.kfac._estimation import Estimation, Settings
-from curvlinops.kfac._factors import kfac
-from curvlinops.kfac._layers import Fisher
+from curvlinops.kfac._estimation import Estimation
+from curvlinops.kfac._factors import blocks_of, sums_of
+from curvlinops.kfac._family import (
+    MAX_FACTOR,
+    FisherType,
+    KFACType,
+    KroneckerFactored,
+    checked_settings,
+)
 from curvlinops.risk import EmpiricalRisk
-from curvlinops.risk_operator import RiskOperator, as_risk
-
-#: Largest factor that is kept as a matrix: 256 MiB in single precision.
-MAX_FACTOR = 8192
-
-
-class FisherType(StrEnum):
-    """What is sent back through the model; plain strings are accepted."""
-
-    TYPE2 = "type-2"
-    MC = "mc"
-    EMPIRICAL = "empirical"
-    FORWARD_ONLY = "forward-only"
-
-
-class KFACType(StrEnum):
-    """How positions that share a weight are treated; plain strings are accepted."""
-
-    EXPAND = "expand"
-    REDUCE = "reduce"
-
-
-class Factors(NamedTuple):
-    """The covariances of a layer's inputs and of its output gradients.
-
-    Of shape ``(n, n)`` and ``(m, m)``, one dimension less if diagonal, and one more in
-    front if the layer has groups.
-    """
-
-    input: Tensor
-    output: Tensor
-
-
-class KroneckerFactored(RiskOperator):
-    """What KFAC, EKFAC and KFOC share: a block-diagonal matrix computed at first use.
-
-    Parameters
-    ----------
-    risk : EmpiricalRisk
-        Model, loss, parameters and data.
-    settings : Settings
-        What is estimated.
-    """
-
-    def __init__(self, risk: EmpiricalRisk, settings: Settings) -> None:
-        super().__init__(risk)
-        if risk.loss is None:
-            raise ValueError("Kronecker factors need a loss, got a risk without one.")
-        if settings.fisher.fisher_type == FisherType.MC:
-            risk.require_fixed_order("A Monte-Carlo Fisher")
-        self.settings = settings
-        self._matrix: BlockwiseLinearOperator | None = None
-        self._covariances: dict[str, Factors] = {}
-
-    def _estimate(self, estimation: Estimation) -> tuple[list[Any], dict[str, Any]]:
-        """Return blocks with their layouts, and the sums they come from."""
-        raise NotImplementedError
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.representation._apply(V)
-
-    # -- factors ----------------------------------------------------------------------
-
-    @property
-    def representation(self) -> BlockwiseLinearOperator:
-        """The matrix as block-diagonal operator, without model and data."""
-        with self.risk._lock:
-            if self._matrix is None:
-                self.compute_kronecker_factors()
-            assert self._matrix is not None
-            return self._matrix
-
-    def compute_kronecker_factors(self) -> None:
-        """Compute the factors at the current parameters, replacing earlier ones."""
-        title = self._title("compute_kronecker_factors")
-        blocks, sums = self._estimate(Estimation(self.risk, self.settings, title))
-        order = {name: i for i, name in enumerate(self.risk.params)}
-        blocks.sort(key=lambda block: order[block[0].names[0]])
-        layouts, operators = zip(*blocks, strict=True)
-        self._matrix = BlockwiseLinearOperator(self._in_space, layouts, operators)
-        self._covariances = {
-            name: Factors(_squeezed(s.A), _squeezed(s.B))
-            for name, s in sums.items()
-            if not s.layer.elementwise
-        }
-
-    def refresh(self) -> None:
-        """Forget factors and recordings; the next product computes them anew."""
-        super().refresh()
-        self._matrix = None
-
-    def factors(self) -> dict[str, Factors]:
-        """Return every layer's input and output factor.
-
-        Returns
-        -------
-        dict of str to Factors
-            By the name of the layer's module, or that of the weight if a module has
-            several or there is no module.
-        """
-        self.representation  # noqa: B018  computes them
-        names = _layer_names(self._covariances)
-        return {names[weight]: f for weight, f in self._covariances.items()}
-
-    @property
-    def _input_covariances(self) -> dict[str, Tensor]:
-        return {name: f.input for name, f in self.factors().items()}
-
-    @property
-    def _gradient_covariances(self) -> dict[str, Tensor]:
-        return {name: f.output for name, f in self.factors().items()}
-
-    @property
-    def _mapping(self) -> dict[str, dict[str, int]]:
-        self.representation  # noqa: B018  computes them
-        names = _layer_names(self._covariances)
-        places = list(self.risk.params)
-        mapping: dict[str, dict[str, int]] = {}
-        for weight, layer in names.items():
-            for name in places:
-                prefix, _, last = name.rpartition(".")
-                if name == weight or (prefix == layer and name.endswith("bias")):
-                    mapping.setdefault(layer, {})[last] = places.index(name)
-        return mapping
-
-    def block_of(self, name: str) -> Block:
-        """Return the block that a parameter is in, as an operator of its own."""
-        return self.representation.block_of(name)
-
-    # -- algebra ----------------------------------------------------------------------
-
-    def trace(self) -> Tensor:
-        """Return the trace."""
-        return self.representation.trace()
-
-    def det(self) -> Tensor:
-        """Return the determinant."""
-        return self.representation.det()
-
-    def logdet(self) -> Tensor:
-        """Return the determinant's logarithm."""
-        return self.representation.logdet()
-
-    def frobenius_norm(self) -> Tensor:
-        """Return the Frobenius norm."""
-        return self.representation.frobenius_norm()
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal, of shape ``(P,)``."""
-        return self.representation.diagonal()
-
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues in ascending order."""
-        return self.representation.eigenvalues()
-
-    def __pow__(self, p: Any) -> Any:
-        """Return the power with a real exponent, e.g. ``-0.5``."""
-        return self.representation**p
-
-    # -- files ------------------------------------------------------------------------
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the factors, with the parameters' names and shapes, to an npz file."""
-        self.representation.save(path)
-
-    def load(self, path: str | PathLike[str]) -> None:
-        """Read factors that were saved, for the same parameters, on any device.
-
-        Raises
-        ------
-        ValueError
-            If names, shapes or dtype of the parameters differ.
-        """
-        matrix = load(path, self.device)
-        mine, its = self._in_space, matrix._in_space
-        for what in ("names", "shapes", "dtype"):
-            if getattr(mine, what) != getattr(its, what):
-                raise ValueError(
-                    f"{path!r} was saved for parameters with the {what} "
-                    f"{getattr(its, what)}, these have {getattr(mine, what)}."
-                )
-        self._matrix = matrix
-        pairs = zip(matrix.layouts, matrix.blocks, strict=True)
-        self._covariances = {
-            layout.names[0]: Factors(*map(_squeezed, block.factors[::-1]))
-            for layout, block in pairs
-            if len(getattr(block, "factors", ())) == 2
-        }
-
-
-def _squeezed(factor: Tensor) -> Tensor:
-    return factor[0] if len(factor) == 1 else factor
-
-
-def _layer_names(weights: Iterable[str]) -> dict[str, str]:
-    """Map weights to the names of their modules where these are unique."""
-    modules = {weight: weight.rpartition(".")[0] for weight in weights}
-    counts = Counter(modules.values())
-    plain = {w for w in modules if "." not in w and w not in ("weight", "bias")}
-    return {
-        w: w if counts[module] > 1 or w in plain else module
-        for w, module in modules.items()
-    }
-
-
-def _settings(
-    fisher_type: str,
-    mc_samples: int,
-    seed: int,
-    kfac_approx: str,
-    bias: str,
-    unsupported: str,
-    max_factor: int,
-) -> Settings:
-    """Check the user's choice."""
-    for value, name, allowed in (
-        (fisher_type, "fisher_type", list(FisherType)),
-        (kfac_approx, "kfac_approx", list(KFACType)),
-        (unsupported, "unsupported", ["raise", "diagonal"]),
-    ):
-        if value not in allowed:
-            listing = ", ".join(repr(str(v)) for v in allowed)
-            raise ValueError(f"`{name}` must be one of {listing}, got {value!r}.")
-    if fisher_type == FisherType.MC and mc_samples < 1:
-        raise ValueError(
-            f"`mc_samples` must be positive, got {mc_samples}. The exact matrix has "
-            "`fisher_type='type-2'`."
-        )
-    fisher = Fisher(str(fisher_type), mc_samples, seed)
-    return Settings(
-        fisher, kfac_approx == KFACType.REDUCE, bias, unsupported, max_factor
-    )
 
 
 class KFACLinearOperator(KroneckerFactored, LinearOperator):
@@ -309,9 +80,11 @@ num_per_example_loss_terms, batch_size_fn, **options
         If a parameter is used in a way that is not understood, which is named; if an
         argument has an unknown value; if the loss has no factor or no sampler.
 
-    Notes ----- Scale: of the loss, per squared unit of the parameters; :math:`D` is the
-    number of terms that a ``mean`` averages over, or one for ``sum``, so the result
-    does not depend on how the data is split. Self-adjoint and positive semi-definite.
+    Notes
+    -----
+    Scale: of the loss, per squared unit of the parameters; :math:`D` is the number of
+    terms that a ``mean`` averages over, or one for ``sum``, so the result does not
+    depend on how the data is split. Self-adjoint and positive semi-definite.
 
     Each weight is a block. Linear layers, matrix products with a weight, convolutions
     (also grouped and transposed), embeddings, and the projections of attention are
@@ -332,9 +105,19 @@ num_per_example_loss_terms, batch_size_fn, **options
     backward passes to the layers' outputs, but no gradients by weights. Memory: a
     gradient's, and the factors. A product: two matrix products per layer.
 
-    References ---------- J. Martens and R. Grosse, "Optimizing neural networks with
-    Kronecker-factored approximate curvature", arXiv:1503.05671. R. Grosse and J.
-    Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers",
+    Backward passes per batch: ``mc_samples`` for ``"mc"``, whatever the number of
+    terms, since samples of different terms are independent; :math:`T` for
+    ``"empirical"`` and :math:`T C` for ``"type-2"`` with :math:`T` terms per datum
+    (such as tokens) and :math:`C` classes. Terms of different data share a pass, terms
+    of one datum do not: where attention or convolutions mix them, their gradients meet
+    at the same position of a layer, and must be squared before they are added. With
+    many tokens and classes use ``"mc"``. Small models send several vectors at once.
+
+    References
+    ----------
+    J. Martens and R. Grosse, "Optimizing neural networks with Kronecker-factored
+    approximate curvature", arXiv:1503.05671. R. Grosse and J. Martens, "A
+    Kronecker-factored approximate Fisher matrix for convolution layers",
     arXiv:1602.01573. R. Eschenhagen et al., "Kronecker-factored approximate curvature
     for modern neural network architectures", arXiv:2311.00636. F. Benzing, "Gradient
     descent on neurons and its link to approximate second-order optimization",
@@ -375,12 +158,18 @@ num_per_example_loss_terms, batch_size_fn, **options
         max_factor: int = MAX_FACTOR,
         **options: Any,
     ) -> None:
-        _check_backend(backend)
-        bias = "separate" if separate_weight_and_bias else "joint"
-        settings = _settings(
-            fisher_type, mc_samples, seed, kfac_approx, bias, unsupported, max_factor
+        settings = checked_settings(
+            fisher_type,
+            mc_samples,
+            seed,
+            kfac_approx,
+            "separate" if separate_weight_and_bias else "joint",
+            unsupported,
+            max_factor,
+            backend,
         )
-        risk = as_risk(
+        super().__init__(
+            settings,
             model_func,
             loss_func,
             params,
@@ -392,10 +181,10 @@ num_per_example_loss_terms, batch_size_fn, **options
             batch_size_fn=batch_size_fn,
             **options,
         )
-        super().__init__(risk, settings)
 
-    def _estimate(self, estimation: Estimation) -> tuple[list[Any], dict[str, Any]]:
-        return kfac(estimation)
+    def _estimate(self, title: str) -> list[Any]:
+        estimation = Estimation(self.risk, self.settings, title)
+        return blocks_of(estimation, sums_of(estimation))
 
     def inverse(
         self,
@@ -416,8 +205,9 @@ num_per_example_loss_terms, batch_size_fn, **options
         use_heuristic_damping : bool, optional
             Add :math:`\sqrt{\delta} / \pi` to :math:`B` and :math:`\sqrt{\delta} \,
             \pi` to :math:`A` with :math:`\pi^2` the ratio of their mean eigenvalues,
-            :math:`A`'s over :math:`B`'s. Blocks of one factor are damped by
-            :math:`\delta`.
+            :math:`A`'s over :math:`B`'s. The heuristic approximates
+            :math:`B \otimes A + \delta I`; blocks of one factor, such as a separate
+            bias, are damped by :math:`\delta`, which is exact.
         min_damping : float, optional
             Least damping under the heuristic.
         use_exact_damping : bool, optional
@@ -478,13 +268,19 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
     numpy.linalg.LinAlgError
         If a factor has no eigendecomposition, not even in float64; it is named.
 
-    Notes ----- Scale as for :class:`KFACLinearOperator`. Of all matrices that are
-    diagonal in the given basis, this is the nearest to the block in Frobenius norm; so
-    it is never further away than KFAC. Traces of the blocks of weights are exact.
+    Notes
+    -----
+    Scale as for :class:`KFACLinearOperator`. Of all matrices that are diagonal in the
+    given basis, this is the nearest to the block in Frobenius norm; so it is never
+    further away than KFAC. Traces of the blocks of weights are exact.
 
-    Cost: KFAC's, one eigendecomposition per factor, and a second pass over the data
-    with the products that rotate inputs and gradients. A product costs four matrix
-    products per layer.
+    Where an eigenvalue of a factor is zero up to rounding (8 units in the last place of
+    the largest), so are the corrected ones, and they are not computed (``"expand"``).
+
+    Cost: KFAC's, one eigendecomposition per factor, and the products that rotate inputs
+    and gradients. These are kept from KFAC's pass over the data if they take no more
+    memory than the factors (and ``cache`` allows it), otherwise a second pass computes
+    them again. A product costs four matrix products per layer.
 
     References
     ----------
@@ -526,12 +322,18 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
         max_factor: int = MAX_FACTOR,
         **options: Any,
     ) -> None:
-        _check_backend(backend)
-        bias = "separate" if separate_weight_and_bias else "joint"
-        settings = _settings(
-            fisher_type, mc_samples, seed, kfac_approx, bias, unsupported, max_factor
+        settings = checked_settings(
+            fisher_type,
+            mc_samples,
+            seed,
+            kfac_approx,
+            "separate" if separate_weight_and_bias else "joint",
+            unsupported,
+            max_factor,
+            backend,
         )
-        risk = as_risk(
+        super().__init__(
+            settings,
             model_func,
             loss_func,
             params,
@@ -543,9 +345,9 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
             batch_size_fn=batch_size_fn,
             **options,
         )
-        super().__init__(risk, settings)
 
-    def _estimate(self, estimation: Estimation) -> tuple[list[Any], dict[str, Any]]:
+    def _estimate(self, title: str) -> list[Any]:
+        estimation = Estimation(self.risk, self.settings, title, reuse=True)
         return ekfac(estimation)
 
     def inverse(self, damping: Damping = 0.0) -> BlockwiseLinearOperator:
@@ -594,14 +396,17 @@ unsupported, max_factor, **options
     ValueError
         As for :class:`KFACLinearOperator`.
 
-    Notes ----- Scale as for :class:`KFACLinearOperator`. Factors are symmetric positive
+    Notes
+    -----
+    Scale as for :class:`KFACLinearOperator`. Factors are symmetric positive
     semi-definite. The power method starts from KFAC and decreases the distance in every
     step, so the result is never further away than KFAC's, and the nearest of all
     Kronecker products when it has converged. A bias that is a block of its own is
     exact. Factors are matrices, also where KFAC's are diagonal.
 
     Cost: KFAC's, and up to ``2 * max_iter`` passes over the data, each with KFAC's
-    backward passes. Products and inverses as for KFAC.
+    backward passes; unless inputs and gradients were kept, as for
+    :class:`EKFACLinearOperator`. Products and inverses as for KFAC.
 
     References
     ----------
@@ -643,12 +448,17 @@ unsupported, max_factor, **options
         tolerance: float = 1e-6,
         **options: Any,
     ) -> None:
-        bias = "alone" if separate_weight_and_bias else "joint"
-        settings = _settings(
-            fisher_type, mc_samples, seed, "expand", bias, unsupported, max_factor
+        settings = checked_settings(
+            fisher_type,
+            mc_samples,
+            seed,
+            KFACType.EXPAND,
+            "alone" if separate_weight_and_bias else "joint",
+            unsupported,
+            max_factor,
         )
-        self.max_iter, self.tolerance = max_iter, tolerance
-        risk = as_risk(
+        super().__init__(
+            settings,
             model_func,
             loss_func,
             params,
@@ -659,9 +469,10 @@ unsupported, max_factor, **options
             batch_size_fn=batch_size_fn,
             **options,
         )
-        super().__init__(risk, settings)
+        self.max_iter, self.tolerance = max_iter, tolerance
 
-    def _estimate(self, estimation: Estimation) -> tuple[list[Any], dict[str, Any]]:
+    def _estimate(self, title: str) -> list[Any]:
+        estimation = Estimation(self.risk, self.settings, title, reuse=True)
         return kfoc(estimation, self.max_iter, self.tolerance)
 
     def inverse(
@@ -752,10 +563,13 @@ retry_double_precision
     def _apply(self, V: Tensor) -> Tensor:
         return self.representation._apply(V)
 
-
-def _check_backend(backend: str) -> None:
-    if backend not in ("hooks", "make_fx"):
-        raise ValueError(f"`backend` must be 'hooks' or 'make_fx', got {backend!r}.")
+    def _product(
+        self, x: Any, columns: int | None = None, ndim: int | None = None
+    ) -> Any:
+        """Hand on a list of tensors, which the blocks need not be joined for."""
+        if _is_tensor_list(x):
+            return self.representation._product(x, columns, ndim)
+        return super()._product(x, columns, ndim)
 
 
 __all__ = [

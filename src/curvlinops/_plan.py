@@ -1,0 +1,847 @@
+r"""How much memory products take, predicted from products with two and three data.
+
+The tensors that a product with a batch of :math:`n` data creates have sizes that are
+affine in :math:`n`, and come in the same order whatever :math:`n` is. So are the bytes
+alive after each tensor operation,
+
+.. math:: m_t(n) = a_t + b_t n , \qquad \text{peak}(n) = \max_t m_t(n) ,
+
+whose coefficients follow from two small slices of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
+from curvlinops._determinism import close
+from curvlinops._linearization import budget_bytes
+from curvlinops._parts import one_by_one
+from curvlinops._replay import RECORD_EARLY, RECORD_LATE
+
+if TYPE_CHECKING:
+    from curvlinops.risk import EmpiricalRisk
+    from curvlinops.risk_operator import RiskOperator
+
+#: Numbers of data in the slices that are multiplied to measure memory. With a single
+#: datum, broadcasting leaves out operations.
+SLICES = 2, 3
+#: Operations, and the bytes alive after each.
+Line = list[tuple[Any, int]]
+#: Most products until a batch's route has settled.
+_MAX_PRODUCTS = RECORD_LATE + 4
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of the tensors that are created in a context and still alive.
+
+    Memory that a single operation uses inside is not seen, and what is passed to
+    operations but was not created in the context is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By address, which is not used again while there is a weak reference.
+        self._given: dict[int, StorageWeakRef] = {}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        #: Bytes alive now, and after every operation since the list was emptied.
+        self.nbytes = 0
+        self.series: Line = []
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at a time."""
+        return max((n for _, n in self.series), default=0)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Wrapping this mode for torch.compile would import it all: a second.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for storage in _storages((args, kwargs)):
+            if storage._cdata not in self._alive and storage._cdata not in self._given:
+                self._given[storage._cdata] = StorageWeakRef(storage)
+        result = func(*args, **(kwargs or {}))
+        expired = torch.UntypedStorage._expired
+        for key in [address for address in self._alive if expired(address)]:
+            self.nbytes -= self._alive.pop(key)[1]
+        for storage in _storages(result):
+            if storage._cdata not in self._alive and storage._cdata not in self._given:
+                nbytes = storage.nbytes()
+                self._alive[storage._cdata] = StorageWeakRef(storage), nbytes
+                self.nbytes += nbytes
+        self.series.append((func, self.nbytes))
+        return result
+
+
+def _storages(value: Any) -> list[torch.UntypedStorage]:
+    tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return [t.untyped_storage() for t in strided(tensors)]
+
+
+# -- what is multiplied --------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One of a risk's loops over data.
+
+    Parameters
+    ----------
+    method : str
+        ``"mean"``, ``"congruence"``, ``"push_forward"``, ``"pull_back"``, or
+        ``"gradient_and_loss"``.
+    body, title, key, options : optional
+        Arguments of that method.
+    """
+
+    method: str
+    body: Callable[..., Any] | None = None
+    title: str = "gradient and loss"
+    key: Any = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def run(self, risk: EmpiricalRisk, K: int) -> None:
+        """Multiply ``K`` random vectors."""
+        if self.method == "gradient_and_loss":
+            risk.gradient_and_loss()
+            return
+        rows = sum(shape.numel() for shape in risk.output_shapes)
+        length, _ = self.lengths(rows, risk.space.dim)
+        generator = torch.Generator().manual_seed(20260101)
+        V = torch.randn(length, K, generator=generator).to(
+            risk.space.device, risk.space.dtype
+        )
+        place = (rows,) if self.method == "push_forward" else ()
+        getattr(risk, self.method)(
+            self.body, V, *place, title=self.title, key=self.key, **dict(self.options)
+        )
+
+    def lengths(self, rows: int, dim: int) -> tuple[int, int]:
+        """Return the length of the vectors and of the results."""
+        return {
+            "push_forward": (dim, rows),
+            "pull_back": (rows, dim),
+            "gradient_and_loss": (0, dim),
+        }.get(self.method, (dim, dim))
+
+
+GRADIENT = Product("gradient_and_loss")
+
+
+class _Listener:
+    """Stands in for the risk of an operator to learn which products it asks for."""
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        self._risk = risk
+        self.products: list[Product] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("session", "batches", "_fresh_batches"):
+            raise TypeError(
+                "Plans are made for operators whose products run over the data; this "
+                "one computes a matrix of its own at first use."
+            )
+        return getattr(self._risk, name)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+    def mean(
+        self, body: Any, V: Tensor, title: str = "_matmat", key: Any = None
+    ) -> Tensor:
+        self.products.append(Product("mean", body, title, key))
+        return torch.zeros_like(V)
+
+    def congruence(
+        self, middle: Any, V: Tensor, title: str = "_matmat", key: Any = None
+    ) -> Tensor:
+        self.products.append(Product("congruence", middle, title, key))
+        return torch.zeros_like(V)
+
+    def push_forward(
+        self, body: Any, V: Tensor, rows: int, title: str = "_matmat", key: Any = None
+    ) -> Tensor:
+        self.products.append(Product("push_forward", body, title, key))
+        return V.new_zeros(rows, V.shape[1])
+
+    def pull_back(
+        self,
+        body: Any,
+        U: Tensor,
+        title: str = "_matmat",
+        key: Any = None,
+        mean: bool = False,
+    ) -> Tensor:
+        options = (("mean", mean),)
+        self.products.append(Product("pull_back", body, title, key, options))
+        return U.new_zeros(self._risk.space.dim, U.shape[1])
+
+
+def products_of(operator: RiskOperator) -> list[Product]:
+    """Return the loops over data that a product with an operator makes."""
+    other = object.__new__(type(operator))
+    other.__dict__.update(operator.__dict__)
+    listener = _Listener(operator.risk)
+    other.risk = listener  # type: ignore[assignment]
+    V = torch.zeros(operator.shape[1], 1, dtype=operator.torch_dtype)
+    other._apply(V.to(operator.device))
+    return listener.products
+
+
+# -- what it takes -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What is known of the batches before they are multiplied.
+
+    Parameters
+    ----------
+    first : tuple
+        The first batch.
+    sizes : list of int or None
+        Numbers of data.
+    unit : float
+        Entries of the inputs that count as one datum: those of a datum of the first
+        batch, or all of its inputs if numbers of data are not known.
+    loads : list of float
+        Sizes in this unit: twice the tokens count twice.
+    nbytes : float
+        Bytes per load that the user holds anyway, hence nobody else need keep.
+    """
+
+    first: tuple[Any, Any]
+    sizes: list[int | None]
+    unit: float
+    loads: list[float]
+    nbytes: float
+
+    @classmethod
+    def of(cls, risk: EmpiricalRisk) -> Data:
+        """Read all data once, without evaluating the model."""
+        first: Any = None
+        sizes: list[int | None] = []
+        entries: list[int] = []
+        with preserved_rng(risk.space.device):
+            for X, y in risk.data:
+                first = first or (X, y)
+                sizes.append(risk._size_or_none(X))
+                entries.append(numel(X))
+        unit = entries[0] / (sizes[0] or 1)
+        loads = [n / unit for n in entries]
+        listed, device = isinstance(risk.data, (list, tuple)), risk.space.device
+        held = [t for t in strided(tensors_in(list(first))) if t.device == device]
+        nbytes = listed * sum(t.numel() * t.element_size() for t in held) / loads[0]
+        return cls(first, sizes, unit, loads, nbytes)
+
+
+def numel(X: Any) -> int:
+    """Return the number of entries of all tensors in the inputs of a batch."""
+    return max(1, sum(t.numel() for t in tensors_in(X)))
+
+
+@dataclass(frozen=True, eq=False)
+class Footprint:
+    """Bytes that repeated products with one batch take, as a function of its size.
+
+    Parameters
+    ----------
+    sizes : list of int
+        Numbers of data that were multiplied.
+    series : list of numpy.ndarray
+        For every product in turn, the bytes alive after each operation, one row per
+        size. What earlier products have left is counted.
+    held : list of numpy.ndarray
+        Bytes kept after every product, in the same layout.
+    fixed : int
+        Bytes of vectors and results, which are not in the others.
+    total : int
+        Bytes of sums over batches, which later batches find.
+    form : str
+        What the last product was made from.
+    dense_after : int or None
+        Number of products after which a small matrix is materialised.
+    """
+
+    sizes: list[int]
+    series: list[np.ndarray]
+    held: list[np.ndarray]
+    fixed: int
+    total: int
+    form: str
+    dense_after: int | None
+
+    def _at(self, values: np.ndarray, n: float) -> int:
+        if len(self.sizes) == 1:
+            return ceil(values.max() * max(1.0, n / self.sizes[0]))
+        (few, more), (a, b) = self.sizes, values
+        return ceil((a + (b - a) * (n - few) / (more - few)).max())
+
+    def peak(self, n: float, product: int = 0) -> int:
+        """Return the most bytes alive in a product, what it finds included."""
+        return self.fixed + self._at(self.series[product], n)
+
+    def kept(self, n: float, product: int) -> int:
+        """Return the bytes kept after a product, if they may be."""
+        return self._at(self.held[product], n)
+
+    def room(self, n: float) -> int:
+        """Return the bytes that any product takes beyond what was kept before it."""
+        found = [0, *(self.kept(n, i) for i in range(len(self.held)))]
+        peaks = [self.peak(n, i) for i in range(len(self.series))]
+        most = max(p - kept for p, kept in zip(peaks, found, strict=False))
+        return most + self.total
+
+
+class _Enlarged:
+    """A batch with the memory of a larger one."""
+
+    def __init__(self, batch: Any, nbytes: int) -> None:
+        self._batch, self.nbytes = batch, nbytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batch, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Measures products on slices of a risk's first batch.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The risk, of which nothing is changed.
+    data : Data
+        Its data.
+    products : sequence of Product
+        The loops over data that make up a product.
+    K : int
+        Number of columns.
+    budget : int, optional
+        Bytes that Jacobians may take up.
+    """
+
+    risk: EmpiricalRisk
+    data: Data
+    products: Sequence[Product]
+    K: int
+    budget: int = 0
+    _kept: dict[Any, dict[float, int]] = field(default_factory=dict)
+
+    def footprints(
+        self, loads: Iterable[float], width: int | None = None, part: bool = False
+    ) -> Callable[[float], Footprint]:
+        """Measure products with batches of all these sizes; return what maps to them.
+
+        The largest and the smallest, if sizes decide how many columns are multiplied
+        at once.
+        """
+        if self.K > 1:  # learn what slices keep, on which widths depend
+            replace(self, K=1).footprint(max(loads), width, part)
+        known = {max(loads): self.footprint(max(loads), width, part)}
+        if self.K > 1 and min(loads) < max(loads):
+            known[min(loads)] = self.footprint(min(loads), width, part)
+        return lambda load: known[min(known, key=lambda n: abs(n - load))]
+
+    def footprint(
+        self, load: float, width: int | None = None, part: bool = False
+    ) -> Footprint:
+        """Measure products with batches of a size.
+
+        Parameters
+        ----------
+        load : float
+            The size; it decides how many columns are multiplied at once.
+        width : int, optional
+            Bound for that number.
+        part : bool, optional
+            Whether the batches are parts of larger ones.
+        """
+        size = self.data.sizes[0]
+        slices = [n for n in SLICES if size and n <= size]
+        slices = [1, 2] if size == 2 else slices
+        try:
+            return self._footprint(slices, load, width, part)
+        except Exception:  # whatever the user's model raises on a slice
+            if not slices:
+                raise
+            return self._footprint([], load, width, part)
+
+    def _footprint(
+        self, slices: list[int], load: float, width: int | None, part: bool
+    ) -> Footprint:
+        size, dim = self.data.sizes[0] or 1, self.risk.space.dim
+        items = [(part_of(self.data.first, Share(0, n, size)), n) for n in slices]
+        runs: list[Any] = []
+        widths: list[int] = []
+        for item, n in reversed(items or [(self.data.first, size)]):
+            share = Share(0, n, size) if part else None
+            chosen = iter([*widths])  # all slices are multiplied like the largest
+            make = partial(self._slice, item, share, (n, load), width, chosen, widths)
+            series, held, probe = self._run(make, load / n)
+            runs.insert(0, (n, series, held))
+        rows = probe.output_shapes[0].numel() * sum(self.data.loads) / n
+        lengths = [p.lengths(round(rows), dim) for p in self.products]
+        itemsize = self.risk.space.dtype.itemsize
+        return Footprint(
+            [n for n, *_ in runs],
+            [_aligned(parts) for parts in zip(*(s for _, s, _ in runs), strict=False)],
+            [_aligned(parts) for parts in zip(*(h for *_, h in runs), strict=False)],
+            sum(map(sum, lengths)) * self.K * itemsize,
+            max(out for _, out in lengths) * self.K * itemsize,
+            "Jacobian"
+            if probe._jacobians
+            else "recording"
+            if all(probe._replays(p.key) for p in self.products)
+            else "graph",
+            self._dense_after(probe, rows),
+        )
+
+    def _slice(
+        self,
+        item: Any,
+        share: Share | None,
+        sizes: tuple[float, float],
+        width: int | None,
+        chosen: Iterator[int],
+        widths: list[int],
+    ) -> EmpiricalRisk:
+        """Return a risk of a slice that multiplies as the given one a whole batch."""
+        risk = self.risk
+        cache = "off" if risk.cache == "off" else 1 << 62
+        probe = risk.twin(data=[item], cache=cache, max_memory=None, progressbar=False)
+        probe.model = copy.copy(risk.model)
+        probe.model.checked_graphs = set(risk.model.checked_graphs)
+        probe._known_input = risk._known_input
+        probe._unwritten = risk._unwritten & {0}
+        probe._share = share
+        probe._most_columns = width or risk._most_columns
+        columns_at_once: Callable[..., int] = probe._columns_at_once
+
+        def choose(key: Any, batch: Any) -> int:
+            nbytes = self._enlarged(batch, *sizes)
+            wide = columns_at_once(key, _Enlarged(batch, nbytes))
+            widths.append(next(chosen, wide))
+            return widths[-1]
+
+        replaced: dict[str, Any] = {
+            "_columns_at_once": choose,
+            "_materialised": lambda *_: None,
+            "_jacobians_pay": lambda _: True,
+            "_refresh_if_changed": lambda: None,
+        }
+        probe.__dict__.update(replaced)
+        return probe
+
+    def _enlarged(self, batch: Any, n: float, load: float) -> int:
+        """Return what a batch of size ``load`` would keep at the same stage."""
+        known = self._kept.setdefault(batch.stage, {})
+        known[n] = batch.nbytes
+        if len(known) == 1:
+            return int(batch.nbytes * load / n)
+        (few, a), (more, b) = sorted(known.items())
+        return int(a + (b - a) * (load - few) / (more - few))
+
+    def _run(
+        self, make: Callable[[], EmpiricalRisk], factor: float
+    ) -> tuple[list[Line], list[Line], EmpiricalRisk]:
+        """Multiply until the route has settled; return bytes alive, and bytes kept."""
+        look, K = make(), min(self.K, RECORD_EARLY + 3)
+        shapes = look.output_shapes
+        key = self.products[0].key
+        if self.K > 1:
+            widths = [look._columns_at_once(key, b) for b in look._recordings.values()]
+            K = min(self.K, max([K, *widths]))
+        pays = self._jacobians_pay(look, factor)
+        for product in self.products:
+            product.run(look, 1)  # what is made once in a process comes first
+        probe = make()
+        probe._output_shapes = shapes
+        keeps = self.risk._repeats and self.risk.cache != "off"
+        itemsize = self.risk.space.dtype.itemsize
+        all_series: list[Line] = []
+        held: list[Line] = []
+        with Tracker() as tracker:
+            while len(held) < (_MAX_PRODUCTS if keeps else 1):
+                all_series.append([])
+                for product in self.products:
+                    tracker.series = []
+                    product.run(probe, K)
+                    lengths = product.lengths(shapes[0].numel(), self.risk.space.dim)
+                    fixed = K * sum(lengths) * itemsize
+                    all_series[-1] += [(f, n - fixed) for f, n in tracker.series]
+                probe._spent[key] = float(pays)
+                held.append([(None, sum(n for _, n in probe._bytes.values()))])
+                same = held[-1:] == held[-2:-1]
+                if same and len(all_series[-1]) == len(all_series[-2]):
+                    batches = probe._recordings.values()
+                    if all(b.settled(p.key) for b in batches for p in self.products):
+                        break
+        return all_series, held, probe
+
+    def _jacobians_pay(self, probe: EmpiricalRisk, factor: float) -> bool:
+        """Whether batches' Jacobians are kept as matrices, after a first product."""
+        rows = ceil(probe.output_shapes[0].numel() * factor)
+        nbytes = rows * sum(self.data.loads) / max(self.data.loads)
+        nbytes *= self.risk.space.dim * self.risk.space.dtype.itemsize
+        pays = type(probe)._jacobians_pay(probe, [rows])
+        return pays and nbytes <= self.budget and self.products[0].key is not None
+
+    def _dense_after(self, probe: EmpiricalRisk, rows: float) -> int | None:
+        """Return the number of products that cost as much as a small matrix."""
+        (product, *others), dim = self.products, self.risk.space.dim
+        if (
+            others
+            or product.method not in ("mean", "congruence")
+            or not probe._may_be_dense(product.key)
+            or (probe._jacobians and 2 * rows <= dim)
+        ):
+            return None
+        costs = probe._cost(product.key, dim), probe._cost(product.key, self.K)
+        return ceil(costs[0] / costs[1])
+
+
+def _aligned(lines: Sequence[Line]) -> np.ndarray:
+    """Return series as rows, with their maxima where operations are not the same."""
+    first, last = lines[0], lines[-1]
+    head = _common(first, last)
+    shortest = min(len(first), len(last)) - head
+    tail = min(_common(first[::-1], last[::-1]), shortest)
+    rows, differ = [], max(map(len, lines)) > head + tail
+    for line in lines:
+        numbers, end = [n for _, n in line], len(line) - tail
+        middle = [max(numbers)] if differ else []
+        rows.append(numbers[:head] + middle + numbers[end:])
+    return np.array(rows, dtype=float)
+
+
+def _common(a: Line, b: Line) -> int:
+    """Return how many operations two series have in common at their start."""
+    pairs = zip(a, b, strict=False)
+    differ = (i for i, ((f, _), (g, _)) in enumerate(pairs) if f is not g)
+    return next(differ, min(len(a), len(b)))
+
+
+# -- fitting it into a bound ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What keeps products within a bound.
+
+    Parameters
+    ----------
+    entries : float or None
+        Most entries of the inputs of a part of a batch; None if batches are not cut.
+    width : int
+        Most columns multiplied at once.
+    budget : int
+        Bytes that recordings may take up.
+    """
+
+    entries: float | None
+    width: int
+    budget: int
+
+
+def number_of_parts(size: int | None, load: float, most: float | None) -> int:
+    """Return in how many parts a batch is multiplied if loads are bounded."""
+    if most is None or not size:
+        return 1
+    return ceil(size / max(1, int(most * size / load)))
+
+
+def fitted(probe: Probe, limit: int) -> tuple[Fit, Callable[[float], Footprint]]:
+    """Fit products into a number of bytes.
+
+    Raises
+    ------
+    MemoryError
+        If they do not fit; the message says how many bytes would do.
+    """
+    data, risk = probe.data, probe.risk
+    with Tracker() as tracker:
+        risk._watch.state()  # compared before every product
+    load, most = max(data.loads), None
+    print_ = probe.footprint(load, 1)
+    loads = data.loads
+
+    def peak(n: float) -> int:
+        return max(tracker.peak, print_.peak(n) + print_.total)
+
+    if (needed := peak(load)) > limit:
+        cause = _why_whole(probe)
+        if cause is None:
+            sizes = [size or 1 for size in data.sizes]
+            one = max(n / size for n, size in zip(data.loads, sizes, strict=True))
+            print_ = probe.footprint(one, 1, part=True)
+            needed = peak(one)
+        if needed > limit:
+            raise MemoryError(_refusal(probe, needed, limit, cause))
+        most = one * _largest(lambda k: peak(k * one) <= limit, ceil(load / one))
+        parts = [number_of_parts(*p, most) for p in zip(sizes, data.loads, strict=True)]
+        loads = [
+            n * ceil(size / number) / size
+            for n, size, number in zip(data.loads, sizes, parts, strict=True)
+        ]
+    width, at = 1, lambda _: print_
+    for wider in (64, 16, 4) if probe.K > 1 else ():
+        trial = probe.footprints(loads, wider, part=most is not None)
+        if max(trial(n).peak(n) + trial(n).total for n in loads) <= limit:
+            width, at = wider, trial
+            break
+    room = max(tracker.peak, *(at(n).room(n) for n in loads))
+    entries = None if most is None else most * data.unit
+    return Fit(entries, width, max(0, limit - room)), at
+
+
+def _largest(holds: Callable[[int], bool], stop: int) -> int:
+    """Return the largest number below ``stop`` with a property that 1 has."""
+    low = 1
+    while stop - low > 1:
+        middle = (low + stop) // 2
+        low, stop = (middle, stop) if holds(middle) else (low, middle)
+    return low
+
+
+def _refusal(probe: Probe, needed: int, limit: int, cause: str | None) -> str:
+    title = probe.products[0].title
+    what = "even with one datum at a time" if cause is None else "as batches stay whole"
+    return (
+        f"{title} with {probe.K} column{'s' * (probe.K > 1)} needs {needed} bytes, "
+        f"{what}, but `max_memory` is {limit}."
+        + (f" {cause}" if cause else "")
+        + f" Pass `max_memory={needed}` or more, "
+        + ("smaller batches, " if cause else "")
+        + ("fewer columns, " if probe.K > 1 else "")
+        + "or fewer parameters."
+    )
+
+
+def _why_whole(probe: Probe) -> str | None:
+    """Return why batches cannot be cut into parts, if they cannot."""
+    risk, data = probe.risk, probe.data
+    if not all(data.sizes):
+        return (
+            "They cannot be cut, since the number of data in a batch is not known: "
+            "pass `batch_size_fn`."
+        )
+    loss = risk.loss
+    if loss is not None and loss.loss.opaque and loss.num_terms_fn is None:
+        return (
+            "They cannot be cut, since a loss that is not known in closed form may "
+            "couple data: pass `num_terms_fn` if it does not."
+        )
+    size = min(2, data.sizes[0] or 1)
+    if size > 1:
+        item = part_of(data.first, Share(0, size, data.sizes[0] or 1))
+        few = probe._slice(item, None, (1, 1), None, iter([]), [])
+        if not few.session(lambda: all(_is_apart(few, b) for b in few.batches("plan"))):
+            return (
+                "They cannot be cut, since two data together do not give what they "
+                "give apart: is there batch normalisation in train mode, or an output "
+                "whose first axis is not that of the data?"
+            )
+    return None
+
+
+def _is_apart(risk: EmpiricalRisk, batch: Any) -> bool:
+    """Whether two data contribute apart."""
+    parts = one_by_one(risk, batch)
+    if len(parts) == 1 or risk.loss is None:
+        return len(parts) > 1
+    pairs = [
+        (sum(torch.as_tensor(p.count) for p in parts), torch.as_tensor(batch.count)),
+        (sum(p.loss.value() for p in parts), batch.loss.value()),
+    ]
+    tolerance = torch.finfo(batch.output.dtype).eps ** 0.5
+    return all(close(torch.as_tensor(a), b, tolerance) for a, b in pairs)
+
+
+# -- the plan ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a product does with one batch.
+
+    Parameters
+    ----------
+    size : int or None
+        Number of data, if known.
+    parts : int
+        Number of parts that it is multiplied in, one after the other.
+    kept : int
+        Number of parts whose recordings are kept between products.
+    form : str
+        What is kept of these once the route has settled: ``"recording"``, ``"graph"``,
+        or ``"Jacobian"``.
+    held : int
+        Bytes of the recordings that are kept.
+    peak : int
+        Most bytes alive while it is multiplied, other batches' recordings, vectors and
+        results included.
+    """
+
+    size: int | None
+    parts: int
+    kept: int
+    form: str
+    held: int
+    peak: int
+
+    @property
+    def route(self) -> str:
+        """The route in words."""
+        how = f"{self.form} kept"
+        if self.kept < self.parts:
+            how = f"{how} of {self.kept}, others recomputed"
+            how = how if self.kept else "recomputed"
+        return how + (f" in {self.parts} parts" if self.parts > 1 else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What products with an operator take; ``str`` gives a table.
+
+    Parameters
+    ----------
+    batches : tuple of BatchPlan
+        One per batch of the data.
+    columns : int
+        Columns of the operand.
+    held : int
+        Bytes of recordings (or of the matrix, if it is materialised) between products,
+        once their route has settled.
+    peak : int
+        Most bytes alive at a time: recordings, operand, result, and what a product
+        creates and drops. Model, parameters and data are not counted.
+    budget : int
+        Bytes that recordings may take up.
+    max_memory : int or None
+        Bound for ``peak``, if there is one.
+    dense_after : int or None
+        Number of such products after which a small matrix is materialised.
+    """
+
+    batches: tuple[BatchPlan, ...]
+    columns: int
+    held: int
+    peak: int
+    budget: int
+    max_memory: int | None
+    dense_after: int | None
+
+    def __str__(self) -> str:
+        """Return a table."""
+        lines = [("batch", "data", "kept", "peak", "route")]
+        for i, b in enumerate(self.batches):
+            size = "?" if b.size is None else str(b.size)
+            lines.append((str(i), size, _bytes(b.held), _bytes(b.peak), b.route))
+        lines.append(("all", "", _bytes(self.held), _bytes(self.peak), ""))
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        table = [
+            "  ".join([*map(str.rjust, line[:4], widths), line[4]]).rstrip()
+            for line in lines
+        ]
+        if self.dense_after is not None:
+            table.append(
+                f"The matrix is materialised after {self.dense_after} products."
+            )
+        return "\n".join(table)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
+def plan(operator: RiskOperator, columns: int) -> Plan:
+    """Predict what products of an operator take; see `RiskOperator.plan`."""
+    if columns < 1:
+        raise ValueError(f"`columns` must be at least one, got {columns}.")
+    risk = operator.risk
+    risk._refresh_if_changed()
+    with risk._alone():
+        products, data = products_of(operator), Data.of(risk)
+        budget, entries = budget_bytes(risk.cache, risk.space.device), None
+        if risk.max_memory is None:
+            probe = Probe(risk, data, products, columns, budget)
+            at = probe.footprints(data.loads)
+        else:
+            fit, at = fitted(Probe(risk, data, products, columns), risk.max_memory)
+            budget, entries = min(budget, fit.budget), fit.entries
+    most = None if entries is None else entries / data.unit
+    pairs = list(zip(data.sizes, data.loads, strict=True))
+    numbers = [number_of_parts(size, load, most) for size, load in pairs]
+    loads = [
+        load * (share.stop - share.start) / share.size
+        for (size, load), number in zip(pairs, numbers, strict=True)
+        for share in shares(size or 1, number)
+    ]
+    prints = [at(load) for load in loads]
+    keeps = risk._repeats and risk.cache != "off"
+    held, peaks = _simulated(prints, loads, data, budget if keeps else -1)
+    batches, start = [], 0
+    for (size, _), number in zip(pairs, numbers, strict=True):
+        own = range(start, start + number)
+        kept = [held[j] for j in own if j in held]
+        form, peak = prints[start].form, max(peaks[j] for j in own)
+        batches.append(BatchPlan(size, number, len(kept), form, sum(kept), peak))
+        start += number
+    total, highest = sum(held.values()), max(peaks)
+    dense_after = prints[0].dense_after
+    square = risk.space.dim**2 * risk.space.dtype.itemsize
+    fits = total + square * (1 if risk.max_memory is None else 2) <= budget
+    if dense_after is None or len(held) < len(loads) or not fits:
+        dense_after = None
+    else:
+        total += square
+        rooms = [p.room(load) for p, load in zip(prints, loads, strict=True)]
+        highest = max(highest, total + square + max(rooms))
+    return Plan(
+        tuple(batches), columns, total, highest, budget, risk.max_memory, dense_after
+    )
+
+
+def _simulated(
+    prints: list[Footprint], loads: list[float], data: Data, budget: int
+) -> tuple[dict[int, int], list[int]]:
+    """Walk through the batches as products do; return bytes kept, and peaks."""
+    held: dict[int, int] = {}
+    peaks = [0] * len(loads)
+    full = False
+    for product in range(max(len(p.series) for p in prints)):
+        for j, (print_, load) in enumerate(zip(prints, loads, strict=True)):
+            turn = min(product, len(print_.series) - 1) if j in held else 0
+            others = sum(
+                n - int(data.nbytes * loads[k]) for k, n in held.items() if k != j
+            )
+            before = print_.total if j else 0
+            peaks[j] = max(peaks[j], before + others + print_.peak(load, turn))
+            if full and j not in held:
+                continue
+            held[j] = print_.kept(load, turn)
+            if sum(held.values()) > budget:
+                full = True
+                del held[j]
+    return held, peaks

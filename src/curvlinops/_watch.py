@@ -1,0 +1,85 @@
+"""Sees that a model, its parameters, the loss or listed data have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlinops._data import Checksum, strided, tensors_in
+
+
+class Watch:
+    """Looks at everything that recordings depend on and that can be seen.
+
+    Parameters
+    ----------
+    model_func, loss_func, params, data
+        As a risk has them.
+
+    Notes
+    -----
+    Three looks, cheapest first: which objects there are (modules, their tensors and
+    modes, the data's tensors), where their tensors lie and which version they have,
+    and what they contain (a projection on a random vector, which sees writes through
+    ``.data`` and NumPy). Objects are held, so that no other can take over their ``id``.
+    """
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any],
+        loss_func: Callable[..., Any] | None,
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+    ) -> None:
+        self._model_func, self._loss_func = model_func, loss_func
+        self._params, self._data = params, data
+        self._look()
+
+    def _look(self) -> None:
+        """List modules and tensors anew."""
+        self._modules: list[nn.Module] = []
+        for part in (self._model_func, self._loss_func):
+            if isinstance(part, nn.Module):
+                self._modules += part.modules()
+        self._objects = self._list()
+        self._ids = [*map(id, self._objects)]
+        tensors = [t for t in self._objects if isinstance(t, Tensor)]
+        unique = strided({id(t): t for t in tensors}.values())
+        self._tensors = [(t, t.is_inference()) for t in unique]
+        self._marks: tuple[Any, ...] | None = None
+
+    def _list(self) -> list[Any]:
+        """Return all objects that are looked at, in a fixed order."""
+        objects: list[Any] = list(self._params.values())
+        for module in self._modules:
+            objects += module._modules.values()
+            objects += module._parameters.values()
+            objects += module._buffers.values()
+            objects.append(module.training)
+        if (options := getattr(self._loss_func, "keywords", None)) is not None:
+            objects += tensors_in(options)
+        if isinstance(self._data, (list, tuple)):
+            for item in self._data:
+                if isinstance(item, (list, tuple)) and all(map(torch.is_tensor, item)):
+                    objects += item
+                else:
+                    objects += tensors_in(item)
+        return objects
+
+    def state(self) -> tuple[Any, ...]:
+        """Return what differs whenever a recording would be stale."""
+        before = self._objects  # holds its objects, so that their ids stay theirs
+        if [*map(id, self._list())] != self._ids:
+            self._look()
+        marks = tuple(
+            (t.data_ptr(), 0 if frozen else t._version, t.dtype, t.shape)
+            for t, frozen in self._tensors
+        )
+        if marks != self._marks:
+            self._checksum = Checksum([t for t, _ in self._tensors])
+            self._marks = marks
+        del before
+        return self._ids, marks, self._checksum()

@@ -1,0 +1,248 @@
+"""What KFAC, EKFAC and KFOC share: the user's choice, factors, algebra, files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+
+from curvlinops._model import Parameters
+from curvlinops._operator import _is_tensor_list
+from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Factors, load
+from curvlinops.kfac._estimation import Settings
+from curvlinops.kfac._layers import Fisher
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator, as_risk
+
+#: Largest factor that is kept as a matrix: 256 MiB in single precision.
+MAX_FACTOR = 8192
+
+
+class FisherType(StrEnum):
+    """What is sent back through the model; plain strings are accepted."""
+
+    TYPE2 = "type-2"
+    MC = "mc"
+    EMPIRICAL = "empirical"
+    FORWARD_ONLY = "forward-only"
+
+
+class KFACType(StrEnum):
+    """How positions that share a weight are treated; plain strings are accepted."""
+
+    EXPAND = "expand"
+    REDUCE = "reduce"
+
+
+class KroneckerFactored(RiskOperator):
+    """What KFAC, EKFAC and KFOC share: a block-diagonal matrix computed at first use.
+
+    Parameters
+    ----------
+    settings : Settings
+        What is estimated.
+    model_func, loss_func, params, data, **options
+        What :func:`~curvlinops.risk_operator.as_risk` takes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        loss_func: Callable[..., Any] | None,
+        params: Parameters | None,
+        data: Iterable[Any] | None,
+        **options: Any,
+    ) -> None:
+        risk = as_risk(model_func, loss_func, params, data, **options)
+        super().__init__(risk)
+        if risk.loss is None:
+            raise ValueError("Kronecker factors need a loss, got a risk without one.")
+        if settings.fisher.fisher_type == FisherType.MC:
+            risk.require_fixed_order("A Monte-Carlo Fisher")
+        self.settings = settings
+        self._matrix: BlockwiseLinearOperator | None = None
+
+    def _estimate(self, title: str) -> list[Any]:
+        """Return blocks with their layouts."""
+        raise NotImplementedError
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self.representation._apply(V)
+
+    def _product(
+        self, x: Any, columns: int | None = None, ndim: int | None = None
+    ) -> Any:
+        """Hand on a list of tensors, which the blocks need not be joined for."""
+        if _is_tensor_list(x):
+            return self.representation._product(x, columns, ndim)
+        return super()._product(x, columns, ndim)
+
+    # -- factors ----------------------------------------------------------------------
+
+    @property
+    def representation(self) -> BlockwiseLinearOperator:
+        """The matrix as block-diagonal operator, without model and data."""
+        with self.risk._lock:
+            if self._matrix is None:
+                self.compute_kronecker_factors()
+            assert self._matrix is not None
+            return self._matrix
+
+    def compute_kronecker_factors(self) -> None:
+        """Compute the factors at the current parameters, replacing earlier ones."""
+        self._matrix = None
+        blocks = self._estimate(self._title("compute_kronecker_factors"))
+        order = {name: i for i, name in enumerate(self.risk.params)}
+        blocks.sort(key=lambda block: order[block[0].names[0]])
+        layouts, operators = zip(*blocks, strict=True)
+        self._matrix = BlockwiseLinearOperator(self._in_space, layouts, operators)
+
+    def refresh(self) -> None:
+        """Forget factors and recordings; the next product computes them anew."""
+        super().refresh()
+        self._matrix = None
+
+    def factors(self) -> dict[str, Factors]:
+        """Return every layer's input and output factor.
+
+        Returns
+        -------
+        dict of str to Factors
+            By the name of the layer's module, or that of the weight if a module has
+            several or there is no module.
+        """
+        factors = self.representation.factors()
+        names = _layer_names(factors)
+        return {names[weight]: f for weight, f in factors.items()}
+
+    @property
+    def _input_covariances(self) -> dict[str, Tensor]:
+        return {name: f.input for name, f in self.factors().items()}
+
+    @property
+    def _gradient_covariances(self) -> dict[str, Tensor]:
+        return {name: f.output for name, f in self.factors().items()}
+
+    @property
+    def _mapping(self) -> dict[str, dict[str, int]]:
+        names = _layer_names(name for name, _ in self.representation.layers())
+        places = list(self.risk.params)
+        mapping: dict[str, dict[str, int]] = {}
+        for weight, layer in names.items():
+            for name in places:
+                prefix, _, last = name.rpartition(".")
+                if name == weight or (prefix == layer and name.endswith("bias")):
+                    mapping.setdefault(layer, {})[last] = places.index(name)
+        return mapping
+
+    def block_of(self, name: str) -> Block:
+        """Return the block that a parameter is in, as an operator of its own."""
+        return self.representation.block_of(name)
+
+    # -- algebra ----------------------------------------------------------------------
+
+    def trace(self) -> Tensor:
+        """Return the trace."""
+        return self.representation.trace()
+
+    def det(self) -> Tensor:
+        """Return the determinant."""
+        return self.representation.det()
+
+    def logdet(self) -> Tensor:
+        """Return the determinant's logarithm."""
+        return self.representation.logdet()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        return self.representation.frobenius_norm()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, of shape ``(P,)``."""
+        return self.representation.diagonal()
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order."""
+        return self.representation.eigenvalues()
+
+    def __pow__(self, p: Any) -> Any:
+        """Return the power with a real exponent, e.g. ``-0.5``."""
+        return self.representation**p
+
+    # -- files ------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the factors, with the parameters' names and shapes, to an npz file."""
+        self.representation.save(path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Read factors that were saved, for the same parameters, on any device.
+
+        Raises
+        ------
+        ValueError
+            If names, shapes or dtype of the parameters differ.
+        """
+        matrix = load(path, self.device)
+        mine, its = self._in_space, matrix._in_space
+        for what in ("names", "shapes", "dtype"):
+            if getattr(mine, what) != getattr(its, what):
+                raise ValueError(
+                    f"{path!r} was saved for parameters with the {what} "
+                    f"{getattr(its, what)}, these have {getattr(mine, what)}."
+                )
+        self._matrix = matrix
+
+
+def _layer_names(weights: Iterable[str]) -> dict[str, str]:
+    """Map weights to the names of their modules where these are unique."""
+    modules = {weight: weight.rpartition(".")[0] for weight in weights}
+    counts = Counter(modules.values())
+    plain = {w for w in modules if "." not in w and w not in ("weight", "bias")}
+    return {
+        w: w if counts[module] > 1 or w in plain else module
+        for w, module in modules.items()
+    }
+
+
+def checked_settings(
+    fisher_type: str,
+    mc_samples: int,
+    seed: int,
+    kfac_approx: str,
+    bias: str,
+    unsupported: str,
+    max_factor: int,
+    backend: str = "hooks",
+) -> Settings:
+    """Return the user's choice, checked; a backend is none, both names mean the same.
+
+    Raises
+    ------
+    ValueError
+        If an argument has an unknown value.
+    """
+    if backend not in ("hooks", "make_fx"):
+        raise ValueError(f"`backend` must be 'hooks' or 'make_fx', got {backend!r}.")
+    for value, name, allowed in (
+        (fisher_type, "fisher_type", list(FisherType)),
+        (kfac_approx, "kfac_approx", list(KFACType)),
+        (unsupported, "unsupported", ["raise", "diagonal"]),
+    ):
+        if value not in allowed:
+            listing = ", ".join(repr(str(v)) for v in allowed)
+            raise ValueError(f"`{name}` must be one of {listing}, got {value!r}.")
+    if fisher_type == FisherType.MC and mc_samples < 1:
+        raise ValueError(
+            f"`mc_samples` must be positive, got {mc_samples}. The exact matrix has "
+            "`fisher_type='type-2'`."
+        )
+    fisher = Fisher(str(fisher_type), mc_samples, seed)
+    return Settings(
+        fisher, kfac_approx == KFACType.REDUCE, bias, unsupported, max_factor
+    )

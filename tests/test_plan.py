@@ -1,0 +1,377 @@
+"""Predicted memory against tracked memory, and products within a bound."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from curvlinops import (
+    EFLinearOperator,
+    EmpiricalRisk,
+    FisherMCLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
+    GramLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    KFACLinearOperator,
+    TransposedJacobianLinearOperator,
+)
+from curvlinops._plan import SLICES, Tracker
+from tolerances import assert_close
+
+#: Products after which routes have settled.
+SETTLED = 14
+
+
+class Attention(nn.Module):
+    """One transformer layer on tokens, with logits of shape ``[N, C, T]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embedding(x))).movedim(-1, 1)
+
+
+def problem(name, sizes):
+    """Return a model, its loss, its parameters, and batches of given sizes."""
+    torch.manual_seed(0)
+    if name == "mlp":
+        model = nn.Sequential(nn.Linear(40, 70), nn.ReLU(), nn.Linear(70, 70))
+        model = nn.Sequential(*model, nn.Tanh(), nn.Linear(70, 5))
+        loss = nn.MSELoss()
+        data = [(torch.randn(n, 40), torch.randn(n, 5)) for n in sizes]
+    elif name == "cnn":
+        model = nn.Sequential(
+            *(nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(8, 12, 3, stride=2), nn.Sigmoid(), nn.Flatten()),
+            nn.Linear(12 * 16, 5),
+        )
+        weight = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0])
+        loss = nn.CrossEntropyLoss(weight=weight, ignore_index=2)
+        data = [(torch.randn(n, 2, 10, 10), torch.randint(5, (n,))) for n in sizes]
+    else:
+        model, loss = Attention(), nn.CrossEntropyLoss(ignore_index=0)
+        shapes = [(n, 12) for n in sizes]
+        data = [(torch.randint(11, s), torch.randint(11, s)) for s in shapes]
+    model, loss = model.double().eval(), loss.double()
+    data = [(X.double() if X.is_floating_point() else X, y) for X, y in data]
+    data = [(X, y.double() if y.is_floating_point() else y) for X, y in data]
+    return model, loss, dict(model.named_parameters()), data
+
+
+def tracked(A, X, number=SETTLED):
+    """Return the most bytes alive in products, operand and result included."""
+    with Tracker() as tracker:
+        for _ in range(number):
+            A @ X
+    return tracker.peak + X.numel() * X.element_size()
+
+
+def held(A):
+    return sum(nbytes for _, nbytes in A.risk._bytes.values())
+
+
+MATRICES = {
+    "ggn": GGNLinearOperator,
+    "hessian": HessianLinearOperator,
+    "ef": EFLinearOperator,
+    "mc": lambda *args, **kwargs: FisherMCLinearOperator(*args, mc_samples=2, **kwargs),
+    "diagonal": GGNDiagonalLinearOperator,
+    "gram": GramLinearOperator,
+    "jacobian": lambda model, _, *args, **kwargs: JacobianLinearOperator(
+        model, *args, **kwargs
+    ),
+    "transposed": lambda model, _, *args, **kwargs: TransposedJacobianLinearOperator(
+        model, *args, **kwargs
+    ),
+}
+
+
+# -- predictions ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("matrix", "columns"),
+    [("ggn", 1), ("hessian", 1), ("ef", 1), ("mc", 1), ("ggn", 6)],
+)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+def test_predicted_bytes_are_those_of_products(name, matrix, columns, monkeypatch):
+    monkeypatch.setattr("curvlinops.risk.MAX_DENSE_DIM", 0)  # a test of its own
+    A = MATRICES[matrix](*problem(name, [48, 48, 20]))
+    plan, X = A.plan(columns), torch.randn(A.shape[1], columns).double()
+    peak = tracked(A, X)
+    assert plan.held == pytest.approx(held(A), rel=1e-3)
+    assert 0.9 * peak <= plan.peak <= 1.15 * peak
+    recordings = A.risk._recordings
+    assert [b.held for b in plan.batches] == pytest.approx(
+        [recordings[i].nbytes for i in range(3)], rel=1e-3
+    )
+    assert {b.route for b in plan.batches} == {"recording kept"}
+    assert all(b.settled(key) for b in recordings.values() for key in b._routes)
+
+
+@pytest.mark.parametrize("matrix", ["gram", "jacobian", "transposed", "diagonal"])
+def test_predicted_bytes_of_other_matrices(matrix):
+    A = MATRICES[matrix](*problem("mlp", [32, 20]))
+    plan, X = A.plan(), torch.randn(A.shape[1], 1).double()
+    peak = tracked(A, X)
+    assert 0.9 * peak <= plan.peak <= 1.15 * peak
+
+
+def test_batches_that_do_not_fit_into_the_cache_are_recomputed():
+    arguments = problem("cnn", [40, 40, 40])
+    whole = HessianLinearOperator(*arguments).plan()
+    budget = whole.held * 3 // 4
+    A = HessianLinearOperator(*arguments, cache=budget)
+    plan, X = A.plan(), torch.randn(A.shape[1], 1).double()
+    peak = tracked(A, X)
+    kept = [i in A.risk._recordings for i in range(3)]
+    assert [b.kept == 1 for b in plan.batches] == kept
+    assert [b.route == "recomputed" for b in plan.batches] == [not k for k in kept]
+    assert 0 < plan.held == held(A) <= budget == plan.budget
+    assert 0.97 * peak <= plan.peak <= 1.3 * peak
+    off = HessianLinearOperator(*arguments, cache="off")
+    plan = off.plan()
+    assert plan.held == held(off) == 0
+    assert plan.peak == pytest.approx(tracked(off, X), rel=0.1)
+
+
+def test_small_matrices_are_predicted():
+    arguments = problem("mlp", [30])
+    arguments[2].pop("0.weight")
+    model, loss, _, data = arguments
+    params = {n: p for n, p in model.named_parameters() if n.startswith("4")}
+    A = HessianLinearOperator(model, loss, params, data)
+    plan = A.plan()
+    x = torch.randn(A.shape[1], 1).double()
+    products = 0
+    while not A.risk._matrices:
+        A @ x
+        products += 1
+    assert products == plan.dense_after + 1
+    assert str(plan.dense_after) in str(plan)
+    assert plan.held == pytest.approx(held(A), rel=0.01)
+    G = GGNLinearOperator(model, loss, params, [(data[0][0][:2], data[0][1][:2])])
+    plan = G.plan()
+    tracked(G, x, 3)
+    assert bool(G.risk._jacobians)
+    assert plan.batches[0].form == "Jacobian"
+    assert plan.held == pytest.approx(held(G), rel=0.01)
+
+
+def test_plan_as_table():
+    A = GGNLinearOperator(*problem("mlp", [12, 8]), cache="off")
+    assert re.fullmatch(
+        r"batch  data  kept +peak  route\n"
+        r" +0    12   0 B +[\d.e+]+ kB  recomputed\n"
+        r" +1     8   0 B +[\d.e+]+ kB  recomputed\n"
+        r" +all        0 B +[\d.e+]+ kB",
+        str(A.plan()),
+    )
+
+
+def test_plan_changes_nothing():
+    arguments = problem("cnn", [24, 10])
+    model = arguments[0]
+    state = copy.deepcopy(model.state_dict())
+    loader = DataLoader(list(zip(*arguments[3][0], strict=True)), batch_size=8)
+    A = HessianLinearOperator(*arguments[:3], loader)
+    x = torch.randn(A.shape[1]).double()
+    before = A @ x
+    rng, recordings = torch.get_rng_state(), dict(A.risk._recordings)
+    A.plan(3)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert recordings == A.risk._recordings
+    assert torch.equal(A @ x, before)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_plan_runs_the_model_on_few_data_only():
+    sizes = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    model = Noting(30, 20)
+    data = [(torch.randn(n, 30), torch.randn(n, 20)) for n in (50, 40)]
+    params = dict(model.named_parameters())
+    A = GGNLinearOperator(model, nn.MSELoss(), params, data, check_deterministic=False)
+    A.plan()
+    assert set(sizes) <= set(SLICES)
+
+
+def test_plan_without_slices_measures_a_whole_batch():
+    model, loss, params, data = problem("mlp", [24, 12])
+
+    def whole_batches_only(params, X):
+        if len(X) < 12:
+            raise RuntimeError
+        return torch.func.functional_call(model, params, (X,))
+
+    A = GGNLinearOperator(whole_batches_only, loss, params, data)
+    plan, x = A.plan(), torch.randn(A.shape[1], 1).double()
+    peak = tracked(A, x)
+    assert 0.95 * peak <= plan.peak <= 1.5 * peak
+
+
+def test_plan_refuses_what_it_cannot_tell():
+    arguments = problem("mlp", [8])
+    with pytest.raises(TypeError, match="run over the data"):
+        KFACLinearOperator(*arguments).plan()
+    with pytest.raises(ValueError, match="columns"):
+        GGNLinearOperator(*arguments).plan(0)
+
+
+# -- bounds --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matrix", list(MATRICES))
+@pytest.mark.parametrize(
+    ("name", "columns"), [("mlp", 5), ("cnn", 1), ("attention", 1)]
+)
+def test_bounded_products_are_the_same(name, matrix, columns):
+    make, arguments = MATRICES[matrix], problem(name, [9, 5])
+    A = make(*arguments)
+    X = torch.randn(A.shape[1], columns).double()
+    expected = A @ X
+    least = make(*arguments, check_deterministic=False, max_memory=1)
+    needed = None
+    with pytest.raises(MemoryError) as caught:
+        least @ X
+    needed = int(re.search(r"needs (\d+) bytes", str(caught.value))[1])
+    peak = A.plan(columns).peak
+    for limit in {needed, max(needed, (2 * needed + peak) // 3)}:
+        B = make(*arguments, check_deterministic=False, max_memory=limit)
+        plan = B.plan(columns)
+        assert plan.peak <= limit == plan.max_memory
+        assert_close(B @ X, expected, size=1e4)
+        assert tracked(B, X, 3) <= limit
+        assert B.shape == A.shape
+        assert [*B.in_shapes, *B.out_shapes] == [*A.in_shapes, *A.out_shapes]
+
+
+def test_refusal_says_what_would_do():
+    arguments = problem("cnn", [12])
+    A = GGNLinearOperator(*arguments, check_deterministic=False, max_memory=10_000)
+    x = torch.randn(A.shape[1]).double()
+    for refused in (lambda: A @ x, A.plan):
+        with pytest.raises(MemoryError, match="max_memory") as caught:
+            refused()
+    needed = int(re.search(r"Pass `max_memory=(\d+)`", str(caught.value))[1])
+    B = GGNLinearOperator(*arguments, check_deterministic=False, max_memory=needed)
+    assert_close(B @ x, GGNLinearOperator(*arguments) @ x, size=1e4)
+    assert [b.parts for b in B.plan().batches] == [12]
+    C = GGNLinearOperator(*arguments, check_deterministic=False, max_memory=needed - 1)
+    with pytest.raises(MemoryError, match=str(needed)):
+        C @ x
+    with pytest.raises(MemoryError, match="gradient and loss with 1 column"):
+        GGNLinearOperator(*arguments, max_memory=10_000)
+
+
+def test_gradient_and_check_are_bounded():
+    arguments = problem("attention", [24, 11])
+    gradient, value = EmpiricalRisk(*arguments).gradient_and_loss()
+    with pytest.raises(MemoryError) as caught:
+        EmpiricalRisk(*arguments, max_memory=1)
+    limit = 2 * int(re.search(r"needs (\d+) bytes", str(caught.value))[1])
+    risk = EmpiricalRisk(*arguments, max_memory=limit)
+    with Tracker() as tracker:
+        bounded, bounded_value = risk.gradient_and_loss()
+    assert risk._num_batches > 2
+    assert tracker.peak <= limit
+    assert_close(bounded_value, value, size=1e4)
+    for a, b in zip(bounded, gradient, strict=True):
+        assert_close(a, b, size=1e4)
+
+
+def limited(model, loss, params, data, **options):
+    """Return an operator whose products do not fit by far, and a vector."""
+    free = {"check_deterministic": False, "cache": "off", **options}
+    peak = HessianLinearOperator(model, loss, params, data, **free).plan().peak
+    bounded = {"check_deterministic": False, "max_memory": peak // 2, **options}
+    A = HessianLinearOperator(model, loss, params, data, **bounded)
+    return A, torch.randn(A.shape[1]).double()
+
+
+def test_what_couples_data_is_not_cut():
+    model, loss, params, data = problem("cnn", [32])
+    A, x = limited(model.train(), loss, params, data)
+    with pytest.raises(MemoryError, match="batch normalisation"):
+        A @ x
+
+
+def test_what_may_couple_data_is_not_cut():
+    model, _, params, data = problem("cnn", [32])
+    arguments = model, lambda f, y: F.cross_entropy(f, y), params, data
+    A, x = limited(*arguments)
+    with pytest.raises(MemoryError, match="num_terms_fn"):
+        A @ x
+    A, x = limited(*arguments, num_terms_fn=lambda f, y: len(y))
+    assert A.plan().batches[0].parts > 1
+    assert_close(A @ x, HessianLinearOperator(*arguments) @ x, size=1e4)
+
+
+def test_batches_of_unknown_size_are_not_cut():
+    model, loss, params, data = problem("cnn", [32])
+
+    def unwrapped(params, X):
+        return torch.func.functional_call(model, params, (X["x"],))
+
+    def unknown(X):
+        raise ValueError
+
+    data = [({"x": X}, y) for X, y in data]
+    A, x = limited(unwrapped, loss, params, data, batch_size_fn=unknown)
+    with pytest.raises(MemoryError, match="batch_size_fn"):
+        A @ x
+    A, x = limited(unwrapped, loss, params, data)
+    assert_close(
+        A @ x, HessianLinearOperator(unwrapped, loss, params, data) @ x, size=1e4
+    )
+
+
+def test_a_bound_is_kept_in_pickles_and_checked():
+    arguments = problem("mlp", [16])
+    A = GGNLinearOperator(*arguments, max_memory=10**7)
+    for other in (pickle.loads(pickle.dumps(A)), copy.deepcopy(A)):
+        assert other.risk.max_memory == 10**7
+    for wrong in (0, -1, 1.5, "1", True):
+        with pytest.raises(ValueError, match="max_memory"):
+            GGNLinearOperator(*arguments, max_memory=wrong)
+
+
+def test_one_risk_serves_several_bounded_matrices():
+    arguments = problem("cnn", [32, 20])
+    peaks = [c(*arguments).plan().peak for c in (GGNLinearOperator,)]
+    risk = EmpiricalRisk(*arguments, max_memory=peaks[0] // 2)
+    operators = [c(risk) for c in (GGNLinearOperator, HessianLinearOperator)]
+    X = torch.randn(operators[0].shape[1], 1).double()
+    for A in operators + operators:
+        expected = type(A)(*arguments) @ X
+        assert tracked(A, X) <= risk.max_memory
+        assert_close(A @ X, expected, size=1e4)
+    with torch.no_grad():
+        arguments[2]["0.weight"].mul_(0.5)
+    for A in operators:
+        assert_close(A @ X, type(A)(*arguments) @ X, size=1e4)
+
+
+def test_loaders_are_cut_too():
+    model, loss, params, data = problem("cnn", [40])
+    loader = DataLoader(list(zip(*data[0], strict=True)), batch_size=20)
+    A, x = limited(model, loss, params, loader)
+    assert {b.parts for b in A.plan().batches} != {1}
+    assert_close(A @ x, HessianLinearOperator(model, loss, params, data) @ x, size=1e4)
