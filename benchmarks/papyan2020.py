@@ -20,6 +20,7 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from curvlinops.estimators import (
     SpectralDensity,
@@ -73,8 +74,8 @@ def main() -> None:
     found = compare()
     for name, (result, reference, eigenvalues) in found.items():
         grid = result.grid
-        distance = np.trapezoid(abs(result.density - reference), grid)
-        noise = np.trapezoid(result.standard_error, grid)
+        distance = trapezoid(abs(result.density - reference), grid)
+        noise = trapezoid(result.standard_error, grid)
         low, high = result.band()
         covered = np.average(
             (low <= reference) & (reference <= high), weights=reference

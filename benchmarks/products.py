@@ -44,9 +44,14 @@ Contender = tuple[str, str, dict[str, Any]]
 class Worker:
     """A contender's process."""
 
-    def __init__(self, name: str, python: str, **options: Any) -> None:
+    def __init__(
+        self, name: str, python: str, frees_at_once: bool = False, **options: Any
+    ) -> None:
         self.name = name
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if frees_at_once:
+            # What glibc keeps for later would count as used, by chance.
+            env["MALLOC_MMAP_THRESHOLD_"] = "65536"
         if python != sys.executable:
             env.pop("PYTHONPATH", None)
         script = Path(__file__).with_name("tasks.py")
@@ -214,7 +219,7 @@ def memory(
     jobs = [(task, arguments, *c) for c in contenders]
     jobs.append(("peakmem_gradient", [], *contenders[0]))
     for task, arguments, contender, python, options in jobs:
-        with Worker(contender, python, **options) as worker:
+        with Worker(contender, python, True, **options) as worker:
             worker.ask(setup=[name, matrix])
             reply = worker.ask(task=task, number=1, arguments=arguments)
         row = {"problem": name, "matrix": matrix, "task": task, "contender": contender}

@@ -129,7 +129,8 @@ class Products:
         """Build the problem and operands; no operator yet."""
         self.A = self.model = self.data = None
         gc.collect()
-        self.problem, self.matrix = problem(name), matrix
+        self.name, self.matrix = name, matrix
+        self.problem = problem(name)
         self.model, self.data = self.problem.build()
         self.parameters = list(self.model.parameters())
         self.dim = sum(p.numel() for p in self.parameters)
@@ -287,7 +288,7 @@ def answer(suite: Products, command: dict[str, Any]) -> dict[str, Any]:
     arguments = command.get("arguments", ())
     if command["task"].startswith("peakmem_"):
         rehearsal = Products(suite.contender)  # libraries load code when first used
-        rehearsal.setup("tiny", suite.matrix)
+        rehearsal.setup(suite.name, suite.matrix)
         getattr(rehearsal, command["task"])(*arguments)
         del rehearsal
     if command["task"] == "time_product" or "block" in command["task"]:

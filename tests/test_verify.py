@@ -175,7 +175,7 @@ def test_finds_a_stale_recording(monkeypatch):
         A = build(cls, (model, loss, params, data))
         A @ torch.ones(A.shape[1]).double()
         with monkeypatch.context() as patch:
-            patch.setattr(EmpiricalRisk, "_state", lambda self: self._seen)
+            patch.setattr(A.risk._watch, "state", lambda seen=A.risk._seen: seen)
             with torch.no_grad():
                 params["0.weight"].mul_(1.5)
             assert A.risk._recordings or cls is GGNDiagonalLinearOperator

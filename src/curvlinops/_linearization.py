@@ -64,7 +64,8 @@ class Linearization:
     more: its derivative applied to :math:`v` is :math:`(J^\top)^\top v = J v`. Unlike
     forward-mode differentiation, this exists for every operation that has a twice
     differentiable backward pass, and is its adjoint by construction. The Hessian is
-    the derivative of the gradient in reverse mode, too.
+    the derivative of the gradient in reverse mode, too. Forward mode serves where no
+    graph is kept, see :meth:`congruence`.
 
     Graphs are built at first use and kept as long as the object lives. Products are
     safe to call from several threads.

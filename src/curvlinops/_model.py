@@ -473,17 +473,17 @@ class _Perturbed(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        def perturbed(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                tangent = self._tangents.get(id(value))
-                return value if tangent is None else make_dual(value, tangent)
-            if type(value) in (list, tuple):
-                return type(value)(map(perturbed, value))
-            return value
+        args = map(self._perturbed, args)
+        kwargs = {key: self._perturbed(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
-        make_dual = forward_ad.make_dual
-        kwargs = {key: perturbed(value) for key, value in (kwargs or {}).items()}
-        return func(*map(perturbed, args), **kwargs)
+    def _perturbed(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tangent = self._tangents.get(id(value))
+            return value if tangent is None else forward_ad.make_dual(value, tangent)
+        if type(value) in (list, tuple):
+            return type(value)(map(self._perturbed, value))
+        return value
 
 
 def _private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:

@@ -150,6 +150,7 @@ class _Listener:
     def __init__(self, risk: EmpiricalRisk) -> None:
         self._risk = risk
         self.products: list[Product] = []
+        self.columns = 1
 
     def __getattr__(self, name: str) -> Any:
         if name in ("session", "batches", "_fresh_batches"):
@@ -160,24 +161,31 @@ class _Listener:
         return getattr(self._risk, name)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Compute it, for what it asks for."""
         return compute()
 
     def mean(
         self, body: Any, V: Tensor, title: str = "_matmat", key: Any = None
     ) -> Tensor:
+        """Note the product and return zeros."""
         self.products.append(Product("mean", body, title, key))
+        self.columns = V.shape[1]
         return torch.zeros_like(V)
 
     def congruence(
         self, middle: Any, V: Tensor, title: str = "_matmat", key: Any = None
     ) -> Tensor:
+        """Note the product and return zeros."""
         self.products.append(Product("congruence", middle, title, key))
+        self.columns = V.shape[1]
         return torch.zeros_like(V)
 
     def push_forward(
         self, body: Any, V: Tensor, rows: int, title: str = "_matmat", key: Any = None
     ) -> Tensor:
+        """Note the product and return zeros."""
         self.products.append(Product("push_forward", body, title, key))
+        self.columns = V.shape[1]
         return V.new_zeros(rows, V.shape[1])
 
     def pull_back(
@@ -188,20 +196,22 @@ class _Listener:
         key: Any = None,
         mean: bool = False,
     ) -> Tensor:
+        """Note the product and return zeros."""
         options = (("mean", mean),)
         self.products.append(Product("pull_back", body, title, key, options))
+        self.columns = U.shape[1]
         return U.new_zeros(self._risk.space.dim, U.shape[1])
 
 
-def products_of(operator: RiskOperator) -> list[Product]:
-    """Return the loops over data that a product with an operator makes."""
+def products_of(operator: RiskOperator, columns: int) -> tuple[list[Product], int]:
+    """Return the loops over data that a product makes, and their columns."""
     other = object.__new__(type(operator))
     other.__dict__.update(operator.__dict__)
     listener = _Listener(operator.risk)
     other.risk = listener  # type: ignore[assignment]
     V = torch.zeros(operator.shape[1], 1, dtype=operator.torch_dtype)
-    other._apply(V.to(operator.device))
-    return listener.products
+    other._apply(V.to(operator.device).expand(-1, columns))
+    return listener.products, listener.columns
 
 
 # -- what it takes -------------------------------------------------------------------
@@ -469,7 +479,7 @@ class Probe:
             widths = [look._columns_at_once(key, b) for b in look._recordings.values()]
             K = min(self.K, max([K, *widths]))
         pays = self._jacobians_pay(look, factor)
-        for product in self.products:
+        for product in (*self.products, *self.products):
             product.run(look, 1)  # what is made once in a process comes first
         probe = make()
         probe._output_shapes = shapes
@@ -520,6 +530,8 @@ class Probe:
 def _aligned(lines: Sequence[Line]) -> np.ndarray:
     """Return series as rows, with their maxima where operations are not the same."""
     first, last = lines[0], lines[-1]
+    if abs(len(last) - len(first)) > 0.05 * len(first):  # a loop over data, say
+        return np.array([[max(n for _, n in line)] for line in lines], dtype=float)
     head = _common(first, last)
     shortest = min(len(first), len(last)) - head
     tail = min(_common(first[::-1], last[::-1]), shortest)
@@ -621,13 +633,13 @@ def _largest(holds: Callable[[int], bool], stop: int) -> int:
 
 
 def _refusal(probe: Probe, needed: int, limit: int, cause: str | None) -> str:
-    title = probe.products[0].title
+    title, enough = probe.products[0].title, ceil(1.02 * needed)
     what = "even with one datum at a time" if cause is None else "as batches stay whole"
     return (
         f"{title} with {probe.K} column{'s' * (probe.K > 1)} needs {needed} bytes, "
         f"{what}, but `max_memory` is {limit}."
         + (f" {cause}" if cause else "")
-        + f" Pass `max_memory={needed}` or more, "
+        + f" Pass `max_memory={enough}` or more, "
         + ("smaller batches, " if cause else "")
         + ("fewer columns, " if probe.K > 1 else "")
         + "or fewer parameters."
@@ -782,13 +794,13 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
     risk = operator.risk
     risk._refresh_if_changed()
     with risk._alone():
-        products, data = products_of(operator), Data.of(risk)
+        (products, K), data = products_of(operator, columns), Data.of(risk)
         budget, entries = budget_bytes(risk.cache, risk.space.device), None
         if risk.max_memory is None:
-            probe = Probe(risk, data, products, columns, budget)
+            probe = Probe(risk, data, products, K, budget)
             at = probe.footprints(data.loads)
         else:
-            fit, at = fitted(Probe(risk, data, products, columns), risk.max_memory)
+            fit, at = fitted(Probe(risk, data, products, K), risk.max_memory)
             budget, entries = min(budget, fit.budget), fit.entries
     most = None if entries is None else entries / data.unit
     pairs = list(zip(data.sizes, data.loads, strict=True))

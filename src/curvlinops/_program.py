@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 from typing import Any
 
@@ -266,19 +266,7 @@ def compiled(
 ) -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
     """Write and compile straight-line code; return the tensors it holds, and it."""
     constants: dict[str, Any] = {}
-
-    def name(value: Any) -> str:
-        if isinstance(value, Slot):
-            return repr(value)
-        if isinstance(value, (list, tuple)) and any(
-            isinstance(leaf, Slot) for leaf in leaves(value)
-        ):
-            return "[" + ", ".join(map(name, value)) + "]"
-        if isinstance(value, (bool, int)) or value is None:
-            return repr(value)
-        constants[f"c{len(constants)}"] = value
-        return f"c{len(constants) - 1}"
-
+    name = partial(_name, constants)
     last_use = {slot: i for i, call in enumerate(calls) for slot in call.slots}
     kept = {o for o in outputs if isinstance(o, Slot)}
     lines = []
@@ -303,3 +291,17 @@ def compiled(
     exec(compile(source, "<recorded product>", "exec"), constants, namespace)
     tensors = [t for t in leaves([*constants.values()]) if isinstance(t, Tensor)]
     return tensors, namespace["run"]
+
+
+def _name(constants: dict[str, Any], value: Any) -> str:
+    """Return an expression for a value, which is put among the constants if needed."""
+    if isinstance(value, Slot):
+        return repr(value)
+    if isinstance(value, (list, tuple)) and any(
+        isinstance(leaf, Slot) for leaf in leaves(value)
+    ):
+        return "[" + ", ".join(_name(constants, part) for part in value) + "]"
+    if isinstance(value, (bool, int)) or value is None:
+        return repr(value)
+    constants[f"c{len(constants)}"] = value
+    return f"c{len(constants) - 1}"

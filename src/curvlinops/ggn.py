@@ -60,10 +60,12 @@ batch_size_fn, **options
     are no log-likelihood of an exponential family in its natural parameters it does
     not.
 
-    Cost: per batch, the first product builds two graphs (one forward and one backward
-    pass) and runs two backward passes; later products only do the latter, about 1.25
-    times a gradient for a multi-layer perceptron, as long as the recordings fit into
-    memory. One pass over the data, however many columns.
+    Cost: per batch, the first product is one forward pass in forward mode and one
+    forward and backward pass in reverse mode. The second one builds the graph of
+    :math:`u \mapsto J_b^\top u`; later products are two backward passes, about 1.2
+    times a gradient for a multi-layer perceptron, as long as what is kept fits into
+    memory. One pass over the data, however many columns. Forward mode is compared with
+    reverse mode in every product, and dropped where it is missing or differs.
 
     References
     ----------

@@ -251,6 +251,7 @@ class EmpiricalRisk:
         self._seen: tuple[Any, ...] | None = None
         self._known_input = False
         self._reached: set[str] | None = set()
+        self._without_gradient: list[str] = []
         # Whether each product, by key, agrees with itself vectorised.
         self._vectorises: dict[Hashable, bool] = {}
         #: Which part of a larger batch the only batch stands for.
@@ -749,12 +750,9 @@ class EmpiricalRisk:
     def batches(self, title: str) -> Iterator[Linearization]:
         """Yield every batch's linearization in order (within :meth:`session`)."""
         recordings = self._recordings
-        complete = self._num_batches is not None and (
-            len(recordings) == self._num_batches
-        )
-        known = [
-            (batch.index, None, batch.share) for _, batch in sorted(recordings.items())
-        ]
+        kept = dict(recordings)  # another thread may drop some
+        complete = len(kept) == self._num_batches
+        known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
         bar = tqdm(
             known if complete else self._parts(),
             desc=f"{title} (on {self.space.device})",
@@ -764,7 +762,7 @@ class EmpiricalRisk:
         place = -1
         shapes: list[torch.Size] = []
         for place, (index, item, share) in enumerate(bar):
-            batch = recordings.get(place) or self._linearize(index, item, place, share)
+            batch = kept.pop(place, None) or self._linearize(index, item, place, share)
             shape = batch.output_space.shapes[0]
             if share is None or share.start == 0:
                 shapes.append(shape)
@@ -853,6 +851,22 @@ class EmpiricalRisk:
         leaves = {id(leaf) for leaf in graph_leaves(output)}
         return {n for n, p in model.aliases.items() if id(p) in leaves}
 
+    def _names_without_gradient(self, batch: Linearization) -> list[str]:
+        """Return the parameters that the model uses where gradients are off."""
+        model = Model(self.model_func, self.params)  # whose uses nobody records
+        return model.run(lambda: model.used_without_gradient(cloned(batch.X)))
+
+    def _hint(self, unused: Iterable[str]) -> str:
+        """Say which unused parameters are used where gradients are off."""
+        hidden = [name for name in unused if name in self._without_gradient]
+        if not hidden:
+            return ""
+        return (
+            f" The model uses {hidden} where gradients are off: under "
+            "`torch.no_grad()`, or in activation checkpointing with "
+            "`use_reentrant=True` (pass `use_reentrant=False`)."
+        )
+
     def _check_reach(self, batch: Linearization) -> None:
         """Raise if the output depends on other tensors than it should."""
         leaked = self.model.foreign_leaves(batch.output)
@@ -862,6 +876,7 @@ class EmpiricalRisk:
             raise _CopyLeaksError
         if not leaked and len(reached) == len(self.params):
             return
+        self._without_gradient = self._names_without_gradient(batch)
         # Parameters that do not require gradients leave no trace when they leak.
         if copied and (leaked or self._names_reached_in_place(batch) - reached):
             raise _CopyLeaksError
@@ -875,6 +890,7 @@ class EmpiricalRisk:
         raise ValueError(
             "The model's output does not depend on any of the parameters in `params` "
             "(are they detached, or is the model run under `torch.no_grad()`?)."
+            + self._hint(self.params)
         )
 
     def _warn_about_unused(self) -> None:
@@ -886,7 +902,7 @@ class EmpiricalRisk:
         if unused:
             warnings.warn(
                 f"The model's output does not depend on {unused} for this data: the "
-                "corresponding rows and columns are zero.",
+                f"corresponding rows and columns are zero.{self._hint(unused)}",
                 stacklevel=2,
             )
 
