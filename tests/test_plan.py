@@ -169,8 +169,9 @@ def test_small_matrices_are_predicted():
     assert plan.held == pytest.approx(held(A), rel=0.01)
     G = GGNLinearOperator(model, loss, params, [(data[0][0][:2], data[0][1][:2])])
     plan = G.plan()
-    tracked(G, x, 3)
-    assert bool(G.risk._jacobians)
+    tracked(G, x, plan.dense_after + 1)
+    assert G.risk._jacobians
+    assert G.risk._matrices
     assert plan.batches[0].form == "Jacobian"
     assert plan.held == pytest.approx(held(G), rel=0.01)
 

@@ -297,6 +297,23 @@ def test_products_with_kept_jacobians_equal_plain_ones(operator, problem):
     assert bool(A.risk._jacobians) == (A.risk._repeats and dtype.itemsize >= 4)
 
 
+class Single(nn.Linear):
+    """Its output has another type than its parameters."""
+
+    def forward(self, X):
+        return super().forward(X).float()
+
+
+def test_jacobians_of_another_dtype_than_the_outputs():
+    model, data = Single(3, 2).double(), [(torch.rand(4, 3).double(), torch.rand(4, 2))]
+    args = model, nn.MSELoss(), list(model.parameters()), data
+    A, plain = GGNLinearOperator(*args), GGNLinearOperator(*args, cache="off")
+    for K in (1, 1, 1, 3):
+        V = torch.randn(8, K, dtype=torch.float64)
+        assert_close(A @ V, plain @ V, torch.float32, 100)
+    assert A.risk._jacobians
+
+
 def test_a_jacobian_that_cannot_be_vectorised_is_not_kept(monkeypatch):
     def refuse(*args, **options):
         if options.get("is_grads_batched"):

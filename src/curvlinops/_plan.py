@@ -420,7 +420,7 @@ class Probe:
             else "recording"
             if all(probe._replays(p.key) for p in self.products)
             else "graph",
-            self._dense_after(probe, rows),
+            self._dense_after(probe),
         )
 
     def _slice(
@@ -513,14 +513,13 @@ class Probe:
         pays = type(probe)._jacobians_pay(probe, [rows])
         return pays and nbytes <= self.budget and self.products[0].key is not None
 
-    def _dense_after(self, probe: EmpiricalRisk, rows: float) -> int | None:
+    def _dense_after(self, probe: EmpiricalRisk) -> int | None:
         """Return the number of products that cost as much as a small matrix."""
         (product, *others), dim = self.products, self.risk.space.dim
         if (
             others
             or product.method not in ("mean", "congruence")
             or not probe._may_be_dense(product.key)
-            or (probe._jacobians and 2 * rows <= dim)
         ):
             return None
         costs = probe._cost(product.key, dim), probe._cost(product.key, self.K)

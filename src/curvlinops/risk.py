@@ -278,7 +278,7 @@ class EmpiricalRisk:
             self._recordings: dict[int, Linearization] = {}
             self._bytes: dict[Hashable, tuple[tuple[int, ...], int]] = {}
             self._matrices: dict[Hashable, Tensor] = {}
-            self._jacobians: dict[int, Tensor] = {}
+            self._jacobians: list[tuple[Linearization, Tensor]] = []
             self._spent: dict[Hashable, float] = {}
             self._budget: int | None = None
             self._full = False
@@ -429,10 +429,10 @@ class EmpiricalRisk:
             count: Any = 0
             with torch.inference_mode(False), torch.enable_grad():
                 rows = V.T if V.shape[1] > 1 else V[:, 0]
-                for index, J in jacobians.items():
-                    batch = self._recordings[index]
-                    shape = (*rows.shape[:-1], *batch.output_space.shapes[0])
-                    U = middle(batch, (rows @ J.T).reshape(shape))
+                for batch, J in jacobians:
+                    f = batch.output_space
+                    U = (rows @ J.T).reshape(*rows.shape[:-1], *f.shapes[0])
+                    U = middle(batch, U.to(f.dtype)).to(J.dtype)
                     total = total + U.reshape(*rows.shape[:-1], -1) @ J
                     count = count + batch.count
                 return (total / self._denominator(count)).reshape(-1, len(V)).T
@@ -511,8 +511,10 @@ class EmpiricalRisk:
         width = min(widths, default=1)
         return K if width == 1 else -(-K // width) + K / 16
 
-    def _small_jacobians(self, key: Hashable) -> dict[int, Tensor] | None:
-        """Return every batch's Jacobian as a matrix if that pays.
+    def _small_jacobians(
+        self, key: Hashable
+    ) -> list[tuple[Linearization, Tensor]] | None:
+        """Return the batches with their Jacobians as matrices if that pays.
 
         From the second product on, with models so small that computing it costs less
         than :data:`MAX_JACOBIAN_COST` products.
@@ -521,19 +523,21 @@ class EmpiricalRisk:
             return None
         if self._jacobians:
             return self._jacobians
-        batches = self._recordings
+        batches = list(self._recordings.values())
         if self._num_batches != len(batches) or not self._spent.get(key):
             return None
-        sizes = [b.output_space.dim for b in batches.values()]
+        if not self._vectorises.get(_VJPS, True):
+            return None
+        sizes = [b.output_space.dim for b in batches]
         nbytes = sum(sizes) * self.space.dim * self.space.dtype.itemsize
         if not (self._jacobians_pay(sizes) and self._room_for(nbytes)):
             return None
-        jacobians: dict[int, Tensor] = {}
-        for index, batch in batches.items():
+        jacobians = []
+        for batch in batches:
             if (J := self._jacobian(batch)) is None:
-                self._vectorises[_VJPS] = False  # hence costs too much
+                self._vectorises[_VJPS] = False
                 return None
-            jacobians[index] = J
+            jacobians.append((batch, J))
         with self._lock:
             self._jacobians = jacobians
             self._bytes["jacobians"] = ((), nbytes)
@@ -558,8 +562,9 @@ class EmpiricalRisk:
         J = torch.cat(chunks)
         u = torch.linspace(1, 2, M, dtype=f.dtype, device=f.device)
         one = self.space.join(batch.vjp(u.reshape(f.shapes[0])))
-        tolerance = torch.finfo(J.dtype).eps ** 0.5 * one.abs().max()
-        return J if bool((u @ J - one).abs().max() <= tolerance) else None
+        gap = (u.to(J.dtype) @ J - one).abs().max()
+        tolerance = torch.finfo(f.dtype).eps ** 0.5 * one.abs().max()
+        return J if bool(gap <= tolerance) else None
 
     def push_forward(
         self,
@@ -951,7 +956,7 @@ class EmpiricalRisk:
             if fit.entries is not None and fit.entries < (self._entries or inf):
                 self._entries = fit.entries
                 self._recordings, self._num_batches = {}, None
-                self._jacobians = {}
+                self._jacobians = []
                 for place in [k for k in self._bytes if isinstance(k, (int, str))]:
                     del self._bytes[place]
             self._most_columns = fit.width
@@ -963,7 +968,7 @@ class EmpiricalRisk:
             self._budget, self._full = budget, False
             kept = dict(self._recordings)  # another thread may be using these
             if sum(n for _, n in self._bytes.values()) > budget:
-                self._jacobians = {}
+                self._jacobians = []
                 self._bytes.pop("jacobians", None)
             while kept and sum(n for _, n in self._bytes.values()) > budget:
                 place, _ = kept.popitem()
