@@ -153,7 +153,7 @@ def warmed_up(model, data, loss=None):
     loss = loss or torch.nn.CrossEntropyLoss()
     A = GGNLinearOperator(model, loss, dict(model.named_parameters()), data)
     for _ in range(4):
-        A @ torch.ones(A.shape[1])
+        A @ torch.ones(A.shape[1], dtype=A.torch_dtype)
     return A
 
 
@@ -205,6 +205,27 @@ def test_infinite_buffers_keep_recordings(record_soon):
     assert trusted(A) == [True]
     model.mask[2, 1] = -torch.inf
     fresh = warmed_up(model, A.risk.data)
+    v = torch.rand(A.shape[1])
+    assert_close(A @ v, fresh @ v, torch.float32, 1000)
+
+
+def test_huge_buffers_hide_no_change():
+    model = Masked().double()
+    model.mask = torch.full((4, 4), -1e300, dtype=torch.float64).triu(1)
+    A = warmed_up(model, [(torch.rand(5, 4, 3).double(), torch.randint(2, (5,)))])
+    model.out.weight.data.mul_(3)
+    fresh = warmed_up(model, A.risk.data)
+    v = torch.rand(A.shape[1]).double()
+    assert_close(A @ v, fresh @ v, size=1000)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_replaced_values_of_sparse_data_are_seen():
+    S = (torch.eye(6) * torch.rand(6)).to_sparse()
+    X, y = {"x": torch.rand(6, 3), "A": S}, torch.randint(2, (6,))
+    A = warmed_up(Graph(), [(X, y)])
+    S.data = (5 * S).coalesce()
+    fresh = warmed_up(A.risk.model_func, [(X, y)])
     v = torch.rand(A.shape[1])
     assert_close(A @ v, fresh @ v, torch.float32, 1000)
 

@@ -119,3 +119,18 @@ def test_expanded_and_promoted_tensors_are_not_written_to():
         aten.mul.Tensor,
         aten.mul.Tensor,
     ]
+
+
+def test_a_sum_does_not_overwrite_the_factor_of_a_later_one():
+    W, E, B, D = (torch.randn(4, 4, dtype=torch.float64) for _ in range(4))
+
+    def product(vectors):
+        (v,) = vectors
+        a, z = v @ W, v @ E
+        first, second = a @ B, v @ D
+        return [(a + second) @ W, (z + first) @ E]
+
+    _, program = record(product, [torch.randn(4, 4, dtype=torch.float64)])
+    v = torch.randn(4, 4, dtype=torch.float64)
+    for result, expected in zip(program([v]), product([v]), strict=True):
+        assert_close(result, expected, size=100)

@@ -1,6 +1,8 @@
 """Recorded products: which calls are kept, when a recording is trusted, when not."""
 
+import copy
 import unittest.mock
+import warnings
 
 import pytest
 import torch
@@ -195,6 +197,18 @@ def test_what_fails_under_watch_stays_plain():
 
     route = Route()
     multiply(route, product)
+    assert not route.trusted
+
+
+def test_zero_products_prove_nothing():
+    """The user's vector is zero; what is taken for constant fits it."""
+    route, zero = Route(), [torch.zeros(3, dtype=torch.float64)]
+
+    def product(vectors):
+        return [torch.from_numpy(3 * vectors[0].numpy()) + 0 * vectors[0]]
+
+    for _ in range(4):
+        route.multiply(product, zero, False)
     assert not route.trusted
 
 
@@ -396,6 +410,89 @@ def test_forward_mode_is_dropped_where_it_differs(cache):
     assert_close(A @ v, dense @ v)
     assert not A.risk.model.forward_mode
     assert_close(A @ v, dense @ v)
+
+
+class Scripted(nn.Module):
+    """Uses parameters where no mode of Python sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, X):
+        return self.outer(self.inner(X).tanh())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_forward_mode_is_blind_in_scripts(whole):
+    plain = Scripted().double()
+    model = copy.deepcopy(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if whole:
+            model = torch.jit.script(model)
+        else:
+            model.inner = torch.jit.script(model.inner)
+    data = [(torch.rand(4, 3).double(), torch.tensor([0, 1, 1, 0]))]
+    params = dict(plain.named_parameters())
+    dense = references.ggn(plain, nn.CrossEntropyLoss(), params, data)
+    params = dict(model.named_parameters())
+    A = GGNLinearOperator(model, nn.CrossEntropyLoss(), params, data)
+    for unit in torch.eye(A.shape[1], dtype=torch.float64)[:2]:
+        assert_close(A @ unit, dense @ unit)
+
+
+class Fussy(nn.Linear):
+    """Insists on a graph."""
+
+    def forward(self, X):
+        Y = super().forward(X)
+        assert Y.grad_fn is not None
+        return Y
+
+
+class Memo(nn.Linear):
+    """Keeps what it has computed from its parameters, with its graph."""
+
+    scale = None
+
+    def forward(self, X):
+        if self.scale is None:
+            self.scale = self.weight.tanh().sum()
+        return self.scale * super().forward(X)
+
+
+@pytest.mark.parametrize("kind", [Fussy, Memo])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_models_that_need_their_graphs(kind, operator):
+    model = kind(3, 2).double()
+    args = [torch.rand(4, 3).double(), torch.tensor([0, 1, 1, 0])]
+    problem = nn.CrossEntropyLoss(), dict(model.named_parameters()), [tuple(args)]
+    A = operator(model, *problem, cache="off")
+    dense = operator(model, *problem).to_dense()
+    for _ in range(3):
+        v = torch.randn(8, dtype=torch.float64)
+        assert_close(A @ v, dense @ v)
+
+
+class Uncopied(nn.Sequential):
+    def __deepcopy__(self, memo):
+        raise TypeError
+
+
+def test_kept_jacobians_of_a_module_in_place_need_its_parameters():
+    model = Uncopied(nn.Linear(6, 15), nn.Tanh(), nn.Linear(15, 3)).double()
+    params = {n: 3 * p.detach() for n, p in model.named_parameters()}
+    data = [(torch.rand(4, 6).double(), torch.tensor([0, 1, 2, 0]))]
+    shared = risk.EmpiricalRisk(model, nn.CrossEntropyLoss(), params, data)
+    G, H = GGNLinearOperator(shared), HessianLinearOperator(shared)
+    copied = nn.Sequential(nn.Linear(6, 15), nn.Tanh(), nn.Linear(15, 3)).double()
+    dense = references.ggn(copied, nn.CrossEntropyLoss(), params, data)
+    V = torch.randn(G.shape[1], 8, dtype=torch.float64)
+    for A in (G, G, H, H, G, H, G):
+        result = A @ V
+        if A is G:
+            assert_close(result, dense @ V)
 
 
 def test_forward_mode_serves_first_products():

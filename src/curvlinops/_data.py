@@ -216,8 +216,8 @@ _SMALL = 1 << 12
 class Checksum:
     """Projects the content of tensors, whenever called, on a fixed random vector.
 
-    Small tensors in the CPU's memory are projected as one, in float64: a change of one
-    must not be lost beside the values of another.
+    Small tensors in the CPU's memory are projected together, each to its own number: a
+    change of one must not be lost beside the values of another.
 
     Parameters
     ----------
@@ -232,29 +232,29 @@ class Checksum:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         with torch.no_grad():
             alias = [t.detach() for t in strided(tensors)]
-        small = [t for t in alias if t.numel() < _SMALL and _suits_numpy(t)]
+        small = [t for t in alias if 0 < t.numel() < _SMALL and _suits_numpy(t)]
         # Views where flattening gives one; copied at every call where it does not.
         self._small = [
             t.numpy().reshape(-1) if t.is_contiguous() else t.numpy() for t in small
         ]
-        self._buffer = np.empty(sum(t.numel() for t in small))
+        *starts, total = np.cumsum([0, *(t.numel() for t in small)])
+        self._starts, self._buffer = starts, np.empty(total)
         generator = np.random.default_rng(20260101)
         self._weights = generator.standard_normal(len(self._buffer))
         known = set(map(id, small))
         self._large = [t for t in alias if id(t) not in known]
 
     def __call__(self) -> tuple[float, ...]:
-        """Return one number for the small tensors, and one per large one."""
-        values = []
+        """Return a number per tensor, the small ones first."""
+        values: list[float] = []
         if self._small:
             parts = [x if x.ndim == 1 else x.reshape(-1) for x in self._small]
-            np.concatenate(parts, out=self._buffer, casting="unsafe")
-            with np.errstate(invalid="ignore"):
-                value = float(self._buffer @ self._weights)
-            if not isfinite(value):  # an attention mask of -inf, say
-                finite = np.nan_to_num(self._buffer, nan=3.0, posinf=5.0, neginf=7.0)
-                value = float(finite @ self._weights)
-            values.append(value)
+            buffer = self._buffer
+            np.concatenate(parts, out=buffer, casting="unsafe")
+            values = self._projections(buffer)
+            if not all(map(isfinite, values)):  # an attention mask of -inf, say
+                finite = np.nan_to_num(buffer, nan=3.0, posinf=5.0, neginf=7.0)
+                values = self._projections(finite)
         with torch.no_grad():
             numbers = _numbers([_projection(t) for t in self._large])
             for i, t in enumerate(self._large):
@@ -262,6 +262,10 @@ class Checksum:
                     replaced = torch.nan_to_num(t.double(), 3.0, 5.0, 7.0)
                     numbers[i] = float(_projection(replaced))
         return (*values, *numbers)
+
+    def _projections(self, buffer: np.ndarray) -> list[float]:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.add.reduceat(buffer * self._weights, self._starts).tolist()
 
 
 def _suits_numpy(tensor: Tensor) -> bool:

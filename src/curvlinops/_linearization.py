@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._data import Share, cloned, strided, tensors_in
-from curvlinops._model import Model, graph_nodes
+from curvlinops._model import Model, graph_leaves, graph_nodes
 from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Route, recording
 from curvlinops._spaces import TensorSpace
 from curvlinops.losses import Loss
@@ -96,7 +96,7 @@ class Linearization:
         self._nbytes: tuple[tuple[int, ...], int] = ((), 0)
         #: Whether a graph for products with the Jacobian pays from now on.
         self.multiplied = False
-        #: Whether the next product is the last one, which may free the graphs.
+        #: Whether the next product is the last one, which may drop the graphs.
         self.final = False
         f = self.output
         #: Space of the output, known also while the output is not kept.
@@ -306,12 +306,14 @@ class Linearization:
         again = self.multiplied
         self.multiplied = again or not self.pays_early
         if self._model.forward_mode and not (again or several or recording()):
+            ours = set(map(id, self._leaves))
+            reached = ours.intersection(map(id, graph_leaves(self.output)))
             try:
-                Jv = self._model.directional(self._fresh_input(), V)
-            except (RuntimeError, NotImplementedError):  # no such derivative
+                Jv = self._model.directional(self._fresh_input(), V, reached)
+            except Exception:  # whatever a model or an operation raises there
                 Jv, self._model.forward_mode = None, False
-            if Jv is not None:
-                w = middle(self, Jv)
+            w = None if Jv is None else middle(self, Jv)
+            if Jv is not None and w is not None and bool(w.any()):
                 JTw = self.vjp(w)
                 if _adjoint(Jv, w, V, JTw):
                     return JTw
@@ -334,9 +336,8 @@ class Linearization:
         leading: torch.Size,
     ) -> Vectors:
         """Go back to the parameters, for the last time if this is the final product."""
-        final = self.final
-        results = _pull_back(outputs, self._leaves, vectors, leading, not final)
-        if final:
+        results = _pull_back(outputs, self._leaves, vectors, leading)
+        if self.final:  # not freed by torch: the model may keep parts of them
             self._drop_graphs()
         return results
 
@@ -361,7 +362,7 @@ def _grad(
     grad_outputs: Sequence[Tensor | None],
     **options: Any,
 ) -> list[Tensor | None]:
-    """Differentiate; a missing dependence gives ``None``."""
+    """Differentiate, keeping the graph; a missing dependence gives ``None``."""
     if not any(t.requires_grad for t in outputs):
         return [None] * len(inputs)
     try:
@@ -370,8 +371,9 @@ def _grad(
                 outputs,
                 inputs,
                 grad_outputs,
+                retain_graph=True,
                 allow_unused=True,
-                **{"retain_graph": True, **options},
+                **options,
             )
         )
     except RuntimeError as error:
@@ -395,7 +397,6 @@ def _pull_back(
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     leading: torch.Size,
-    keep: bool = True,
 ) -> Vectors:
     """Multiply vectors by the transposed derivative of ``outputs`` by ``inputs``."""
     pairs = [
@@ -407,9 +408,9 @@ def _pull_back(
         return _filled([None] * len(inputs), inputs, leading)
     outs, vs = [list(side) for side in zip(*pairs, strict=True)]
     if leading:
-        grads = _grad(outs, inputs, vs, retain_graph=keep, is_grads_batched=True)
+        grads = _grad(outs, inputs, vs, is_grads_batched=True)
     else:
-        grads = _grad(outs, inputs, vs, retain_graph=keep)
+        grads = _grad(outs, inputs, vs)
     return _filled(grads, inputs, leading)
 
 

@@ -287,8 +287,10 @@ class Model:
         self._held: nn.Module | None = None
         #: Kinds of graphs that were found to be differentiable.
         self.checked_graphs: set[str] = set()
-        #: Whether forward mode has not failed yet.
-        self.forward_mode = True
+        #: Whether forward mode has not failed yet. In scripts, it is blind.
+        self.forward_mode = self._module is None or not any(
+            isinstance(m, torch.jit.ScriptModule) for m in self._module.modules()
+        )
         if self._module is None:
             aliases = self.aliases
             self._function = lambda X: model_func(dict(aliases), X)
@@ -349,22 +351,35 @@ class Model:
             isinstance(m, nn.RNNBase) for m in self._module.modules()
         )
 
-    def directional(self, X: Any, tangents: Sequence[Tensor]) -> Tensor | None:
+    def directional(
+        self, X: Any, tangents: Sequence[Tensor], reached: set[int]
+    ) -> Tensor | None:
         """Return the output's derivative along ``tangents`` (within :meth:`run`).
 
         In forward mode, without an autograd graph. This ignores what reverse mode
         treats as constant (the rows of ``padding_idx``, what a model computes under
         `torch.no_grad()`), so the result must be checked against the latter.
 
+        Parameters
+        ----------
+        X : Any
+            The input.
+        tangents : sequence of Tensor
+            The direction, in parameter shapes.
+        reached : set of int
+            The ``id`` of every leaf that the output depends on.
+
         Returns
         -------
         Tensor or None
-            ``None`` if forward mode is in use: torch has one for the whole process.
+            ``None`` if forward mode is in use: torch has one for the whole process, so
+            that other threads cannot enter it meanwhile, either.
 
         Raises
         ------
         RuntimeError
-            If an operation has no derivative in forward mode.
+            If an operation has no derivative in forward mode, or a parameter is used
+            where it cannot be perturbed (in compiled code, say).
         """
         if not _FORWARD_MODE.acquire(blocking=False):
             return None
@@ -373,9 +388,14 @@ class Model:
                 return None
             _load_forward_mode()
             with torch.no_grad(), forward_ad.dual_level():
-                with _Perturbed(dict(zip(map(id, self.leaves), tangents, strict=True))):
+                perturbed = _Perturbed(
+                    dict(zip(map(id, self.leaves), tangents, strict=True))
+                )
+                with perturbed:
                     output = self(X)
                 value, tangent = forward_ad.unpack_dual(output)
+            if not reached <= perturbed.met:
+                raise RuntimeError("Some parameters are used out of sight.")
             return torch.zeros_like(value) if tangent is None else tangent
         finally:
             _FORWARD_MODE.release()
@@ -469,6 +489,8 @@ class _Perturbed(TorchFunctionMode):
     def __init__(self, tangents: dict[int, Tensor]) -> None:
         super().__init__()
         self._tangents = tangents
+        #: The ``id`` of every tensor that was used.
+        self.met: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -479,8 +501,10 @@ class _Perturbed(TorchFunctionMode):
 
     def _perturbed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            tangent = self._tangents.get(id(value))
-            return value if tangent is None else forward_ad.make_dual(value, tangent)
+            if (tangent := self._tangents.get(id(value))) is None:
+                return value
+            self.met.add(id(value))
+            return forward_ad.make_dual(value, tangent)
         if type(value) in (list, tuple):
             return type(value)(map(self._perturbed, value))
         return value

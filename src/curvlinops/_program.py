@@ -253,6 +253,7 @@ def _with_fused_sums(calls: list[Call], outputs: list[Any]) -> list[Call]:
                 fused.update(dict.fromkeys(chain))
                 func = _PRODUCTS[start.func]
                 fused[i] = Call(func, (total, *start.args), {}, [out], False)
+                written.append((i, total.memory))
                 break
     merged = [fused.get(i, call) for i, call in enumerate(calls)]
     return [call for call in merged if call is not None]

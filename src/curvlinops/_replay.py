@@ -150,25 +150,35 @@ class Route:
 
 def _vectorises(program: Program, vectors: list[Tensor]) -> bool:
     """Whether a program with several vectors gives what it gives with each."""
+    pair = _random_like([v[:1].expand(2, *v.shape[1:]) for v in vectors])
     try:
-        several = program.vectorised(vectors)
+        several = program.vectorised(pair)
     except RuntimeError:  # an operation cannot be vectorised
         return False
-    return _close([p[0] for p in several], program([v[0] for v in vectors]), 0.5)
+    return all(
+        _close([p[k] for p in several], program([v[k] for v in pair]), 0.5)
+        for k in range(2)
+    )
+
+
+def _random_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return random vectors, the same in every run."""
+    generator = torch.Generator(tensors[0].device).manual_seed(20260101)
+    return [
+        torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
+        for t in tensors
+    ]
 
 
 def _verified(
     product: Product, vectors: list[Tensor], plain: Sequence[Tensor]
 ) -> Program | None:
     """Record a product with random vectors; return it if it gives ``plain``."""
-    generator = torch.Generator(vectors[0].device).manual_seed(20260101)
-    others = [
-        torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device)
-        for v in vectors
-    ]
+    others = _random_like(vectors)
     try:
-        _, program = record(product, others)
-        return program if _close(program(vectors), plain, 0.75) else None
+        recorded, program = record(product, others)
+        same = _close(program(others), recorded, 0.75)
+        return program if same and _close(program(vectors), plain, 0.75) else None
     except Exception:  # whatever an operation raises when watched or replayed
         return None
 

@@ -47,8 +47,8 @@ class Watch:
         self._objects = self._list()
         self._ids = [*map(id, self._objects)]
         tensors = [t for t in self._objects if isinstance(t, Tensor)]
-        unique = strided({id(t): t for t in tensors}.values())
-        self._tensors = [(t, t.is_inference()) for t in unique]
+        self._tensors = list({id(t): t for t in tensors}.values())
+        self._dense = all(t.layout is torch.strided for t in self._tensors)
         self._marks: tuple[Any, ...] | None = None
 
     def _list(self) -> list[Any]:
@@ -74,12 +74,13 @@ class Watch:
         before = self._objects  # holds its objects, so that their ids stay theirs
         if [*map(id, self._list())] != self._ids:
             self._look()
+        tensors = self._tensors if self._dense else strided(self._tensors)
         marks = tuple(
-            (t.data_ptr(), 0 if frozen else t._version, t.dtype, t.shape)
-            for t, frozen in self._tensors
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape)
+            for t in tensors
         )
         if marks != self._marks:
-            self._checksum = Checksum([t for t, _ in self._tensors])
+            self._checksum = Checksum(tensors)
             self._marks = marks
         del before
         return self._ids, marks, self._checksum()

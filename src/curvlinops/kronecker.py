@@ -151,7 +151,10 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         return sign * logabsdet.exp()
 
     def logdet(self) -> Tensor:
-        """Return the determinant's logarithm; NaN if it is negative."""
+        """Return the determinant's logarithm; NaN if it is negative.
+
+        Minus infinity if a factor is singular up to rounding.
+        """
         sign, logabsdet = self._slogdet()
         return logabsdet if sign >= 0 else logabsdet * torch.nan
 
@@ -166,6 +169,10 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
                 s, logs = f.sign().prod(-1), f.abs().log().sum(-1)
             else:
                 s, logs = torch.linalg.slogdet(f)
+                if f.numel() and bool(logs.isfinite().all()):
+                    zero = _is_singular(f, self.name)
+                    s = s.masked_fill(zero, 0)
+                    logs = logs.masked_fill(zero, -torch.inf)
             sign, total = sign * (s**power).prod(), total + power * logs.sum()
         return sign, total
 
@@ -180,8 +187,13 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
 
     # -- operators --------------------------------------------------------------
 
-    def eigh(self) -> EighDecomposedLinearOperator:
+    def eigh(self, retry_double_precision: bool = True) -> EighDecomposedLinearOperator:
         r"""Decompose symmetric factors, :math:`A_i = Q_i \Lambda_i Q_i^\top`.
+
+        Parameters
+        ----------
+        retry_double_precision : bool, optional
+            Whether to repeat a decomposition that fails in float64.
 
         Raises
         ------
@@ -189,7 +201,10 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
             If a factor can't be decomposed, not even in float64.
         """
         self._check_square("eigendecomposition")
-        evals, vectors = zip(*(eigh(f, self.name) for f in self.factors), strict=True)
+        evals, vectors = zip(
+            *(eigh(f, self.name, retry_double_precision) for f in self.factors),
+            strict=True,
+        )
         Q = self._with(list(vectors))
         return EighDecomposedLinearOperator(
             _outer(list(evals)).flatten(), Q, name=self.name, spectra=evals
@@ -233,7 +248,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         ------
         ValueError
             If both ways of damping are asked for, or the exact one with several
-            numbers.
+            numbers; or if there is not one number for each factor.
         numpy.linalg.LinAlgError
             If a damped factor is not positive definite: increase ``damping``.
 
@@ -250,7 +265,8 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
                 "out `use_heuristic_damping`, and pass one number as `damping`."
             )
         if use_exact_damping:
-            return self.eigh().inverse(damping)  # type: ignore[arg-type]
+            decomposed = self.eigh(retry_double_precision)
+            return decomposed.inverse(damping)  # type: ignore[arg-type]
         if use_heuristic_damping and not several and len(self.factors) == 2:
             shares = self._heuristic(damping, min_damping)  # type: ignore[arg-type]
         else:
@@ -259,7 +275,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
                 if isinstance(damping, tuple)
                 else (damping,) * len(self.factors)
             )
-            if len(given) < len(self.factors):
+            if len(given) != len(self.factors):
                 raise ValueError(
                     f"Got {len(given)} dampings for {len(self.factors)} factors."
                 )
@@ -267,7 +283,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         return self._with(
             [
                 _damped_inverse(f, d, self.name, retry_double_precision)
-                for f, d in zip(self.factors, shares, strict=False)
+                for f, d in zip(self.factors, shares, strict=True)
             ]
         )
 
@@ -361,6 +377,31 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
     def _apply(self, V: Tensor) -> Tensor:
         return self.Q._apply(self.evals.unsqueeze(1) * self.Q.adjoint()._apply(V))
 
+    def _without_rounding(self) -> Tensor:
+        """Return the eigenvalues, with zeros where nothing but rounding is left.
+
+        An eigenvalue of a matrix of size ``n`` is known up to ``n`` units of rounding
+        of the largest. A product is zero if a factor's eigenvalue is. Other numbers
+        that belong to a Kronecker basis, such as EKFAC's, are squares of components,
+        whose rounding is squared, too.
+        """
+        Q = self.Q
+        if not isinstance(Q, KroneckerProductLinearOperator):
+            return _without_rounding(self.evals)
+        matrices = [f.ndim == 3 for f in Q.factors]
+        if self.spectra is not None and torch.equal(
+            self.evals, _outer(list(self.spectra)).flatten()
+        ):
+            parts = [
+                _without_rounding(s) if is_matrix else s
+                for s, is_matrix in zip(self.spectra, matrices, strict=True)
+            ]
+            return _outer(parts).flatten()
+        n = max((f.shape[-1] for f in Q.factors if f.ndim == 3), default=0)
+        evals = self.evals.view(len(Q.factors[0]), -1)
+        units = (n * torch.finfo(evals.dtype).eps) ** 2
+        return _without_rounding(evals, units).flatten()
+
     def factors_decomposed(self) -> list[Tensor]:
         """Return the factors that ``Q`` and ``spectra`` are the decompositions of.
 
@@ -384,12 +425,16 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
 
     def det(self) -> Tensor:
         """Return the determinant, the product of the eigenvalues."""
-        return self.evals.prod()
+        return self._without_rounding().prod()
 
     def logdet(self) -> Tensor:
-        """Return the determinant's logarithm; NaN if it is negative."""
-        logs = self.evals.abs().log().sum()
-        return logs if self.evals.sign().prod() >= 0 else logs * torch.nan
+        """Return the determinant's logarithm; NaN if it is negative.
+
+        Minus infinity if an eigenvalue is zero up to rounding.
+        """
+        evals = self._without_rounding()
+        logs = evals.abs().log().sum()
+        return logs if evals.sign().prod() >= 0 else logs * torch.nan
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, the Euclidean norm of the eigenvalues."""
@@ -412,9 +457,10 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
         Raises
         ------
         numpy.linalg.LinAlgError
-            If a damped eigenvalue is zero: increase ``damping``.
+            If a damped eigenvalue is zero, or it is zero up to rounding and not
+            damped: increase ``damping``.
         """
-        damped = self.evals + damping
+        damped = self.evals + damping if damping else self._without_rounding()
         if zeros := int((damped == 0).sum()):
             raise LinAlgError(
                 f"{self.name or repr(self)} plus damping={damping} is singular: {zeros}"
@@ -427,7 +473,9 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
         exponent = real_scalar(p)
         if exponent is None:
             return super().__pow__(p)
-        powers = _powers(self.evals, exponent, self.name)
+        exact = exponent >= 0 and exponent == int(exponent)
+        evals = self.evals if exact else self._without_rounding()
+        powers = _powers(evals, exponent, self.name)
         return EighDecomposedLinearOperator(powers, self.Q, name=self.name)
 
 
@@ -501,6 +549,27 @@ def _damped_inverse(
     )
 
 
+def _without_rounding(evals: Tensor, units: float | None = None) -> Tensor:
+    """Set eigenvalues ``[..., n]`` to zero that are small, relative to the largest.
+
+    By default, that is below ``n`` units of rounding.
+    """
+    if not evals.numel():
+        return evals
+    if units is None:
+        units = evals.shape[-1] * torch.finfo(evals.dtype).eps
+    size = evals.abs()
+    return evals.masked_fill(size <= units * size.amax(-1, keepdim=True), 0)
+
+
+def _is_singular(factor: Tensor, name: str) -> Tensor:
+    """Return which of the matrices ``[G, n, n]`` are singular up to rounding."""
+    symmetric = torch.equal(factor, factor.mT)
+    spectrum = torch.linalg.eigvalsh if symmetric else torch.linalg.svdvals
+    values = _retried(spectrum, factor, name, True, "decomposition")
+    return (_without_rounding(values) == 0).any(-1)
+
+
 def _powers(evals: Tensor, exponent: float, name: str) -> Tensor:
     powers = evals**exponent
     if not bool(powers.isfinite().all()):
@@ -513,6 +582,7 @@ def _powers(evals: Tensor, exponent: float, name: str) -> Tensor:
 
 def _power(factor: Tensor, exponent: float, name: str) -> Tensor:
     evals, Q = eigh(factor, name)
+    evals = evals if factor.ndim == 2 else _without_rounding(evals)
     powers = _powers(evals, exponent, name)
     return powers if factor.ndim == 2 else (Q * powers.unsqueeze(1)) @ Q.mT
 

@@ -225,7 +225,6 @@ class EmpiricalRisk:
         self.terms_per_datum = num_per_example_loss_terms or 1
         self.cache = cache
         self.max_memory = _checked_bytes(max_memory)
-        #: Whether products are neither replayed nor materialised.
         #: How many times products were asked to be plain; see `fix_route`.
         self.plain = 0
         #: Whether the data is known to give the same batches in every pass, ...
@@ -521,10 +520,14 @@ class EmpiricalRisk:
         """
         if not self._may_be_dense(key):
             return None
-        if self._jacobians:
-            return self._jacobians
-        batches = list(self._recordings.values())
-        if self._num_batches != len(batches) or not self._spent.get(key):
+        with self._lock:
+            # Those of the state that is known to be fresh: later, `_forget` may have
+            # replaced both, and nobody looks at these any more.
+            kept, batches = self._jacobians, list(self._recordings.values())
+            complete = self._num_batches == len(batches)
+        if kept:
+            return kept
+        if not complete or not self._spent.get(key):
             return None
         if not self._vectorises.get(_VJPS, True):
             return None
@@ -539,8 +542,9 @@ class EmpiricalRisk:
                 return None
             jacobians.append((batch, J))
         with self._lock:
-            self._jacobians = jacobians
-            self._bytes["jacobians"] = ((), nbytes)
+            kept[:] = jacobians
+            if kept is self._jacobians:
+                self._bytes["jacobians"] = ((), nbytes)
         return jacobians
 
     def _jacobians_pay(self, sizes: Iterable[int]) -> bool:
@@ -747,10 +751,16 @@ class EmpiricalRisk:
             and self._num_batches == len(recordings)
             and not torch.is_autocast_enabled(self.space.device.type)
             and (
-                bool(self._jacobians and self.loss and not self.loss.loss.opaque)
+                self._jacobians_suffice()
                 or all(b.replays(key) for b in recordings.values())
             )
         )
+
+    def _jacobians_suffice(self) -> bool:
+        """Whether kept Jacobians and losses are all that a product needs."""
+        batches = [batch for batch, _ in self._jacobians]
+        known = self.loss is not None and not self.loss.loss.opaque
+        return known and bool(batches) and all("loss" in vars(b) for b in batches)
 
     def batches(self, title: str) -> Iterator[Linearization]:
         """Yield every batch's linearization in order (within :meth:`session`)."""
@@ -921,7 +931,7 @@ class EmpiricalRisk:
         with self._lock:
             place = batch.place
             known, _ = self._bytes.get(place, (None, 0))
-            if known == stage:
+            if known == stage or recordings is not self._recordings:
                 return
             if self._budget is None:
                 self._budget = budget_bytes(self.cache, self.space.device)
@@ -931,7 +941,9 @@ class EmpiricalRisk:
             else:
                 self._full = True
                 del self._bytes[place]
-                recordings.pop(place, None)
+                if recordings.pop(place, None) is not None:
+                    self._jacobians = []
+                    self._bytes.pop("jacobians", None)
 
     def _may_keep(self, batch: Linearization) -> bool:
         """Whether a batch's graphs may still be of use after a product."""
@@ -1030,7 +1042,7 @@ class EmpiricalRisk:
         if not self.plain and batch.replays(key):
             return width  # vectorised, and checked, on its own
         if key is None or key not in self._vectorises:
-            self._vectorises[key] = self._agrees(body, batch, V[:, :2], inputs)
+            self._vectorises[key] = self._agrees(body, batch, V, inputs)
         return width if self._vectorises[key] else 1
 
     def _columns_at_once(self, key: Hashable, batch: Linearization) -> int:
@@ -1043,16 +1055,19 @@ class EmpiricalRisk:
     def _agrees(
         self, body: Body, batch: Linearization, V: Tensor, inputs: TensorSpace
     ) -> bool:
-        """Check a product with two columns at once against one with one column."""
-        split = inputs.split
+        """Check a product with two random columns at once against one by one."""
+        generator = torch.Generator(V.device).manual_seed(20260101)
+        columns = torch.randn(
+            2, len(V), dtype=V.dtype, device=V.device, generator=generator
+        )
+        split, join = inputs.split, self.space.join
         try:
-            both = self.space.join(body(batch, split(V.T.contiguous())), leading=1)
+            both = join(body(batch, split(columns)), leading=1)
         except RuntimeError:
             return False
-        one = self.space.join(body(batch, split(V[:, 0])))
-        scale = one.abs().max()
-        tolerance = torch.finfo(V.dtype).eps ** 0.5 * scale
-        return bool((both[0] - one).abs().max() <= tolerance)
+        each = torch.stack([join(body(batch, split(column))) for column in columns])
+        tolerance = torch.finfo(V.dtype).eps ** 0.5 * each.abs().max()
+        return bool((both - each).abs().max() <= tolerance)
 
     def _denominator(self, count: Any) -> Any:
         """Return what the sum over batches is divided by."""

@@ -13,7 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlinops._operator import TorchOperator
+from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops._spaces import TensorSpace, real_scalar
 from curvlinops.kfac._uses import Layout
 from curvlinops.kronecker import (
@@ -112,7 +112,7 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         space = self._in_space
         kind = space.dtype, space.device, False
         if (
-            not isinstance(x, (list, tuple))
+            not _is_tensor_list(x)
             or ndim == 2
             or tuple(getattr(t, "shape", None) for t in x) != space.shapes
             or any((t.dtype, t.device, t.requires_grad) != kind for t in x)
@@ -190,7 +190,8 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         Raises
         ------
         ValueError
-            If a mapping does not have every block, or names no parameter.
+            If a mapping does not have every block, has several numbers for one, or
+            names no parameter; or if there are too many or too few numbers.
         numpy.linalg.LinAlgError
             If a damped block is not positive definite; it is named.
         """
@@ -204,15 +205,24 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
                 given = [its[name] for name in layout.names if name in its]
                 if not given:
                     raise ValueError(f"`damping` has no entry for {layout.names[0]!r}.")
+                if any(other != given[0] for other in given):
+                    raise ValueError(
+                        f"`damping` has several values, {given}, for the joint block "
+                        f"of {list(layout.names)}: pass one of them."
+                    )
                 its = given[0]
             if isinstance(block, EighDecomposedLinearOperator):
                 if isinstance(its, tuple):
                     raise ValueError("One number damps an eigendecomposed block.")
                 return block.inverse(its)
+            single = len(block.factors) == 1
             if isinstance(its, tuple):
                 its = its[::-1]
-            single = len(block.factors) == 1
-            return block.inverse(its, **({} if single else options))
+                if single and len(its) == 2:
+                    its = its[:1]  # there is no input factor
+            retry = options.get("retry_double_precision", True)
+            its_options = {"retry_double_precision": retry} if single else options
+            return block.inverse(its, **its_options)
 
         return self.map(invert)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,6 @@ from curvlinops.kfac._estimation import (
 from curvlinops.kfac._factors import blocks_of, sums_of
 from curvlinops.kfac._layers import Batch, Gradients, Layer
 from curvlinops.kronecker import EighDecomposedLinearOperator, eigh
-
-#: Eigenvalues of at most this many units of rounding, relative to the largest, are zero
-ROUNDING = 8
 
 
 @dataclass
@@ -105,7 +103,7 @@ def times(rows: Tensor, Q: Tensor) -> Tensor:
 
 @dataclass
 class Basis:
-    """Eigenvectors of a layer's factors, those of eigenvalue zero left out.
+    """Eigenvectors of a layer's factors.
 
     Attributes
     ----------
@@ -116,37 +114,31 @@ class Basis:
         ones, for a diagonal factor.
     spectra : tuple of Tensor
         Their eigenvalues, ``[G, d]``.
-    first : tuple of int
-        How many of these are zero, in every group.
     """
 
     layer: Layer
     vectors: tuple[Tensor, Tensor]
     spectra: tuple[Tensor, Tensor]
-    first: tuple[int, int]
 
     def rotated(self, groups: slice, rows: Tensor, side: int) -> Tensor:
         """Return the components of rows, in fresh memory."""
         Q = self.vectors[side][groups]
         if Q.ndim == 2:
             return rows.to(Q.dtype).clone()
-        return times(rows, Q[..., self.first[side] :])
+        return times(rows, Q)
 
 
-def basis_of(sums: Sums, name: str, exact: bool) -> Basis:
+def basis_of(sums: Sums, name: str) -> Basis:
     """Decompose a layer's factors, which are dropped."""
-    vectors, spectra, first = [], [], []
+    vectors, spectra = [], []
     for side, divisor in zip("BA", sums.divisors, strict=True):
         factor = getattr(sums, side)
         setattr(sums, side, None)
         evals, Q = eigh(factor, name, upper=True)
-        least = ROUNDING * torch.finfo(evals.dtype).eps * evals.amax(-1, keepdim=True)
-        zeros = (evals <= least).sum(-1).min() if factor.ndim == 3 and exact else 0
-        first.append(int(zeros))
         vectors.append(Q)
         spectra.append(mirror(evals, divisor))
-    (QB, QA), (lB, lA), (sB, sA) = vectors, spectra, first
-    return Basis(sums.layer, (QB, QA), (lB, lA), (sB, sA))
+    (QB, QA), (lB, lA) = vectors, spectra
+    return Basis(sums.layer, (QB, QA), (lB, lA))
 
 
 class Moments(Visitor):
@@ -190,13 +182,12 @@ class Moments(Visitor):
             known = self._squares.get(layer.name)
             self._squares[layer.name] = squares if known is None else known + squares
             return
-        sB, sA = basis.first
-        total = self.evals[layer.name][:, sB:, sA:]
+        total = self.evals[layer.name]
         for M in gradients(rows, total.shape):
             _add_squares(total, M)
         if layer.bias is not None:
             ones = [(groups, b, b.new_ones(*b.shape[:-1], 1)) for groups, b, _ in rows]
-            column = self.columns[layer.name][:, sB:].unsqueeze(-1)
+            column = self.columns[layer.name].unsqueeze(-1)
             for M in gradients(ones, column.shape):
                 _add_squares(column, M)
 
@@ -205,11 +196,9 @@ class Moments(Visitor):
         if (squares := self._squares.pop(layer.name, None)) is not None:
             (part,) = parts_of(layer)
             a = self._rotated_inputs(layer, part, batch.size)[:, 0, :, 0]
-            sB, sA = self.bases[layer.name].first
-            total = self.evals[layer.name][:, sB:, sA:]
-            total.baddbmm_(squares.mT, a.square_())
+            self.evals[layer.name].baddbmm_(squares.mT, a.square_())
             if layer.bias is not None:
-                self.columns[layer.name][:, sB:] += squares.sum(1)
+                self.columns[layer.name] += squares.sum(1)
         for use, _ in layer.uses:
             self._inputs.pop(id(use), None)
 
@@ -234,9 +223,9 @@ def ekfac(estimation: Estimation) -> list[Block]:
         \Lambda_{ij} = \frac{1}{D} \sum_{n, k} \left( Q_B^\top M_{nk} Q_A \right)_{ij}^2
 
     with the eigenvectors of :math:`A` and :math:`B`: the diagonal of
-    :math:`(Q_B \otimes Q_A)^\top F (Q_B \otimes Q_A)`. Where an eigenvalue of a factor
-    is zero up to rounding, so is a whole row or column of it (with ``"expand"``, whose
-    factors are made of the same inputs and gradients), which is not computed.
+    :math:`(Q_B \otimes Q_A)^\top F (Q_B \otimes Q_A)`. All of it is computed: an
+    eigenvalue of a factor that is lost in the rounding of the largest says nothing
+    about the corrected ones, which sums of squares give to full relative accuracy.
     """
     sums, settings = sums_of(estimation), estimation.settings
     chosen = {name for name, s in sums.items() if not s.layer.elementwise}
@@ -246,9 +235,7 @@ def ekfac(estimation: Estimation) -> list[Block]:
             for layout, op in blocks_of(estimation, sums)
         ]
     others = blocks_of(estimation, {n: s for n, s in sums.items() if n not in chosen})
-    bases = {
-        n: basis_of(sums[n], f"the block of {n!r}", not settings.reduce) for n in chosen
-    }
+    bases = {n: basis_of(sums[n], f"the block of {n!r}") for n in chosen}
     moments = Moments(bases)
     estimation.sweep(moments)
     D = estimation.denominator
@@ -273,13 +260,17 @@ class Halves(Visitor):
     Parameters
     ----------
     others : dict of str to Tensor
-        ``A`` or ``B`` for every layer.
+        ``A`` or ``B`` for every layer, ``[G, d, d]`` or, if diagonal, ``[G, d]``.
     left : bool
         Which of both.
+    diagonal : set of str, optional
+        The layers of whose sums only the diagonal is wanted.
     """
 
-    def __init__(self, others: dict[str, Tensor], left: bool) -> None:
-        self.others, self.left = others, left
+    def __init__(
+        self, others: dict[str, Tensor], left: bool, diagonal: Iterable[str] = ()
+    ) -> None:
+        self.others, self.left, self.diagonal = others, left, set(diagonal)
         self.totals: dict[str, Any] = dict.fromkeys(others, 0)
 
     def add(self, batch: Batch, layer: Layer, grads: Gradients) -> None:
@@ -293,18 +284,36 @@ class Halves(Visitor):
             _, b, a = rows[0]
             first, second = (b, a) if self.left else (a, b)
             first, second = first[..., 0, :], second[..., 0, :]
-            weights = (times(second, other) * second).sum(-1, keepdim=True)
+            weights = (_weighted(second, other) * second).sum(-1, keepdim=True)
             if first.shape[1] == 1:
                 weights = weights.sum(1, keepdim=True)
-            weighted = (first * weights).flatten(1, 2)
-            total = total + weighted.mT @ first.flatten(1, 2)
+            weighted, first = (first * weights).flatten(1, 2), first.flatten(1, 2)
+            if layer.name in self.diagonal:
+                total = total + (weighted * first).sum(1)
+            else:
+                total = total + weighted.mT @ first
         else:
             for M in gradients(rows, layer.layout.size):
                 M = M if self.left else M.mT
+                weighted = _weighted(M, other)
+                if layer.name in self.diagonal:
+                    total = total + (M * weighted).sum((1, 3))
+                    continue
                 columns = M.transpose(1, 2).flatten(2)
-                weighted = (M @ other.unsqueeze(1)).transpose(1, 2).flatten(2)
-                total = total + columns @ weighted.mT
+                total = total + columns @ weighted.transpose(1, 2).flatten(2).mT
         self.totals[layer.name] = total
+
+
+def _weighted(rows: Tensor, factor: Tensor) -> Tensor:
+    """Multiply rows ``[G, ..., d]`` from the right by a factor, maybe a diagonal."""
+    if factor.ndim == 2:
+        G, d = factor.shape
+        return rows * factor.view(G, *[1] * (rows.ndim - 2), d)
+    return times(rows, factor)
+
+
+def _squared_norms(factor: Tensor) -> Tensor:
+    return factor.square().flatten(1).sum(1)
 
 
 def kfoc(estimation: Estimation, max_iter: int, tolerance: float) -> list[Block]:
@@ -319,29 +328,47 @@ def kfoc(estimation: Estimation, max_iter: int, tolerance: float) -> list[Block]
 
     starting from KFAC: the power method for the leading singular vectors of the
     rearranged :math:`F`. Every step is a pass over the data, decreases the distance,
-    and gives a symmetric positive semi-definite factor.
+    and gives a symmetric positive semi-definite factor. Of one that is wider than
+    ``max_factor`` only the diagonal is kept, the best one for the other factor.
     """
     sums = sums_of(estimation)
+    widest = estimation.settings.max_factor
     if estimation.settings.fisher.fisher_type == "forward-only":
         return blocks_of(estimation, sums)
     for s in sums.values():
         s.to_means()
     chosen = {n: s for n, s in sums.items() if not s.layer.elementwise}
     for s in chosen.values():
-        s.A, s.B = (f if f.ndim == 3 else f.diag_embed() for f in (s.A, s.B))
+        s.A, s.B = (
+            f.diag_embed() if f.ndim == 2 and f.shape[1] <= widest else f
+            for f in (s.A, s.B)
+        )
+        if s.counts_tokens and s.A.ndim == 2:
+            warnings.warn(
+                f"The input factor of {s.layer.name!r}, with one row per token, would "
+                f"have the shape {(s.A.shape[1],) * 2}: only its diagonal is kept. To "
+                f"keep all of it, raise `max_factor={widest}`.",
+                stacklevel=2,
+            )
     previous = dict.fromkeys(chosen, 0.0)
     for step in range(2 * max_iter):
         left = step % 2 == 0
-        halves = Halves({n: s.A if left else s.B for n, s in chosen.items()}, left)
+        halves = Halves(
+            {n: s.A if left else s.B for n, s in chosen.items()},
+            left,
+            {n for n, s in chosen.items() if (s.B if left else s.A).ndim == 2},
+        )
         estimation.sweep(halves)
         settled = True
         for name, s in chosen.items():
-            square = halves.others[name].square().sum((1, 2), keepdim=True)
-            best = halves.totals[name] / (estimation.denominator * square)
+            best = halves.totals[name]
+            square = _squared_norms(halves.others[name])
+            square = square.view(-1, *[1] * (best.ndim - 1))
+            best = best / (estimation.denominator * square)
             best = torch.where(square > 0, best, torch.zeros_like(best))
-            best = (best + best.mT) / 2
+            best = best if best.ndim == 2 else (best + best.mT) / 2
             s.A, s.B = (s.A, best) if left else (best, s.B)
-            size = float((s.A.square().sum((1, 2)) * s.B.square().sum((1, 2))).sum())
+            size = float((_squared_norms(s.A) * _squared_norms(s.B)).sum())
             settled &= size <= previous[name] * (1 + tolerance)
             previous[name] = size
         if settled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +59,7 @@ class Sums:
     Of a symmetric matrix the part above the diagonal is there. ``swapped`` belongs to
     the uses in which inputs and outputs exchange their roles; ``divisors``, one number
     for every group or for all, turn the sums ``B`` and ``A`` into means.
+    ``counts_tokens`` says that all inputs were unit vectors, so that ``A`` is diagonal.
     """
 
     layer: Layer
@@ -66,6 +68,7 @@ class Sums:
     count: Any = 0
     swapped: Any = None
     divisors: tuple[Any, Any] = (1, 1)
+    counts_tokens: bool = False
 
     def to_means(self) -> None:
         """Turn the sums into means, in place, with all their entries."""
@@ -140,37 +143,39 @@ class Estimation:
             source = batches(
                 self.risk, self.settings.bias, self.settings.unsupported, self.title
             )
-            for batch in source:
-                self._register(batch)
-                count = count + batch.linearization.count
-                seen: list[tuple[Layer, Gradients]] = []
-                budget = self._bytes_to_keep() if budget is None else budget
-                budget -= _input_bytes(batch)
-                visitor.start(batch)
+            # Closed also while an exception holds on to it: recording goes on then.
+            with closing(source):
+                for batch in source:
+                    self._register(batch)
+                    count = count + batch.linearization.count
+                    seen: list[tuple[Layer, Gradients]] = []
+                    budget = self._bytes_to_keep() if budget is None else budget
+                    budget -= _input_bytes(batch)
+                    visitor.start(batch)
 
-                def receive(
-                    layer: Layer,
-                    grads: Gradients,
-                    batch: Batch = batch,
-                    seen: Any = seen,
-                ) -> None:
-                    nonlocal budget
-                    assert budget is not None
-                    budget -= sum(g.nbytes for g in grads.values())
-                    if budget >= 0:
-                        seen.append((layer, grads))
-                    else:
-                        seen.clear()
-                    visitor.add(batch, layer, grads)
+                    def receive(
+                        layer: Layer,
+                        grads: Gradients,
+                        batch: Batch = batch,
+                        seen: Any = seen,
+                    ) -> None:
+                        nonlocal budget
+                        assert budget is not None
+                        budget -= sum(g.nbytes for g in grads.values())
+                        if budget >= 0:
+                            seen.append((layer, grads))
+                        else:
+                            seen.clear()
+                        visitor.add(batch, layer, grads)
 
-                self._send_all(batch, receive, diagonals and bool(batch.diagonal))
-                keep = budget >= 0 and kept is not None
-                batch.release()
-                for layer in batch.layers:
-                    visitor.done(batch, layer)
-                    for use, _ in () if keep else layer.uses:
-                        use.input = None
-                kept = [*kept, (batch, seen)] if keep else None
+                    self._send_all(batch, receive, diagonals and bool(batch.diagonal))
+                    keep = budget >= 0 and kept is not None
+                    batch.release()
+                    for layer in batch.layers:
+                        visitor.done(batch, layer)
+                        for use, _ in () if keep else layer.uses:
+                            use.input = None
+                    kept = [*kept, (batch, seen)] if keep else None
             self.denominator = self.risk._denominator(count)
             self._kept = kept
 
@@ -263,9 +268,12 @@ class Estimation:
                 allow_unused=True,
             )
             for name, leaf, g in zip(batch.diagonal, leaves, grads, strict=True):
-                total = self.diagonals.setdefault(name, torch.zeros_like(leaf))
+                if name not in self.diagonals:
+                    dtype = _dtype_of_sums(leaf)
+                    self.diagonals[name] = torch.zeros_like(leaf, dtype=dtype)
                 if g is not None:
-                    total.data.add_(g.square())
+                    total = self.diagonals[name]
+                    total.add_(g.to(total.dtype).square())
 
     # -- blocks that do not depend on the method ---------------------------------------
 
@@ -279,13 +287,17 @@ class Estimation:
         for name, p in self.risk.model.aliases.items():
             if name not in known:
                 total = self.diagonals.get(name)
-                flat = (
-                    p.new_zeros(1, p.numel()) if total is None else total.reshape(1, -1)
-                )
+                if total is None:
+                    total = torch.zeros_like(p, dtype=_dtype_of_sums(p))
+                flat = total.reshape(1, -1)
                 size = (1, p.numel(), 1)
                 layout = Layout((name,), (tuple(p.shape),), size, (0, 1, 2), size)
                 blocks.append((layout, product(name, flat.detach() / self.denominator)))
         return blocks
+
+
+def _dtype_of_sums(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _show(visitor: Visitor, batch: Batch, seen: list[tuple[Layer, Gradients]]) -> None:

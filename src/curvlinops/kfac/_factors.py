@@ -56,12 +56,14 @@ class Covariances(Visitor):
             like = use.input.new_empty(0, dtype=dtype)
             count = self._zeros(layer, like, 1, diagonal=True)[:, 0]
             sums = Sums(replace(layer, uses=[]), count=count)
-            if any(swapped for _, swapped in layer.uses):
-                _, m, n = layer.layout.size
-                parts = self._zeros(layer, like, n), self._zeros(layer, like, m)
-                sums.swapped = (*parts, count.clone())
             self.sums[layer.name] = sums
-        return self.sums[layer.name]
+        sums = self.sums[layer.name]
+        if sums.swapped is None and any(swapped for _, swapped in layer.uses):
+            like = sums.count
+            _, m, n = layer.layout.size
+            parts = self._zeros(layer, like, n), self._zeros(layer, like, m)
+            sums.swapped = (*parts, torch.zeros_like(like))
+        return sums
 
     def _zeros(
         self,
@@ -122,6 +124,7 @@ class Covariances(Visitor):
             units = _counts_tokens(layer, self.settings)
             d = layer.layout.size[2]
             s.A, fresh = self._empty(layer, s.count, d, units)
+            s.counts_tokens = units
         N = batch.size
         for groups, uses in slots(layer, swapped=False):
             s.count[groups] += self._add_input(s.A[groups], layer, uses, N, fresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from enum import StrEnum
 from os import PathLike
 from typing import Any
@@ -87,25 +88,40 @@ class KroneckerFactored(RiskOperator):
     @property
     def representation(self) -> BlockwiseLinearOperator:
         """The matrix as block-diagonal operator, without model and data."""
-        with self.risk._lock:
-            if self._matrix is None:
-                self.compute_kronecker_factors()
-            assert self._matrix is not None
-            return self._matrix
+        matrix = self._matrix
+        if matrix is not None:
+            return matrix
+        with self._alone():
+            return self._compute() if self._matrix is None else self._matrix
 
     def compute_kronecker_factors(self) -> None:
         """Compute the factors at the current parameters, replacing earlier ones."""
+        with self._alone():
+            self._compute()
+
+    def _alone(self) -> ExitStack:
+        """Take the model's lock and then the risk's, as everything else does."""
+        with ExitStack() as stack:
+            stack.enter_context(self.risk.model.exclusive())
+            stack.enter_context(self.risk._lock)
+            return stack.pop_all()
+
+    def _compute(self) -> BlockwiseLinearOperator:
+        """Compute the matrix, with the locks held, and keep it."""
         self._matrix = None
         blocks = self._estimate(self._title("compute_kronecker_factors"))
         order = {name: i for i, name in enumerate(self.risk.params)}
         blocks.sort(key=lambda block: order[block[0].names[0]])
         layouts, operators = zip(*blocks, strict=True)
-        self._matrix = BlockwiseLinearOperator(self._in_space, layouts, operators)
+        matrix = BlockwiseLinearOperator(self._in_space, layouts, operators)
+        self._matrix = matrix
+        return matrix
 
     def refresh(self) -> None:
         """Forget factors and recordings; the next product computes them anew."""
-        super().refresh()
-        self._matrix = None
+        with self._alone():
+            super().refresh()
+            self._matrix = None
 
     def factors(self) -> dict[str, Factors]:
         """Return every layer's input and output factor.
@@ -196,7 +212,8 @@ class KroneckerFactored(RiskOperator):
                     f"{path!r} was saved for parameters with the {what} "
                     f"{getattr(its, what)}, these have {getattr(mine, what)}."
                 )
-        self._matrix = matrix
+        with self._alone():
+            self._matrix = matrix
 
 
 def _layer_names(weights: Iterable[str]) -> dict[str, str]:

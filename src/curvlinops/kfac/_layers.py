@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -125,16 +126,16 @@ class Batch:
             arrive(layer, use, gradients[use.edge.output_nr])
 
         last = [pair for pair in self.uses if id(pair[1]) in self._last]
-        handles = [
-            use.edge.node.register_prehook(partial(on_the_way, layer, use))
-            for layer, use in self.uses
-            if id(use) not in self._last
-        ]
-        # a scalar: with a vector, torch imports its symbolic shapes (36 MB)
-        total = (self.linearization.output * u).sum()
-        if not keep:
-            self._forget_output()
+        handles: list[Any] = []
         try:
+            for layer, use in self.uses:
+                if id(use) not in self._last:
+                    hook = partial(on_the_way, layer, use)
+                    handles.append(use.edge.node.register_prehook(hook))
+            # a scalar: with a vector, torch imports its symbolic shapes (36 MB)
+            total = (self.linearization.output * u).sum()
+            if not keep:
+                self._forget_output()
             grads = torch.autograd.grad(
                 total,
                 [use.edge for _, use in last],
@@ -203,10 +204,17 @@ def _nodes_before(output: Tensor, wanted: Iterable[Any]) -> set[Any]:
 
 def batches(
     risk: EmpiricalRisk, bias: str, unsupported: str, title: str
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield every batch with its layers (within ``risk.session``)."""
+    source: Any = risk._fresh_batches(title)
+    with closing(source):
+        yield from _batches(risk, source, bias, unsupported)
+
+
+def _batches(
+    risk: EmpiricalRisk, source: Iterator[Any], bias: str, unsupported: str
+) -> Iterator[Batch]:
     recorder = Recorder(risk.model.aliases, HANDLERS)
-    source = risk._fresh_batches(title)
     while True:
         recorder.clear()
         with recorder:

@@ -274,9 +274,6 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
     given basis, this is the nearest to the block in Frobenius norm; so it is never
     further away than KFAC. Traces of the blocks of weights are exact.
 
-    Where an eigenvalue of a factor is zero up to rounding (8 units in the last place of
-    the largest), so are the corrected ones, and they are not computed (``"expand"``).
-
     Cost: KFAC's, one eigendecomposition per factor, and the products that rotate inputs
     and gradients. These are kept from KFAC's pass over the data if they take no more
     memory than the factors (and ``cache`` allows it), otherwise a second pass computes
@@ -402,7 +399,8 @@ unsupported, max_factor, **options
     semi-definite. The power method starts from KFAC and decreases the distance in every
     step, so the result is never further away than KFAC's, and the nearest of all
     Kronecker products when it has converged. A bias that is a block of its own is
-    exact. Factors are matrices, also where KFAC's are diagonal.
+    exact. Factors are matrices, also where KFAC's are diagonal, up to ``max_factor``;
+    of a wider one, e.g. for a vocabulary, only the diagonal is fitted, with a warning.
 
     Cost: KFAC's, and up to ``2 * max_iter`` passes over the data, each with KFAC's
     backward passes; unless inputs and gradients were kept, as for
