@@ -312,12 +312,14 @@ class Linearization:
                 Jv = self._model.directional(self._fresh_input(), V, reached)
             except Exception:  # whatever a model or an operation raises there
                 Jv, self._model.forward_mode = None, False
-            w = None if Jv is None else middle(self, Jv)
-            if Jv is not None and w is not None and bool(w.any()):
-                JTw = self.vjp(w)
-                if _adjoint(Jv, w, V, JTw):
-                    return JTw
-                self._model.forward_mode = False
+            if Jv is not None:
+                w = middle(self, Jv)
+                # No product proves nothing, unless there is none with any vector.
+                if bool(w.any()) or not bool(middle(self, _ramp(Jv)).any()):
+                    JTw = self.vjp(w)
+                    if _adjoint(Jv, w, V, JTw):
+                        return JTw
+                    self._model.forward_mode = False
         return self.vjp(middle(self, self.jvp(V)))
 
     def _fresh_input(self) -> Any:
@@ -412,6 +414,12 @@ def _pull_back(
     else:
         grads = _grad(outs, inputs, vs)
     return _filled(grads, inputs, leading)
+
+
+def _ramp(like: Tensor) -> Tensor:
+    """Return a tensor without two equal entries."""
+    steps = torch.linspace(1, 2, like.numel(), dtype=like.dtype, device=like.device)
+    return steps.reshape(like.shape)
 
 
 def _adjoint(Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor]) -> bool:
