@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import budget_bytes
 from curvlinops._parts import one_by_one
-from curvlinops._replay import RECORD_EARLY, RECORD_LATE
+from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -44,7 +43,7 @@ Line = list[tuple[Any, int]]
 _MAX_PRODUCTS = RECORD_LATE + 4
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(Watcher):
     """Counts the bytes of the tensors that are created in a context and still alive.
 
     Memory that a single operation uses inside is not seen, and what is passed to
@@ -64,11 +63,6 @@ class Tracker(TorchDispatchMode):
     def peak(self) -> int:
         """Most bytes alive at a time."""
         return max((n for _, n in self.series), default=0)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Wrapping this mode for torch.compile would import it all: a second.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -788,6 +782,8 @@ def _bytes(number: float) -> str:
 
 def plan(operator: RiskOperator, columns: int) -> Plan:
     """Predict what products of an operator take; see `RiskOperator.plan`."""
+    if not isinstance(columns, int):
+        raise TypeError(f"`columns` must be an integer, got {columns!r}.")
     if columns < 1:
         raise ValueError(f"`columns` must be at least one, got {columns}.")
     risk = operator.risk

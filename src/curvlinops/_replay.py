@@ -70,7 +70,7 @@ def recording() -> bool:
 
 
 #: Plain products of a batch before one is recorded: where replaying it costs far less
-#: (convolutions, and work so small that looking after graphs takes longer), and else.
+#: (convolutions, and on a GPU), and elsewhere.
 RECORD_EARLY, RECORD_LATE = 1, 8
 
 
@@ -192,7 +192,16 @@ def _close(a: Sequence[Tensor], b: Sequence[Tensor], exponent: float) -> bool:
     return gap <= torch.finfo(b[0].dtype).eps ** exponent * scale
 
 
-class _Recorder(TorchDispatchMode):
+class Watcher(TorchDispatchMode):
+    """Sees every tensor operation of a thread."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Wrapping this mode for torch.compile would import it all: a second.
+        return False
+
+
+class _Recorder(Watcher):
     """Watches a product at the level of ATen operations."""
 
     def __init__(self, vectors: list[Tensor]) -> None:
@@ -211,11 +220,6 @@ class _Recorder(TorchDispatchMode):
         self._count += 1
         self._slots[tensor] = slot
         return slot
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Wrapping this mode for torch.compile would import it all: a second.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -1000,7 +1000,7 @@ class EmpiricalRisk:
 
         ``V`` and the products are vectors of the two ``spaces``, by default those of
         the parameters. Where nothing is kept, the last of a keyed body's products
-        frees its graph, and the sum is allocated after that.
+        drops its graph, and the sum is allocated after that.
         """
         inputs, outputs = spaces or (self.space, self.space)
         batch.multiplied |= self.plain > 0

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from curvlinops._model import Parameters
-from curvlinops._operator import _is_tensor_list
+from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Factors, load
 from curvlinops.kfac._estimation import Settings
 from curvlinops.kfac._layers import Fisher
@@ -39,7 +39,27 @@ class KFACType(StrEnum):
     REDUCE = "reduce"
 
 
-class KroneckerFactored(RiskOperator):
+class Represented(TorchOperator):
+    """Multiplies through another operator: its ``representation``, made of blocks."""
+
+    @property
+    def representation(self) -> BlockwiseLinearOperator:
+        """The operator that does the work."""
+        raise NotImplementedError
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self.representation._apply(V)
+
+    def _product(
+        self, x: Any, columns: int | None = None, ndim: int | None = None
+    ) -> Any:
+        """Hand on a list of tensors, which the blocks need not be joined for."""
+        if _is_tensor_list(x):
+            return self.representation._product(x, columns, ndim)
+        return super()._product(x, columns, ndim)
+
+
+class KroneckerFactored(Represented, RiskOperator):
     """What KFAC, EKFAC and KFOC share: a block-diagonal matrix computed at first use.
 
     Parameters
@@ -71,17 +91,6 @@ class KroneckerFactored(RiskOperator):
     def _estimate(self, title: str) -> list[Any]:
         """Return blocks with their layouts."""
         raise NotImplementedError
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.representation._apply(V)
-
-    def _product(
-        self, x: Any, columns: int | None = None, ndim: int | None = None
-    ) -> Any:
-        """Hand on a list of tensors, which the blocks need not be joined for."""
-        if _is_tensor_list(x):
-            return self.representation._product(x, columns, ndim)
-        return super()._product(x, columns, ndim)
 
     # -- factors ----------------------------------------------------------------------
 

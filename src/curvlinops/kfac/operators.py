@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
 
 from curvlinops._model import Parameters
-from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops.ggn import DEFAULT_SEED
 from curvlinops.kfac._blocks import BlockwiseLinearOperator, Damping
 from curvlinops.kfac._corrections import ekfac, kfoc
@@ -20,6 +18,7 @@ from curvlinops.kfac._family import (
     FisherType,
     KFACType,
     KroneckerFactored,
+    Represented,
     checked_settings,
 )
 from curvlinops.risk import EmpiricalRisk
@@ -486,7 +485,7 @@ unsupported, max_factor, **options
         return self.representation.inverse(damping, **options)
 
 
-class KFACInverseLinearOperator(TorchOperator, LinearOperator):
+class KFACInverseLinearOperator(Represented, LinearOperator):
     """The damped inverse of a Kronecker-factored operator, computed at first use.
 
     Parameters
@@ -557,17 +556,6 @@ retry_double_precision
         if self.cache:
             self._known = matrix, inverse
         return inverse
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.representation._apply(V)
-
-    def _product(
-        self, x: Any, columns: int | None = None, ndim: int | None = None
-    ) -> Any:
-        """Hand on a list of tensors, which the blocks need not be joined for."""
-        if _is_tensor_list(x):
-            return self.representation._product(x, columns, ndim)
-        return super()._product(x, columns, ndim)
 
 
 __all__ = [
