@@ -80,6 +80,7 @@ from curvlinops import (
     TensorLinearOperator,
     TransposedJacobianLinearOperator,
 )
+from curvlinops._data import mapped, moved
 from curvlinops.examples.functorch import _batch_size, _concatenate, _map
 from curvlinops.losses import as_loss_function
 
@@ -174,6 +175,23 @@ def problem(name: str, *tags: str) -> Callable:
         return build
 
     return register
+
+
+def on_device(built: Built, device: str) -> Built:
+    """Move a problem, except for what a plain callable closes over."""
+    model, loss_func, params, data = built
+    if isinstance(model, nn.Module):
+        model.to(device)
+    # those of the module have been moved in place
+    params = mapped(lambda p: p if p.device.type == device else p.to(device), params)
+    if isinstance(loss_func, nn.Module):
+        loss_func.to(device)
+    elif isinstance(loss_func, partial):
+        options = moved(loss_func.keywords, torch.device(device))
+        loss_func = partial(loss_func.func, *loss_func.args, **options)
+    # what is no list stays on the CPU: the operators move it
+    data = moved(data, torch.device(device)) if type(data) is list else data
+    return model, loss_func, params, data
 
 
 def split(X: Any, y: Any, sizes: Sequence[int] = SIZES) -> list:

@@ -31,7 +31,7 @@ from scipy.sparse.linalg import (
 )
 from torch import Tensor
 
-from cases import OPERATORS, PROBLEMS, N, Operator, Problem, find, resplit
+from cases import OPERATORS, PROBLEMS, N, Operator, Problem, find, on_device, resplit
 from tolerances import assert_close
 
 # What the laws are about
@@ -48,14 +48,16 @@ def _unused_parameters_are_allowed() -> Iterator[None]:
 class Subject:
     """An operator on a problem, with what the laws ask for again and again."""
 
-    def __init__(self, operator: Operator, problem: Problem):
+    def __init__(self, operator: Operator, problem: Problem, device: str):
         self.operator = operator
         self.problem = problem
+        self.device = device
 
     def build(self, *built: Any, **options: Any) -> Any:
         """Build the operator, on a problem of its own unless one is given."""
+        built = on_device(built or self.problem.build(), self.device)
         with _unused_parameters_are_allowed():
-            return self.operator.build(*(built or self.problem.build()), **options)
+            return self.operator.build(*built, **options)
 
     @cached_property
     def A(self) -> Any:
@@ -103,9 +105,9 @@ def _dense(operator_name: str, problem_name: str) -> Tensor:
 
 
 @cache
-def subject(operator: Operator, problem: Problem) -> Subject:
+def subject(operator: Operator, problem: Problem, device: str = "cpu") -> Subject:
     """Return the subject that all laws of one process share."""
-    return Subject(operator, problem)
+    return Subject(operator, problem, device)
 
 
 #: Problems on which the laws run that have nothing to do with the model: every
@@ -550,7 +552,7 @@ def pickles_and_copies(s: Subject) -> None:
 @law()
 def representation_says_what_it_is(s: Subject) -> None:
     M, N = s.A.shape
-    for part in (f"{M}x{N}", type(s.A).__name__, str(s.A.torch_dtype), "cpu"):
+    for part in (f"{M}x{N}", type(s.A).__name__, str(s.A.torch_dtype), s.device):
         assert part in repr(s.A)
 
 

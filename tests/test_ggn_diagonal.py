@@ -213,7 +213,7 @@ def test_memory_is_bounded(monkeypatch):
         return original(self, U)
 
     monkeypatch.setattr(Linearization, "vjp", noting)
-    monkeypatch.setattr("curvlinops.ggn_diagonal.MAX_COLUMN_BYTES", 3 * 8 * 26)
+    monkeypatch.setattr(ggn_diagonal, "column_bytes", lambda device: 3 * 8 * 26)
     assert_close(D.diagonal(), expected)
     assert max(widths) == 2  # outputs per datum
     monkeypatch.setattr(ggn_diagonal, "one_by_one", lambda risk, batch: [batch])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
-from math import isfinite
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -125,6 +124,44 @@ def moved(value: Any, device: torch.device) -> Any:
     return mapped(move, value)
 
 
+def ahead(
+    parts: Iterable[tuple[int, Any, Share | None]], device: torch.device
+) -> Iterator[tuple[int, Any, Share | None]]:
+    """Yield batches for a GPU, each copied while the one before is worked on.
+
+    They leave through page-locked memory and arrive beside the current stream.
+    """
+    if device.type != "cuda":
+        yield from parts
+        return
+    stream, aside = torch.cuda.current_stream(device), _copying_stream(device)
+
+    def send(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return tensor
+        sent = tensor.pin_memory().to(device, non_blocking=True)
+        sent.record_stream(stream)
+        return sent
+
+    before: tuple[Any, ...] = ()
+    for index, item, share in parts:
+        with torch.cuda.stream(aside):
+            item = mapped(send, item)
+            arrived = aside.record_event()
+        if before:
+            stream.wait_event(before[1])
+            yield before[0]
+        before = (index, item, share), arrived
+    if before:
+        stream.wait_event(before[1])
+        yield before[0]
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def cloned(value: Any) -> Any:
     return mapped(torch.clone, value)
 
@@ -206,106 +243,3 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
             if not _RNG_USERS:
                 for restore in _RNG_STATES:
                     restore()
-
-
-_BLOCK = 1 << 16
-#: Tensors with fewer entries are projected together.
-_SMALL = 1 << 12
-
-
-class Checksum:
-    """Projects the content of tensors, whenever called, on a fixed random vector.
-
-    Small tensors in the CPU's memory are projected together, each to its own number: a
-    change of one must not be lost beside the values of another.
-
-    Parameters
-    ----------
-    tensors : sequence of Tensor
-        The tensors, whose shape, dtype and place in memory stay as they are.
-
-    Notes
-    -----
-    Not to be called by several threads at once.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            alias = [t.detach() for t in strided(tensors)]
-        small = [t for t in alias if 0 < t.numel() < _SMALL and _suits_numpy(t)]
-        # Views where flattening gives one; copied at every call where it does not.
-        self._small = [
-            t.numpy().reshape(-1) if t.is_contiguous() else t.numpy() for t in small
-        ]
-        *starts, total = np.cumsum([0, *(t.numel() for t in small)])
-        self._starts, self._buffer = starts, np.empty(total)
-        generator = np.random.default_rng(20260101)
-        self._weights = generator.standard_normal(len(self._buffer))
-        known = set(map(id, small))
-        self._large = [t for t in alias if id(t) not in known]
-
-    def __call__(self) -> tuple[float, ...]:
-        """Return a number per tensor, the small ones first."""
-        values: list[float] = []
-        if self._small:
-            parts = [x if x.ndim == 1 else x.reshape(-1) for x in self._small]
-            buffer = self._buffer
-            np.concatenate(parts, out=buffer, casting="unsafe")
-            values = self._projections(buffer)
-            if not all(map(isfinite, values)):  # an attention mask of -inf, say
-                finite = np.nan_to_num(buffer, nan=3.0, posinf=5.0, neginf=7.0)
-                values = self._projections(finite)
-        with torch.no_grad():
-            numbers = _numbers([_projection(t) for t in self._large])
-            for i, t in enumerate(self._large):
-                if not isfinite(numbers[i]):
-                    replaced = torch.nan_to_num(t.double(), 3.0, 5.0, 7.0)
-                    numbers[i] = float(_projection(replaced))
-        return (*values, *numbers)
-
-    def _projections(self, buffer: np.ndarray) -> list[float]:
-        with np.errstate(invalid="ignore", over="ignore"):
-            return np.add.reduceat(buffer * self._weights, self._starts).tolist()
-
-
-def _suits_numpy(tensor: Tensor) -> bool:
-    supported = tensor.dtype not in (torch.bfloat16, torch.float16)
-    return tensor.device.type == "cpu" and supported and not tensor.is_complex()
-
-
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """Return tensors as numbers, with one synchronisation per device."""
-    values = [0.0] * len(scalars)
-    for device in {s.device for s in scalars}:
-        places = [i for i, s in enumerate(scalars) if s.device == device]
-        together = torch.stack([scalars[i].double() for i in places]).tolist()
-        for i, value in zip(places, together, strict=True):
-            values[i] = value
-    return values
-
-
-def _projection(tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        wide = torch.float64 if not tensor.is_floating_point() else torch.float32
-        tensor = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to(
-            wide
-        )
-    flat = tensor.reshape(-1)
-    vector = _random_vector(flat.dtype, flat.device)
-    if (size := flat.numel()) <= _BLOCK:
-        return torch.dot(flat, vector[:size])
-    whole = size // _BLOCK * _BLOCK
-    rest = torch.dot(flat[whole:], vector[: size - whole])
-    rows = flat[:whole].view(-1, _BLOCK) @ vector
-    return rest + torch.dot(rows, vector[: len(rows)])
-
-
-_RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def _random_vector(dtype: torch.dtype, device: torch.device) -> Tensor:
-    if (dtype, device) not in _RANDOM:
-        generator = torch.Generator().manual_seed(20260101)
-        vector = torch.randn(_BLOCK, dtype=torch.float64, generator=generator)
-        _RANDOM[dtype, device] = vector.to(device, dtype)
-    return _RANDOM[dtype, device]

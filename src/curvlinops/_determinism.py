@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops._data import Checksum, tensors_in
+from curvlinops._checksum import Checksum
+from curvlinops._data import tensors_in
 from curvlinops._linearization import Linearization
+from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -81,7 +83,7 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
         raise ValueError(
             f"`num_data` is {num_data}, but the data has {first.size} points."
         )
-    tolerance = torch.finfo(risk.space.dtype).eps ** 0.5
+    tolerance = rounding(risk.space.dtype, risk.space.device) ** 0.5
     same = close(first.loss, second.loss, tolerance) and close(
         first.gradient, second.gradient, tolerance
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 from curvlinops._data import Share, cloned, strided, tensors_in
 from curvlinops._model import Model, graph_leaves, graph_nodes
 from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Route, recording
-from curvlinops._spaces import TensorSpace
+from curvlinops._spaces import TensorSpace, rounding
 from curvlinops.losses import Loss
 
 #: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
@@ -204,7 +204,8 @@ class Linearization:
             _, transposed = self.__dict__.get("_transposed", (None, []))
             kept = [self.__dict__.get("output"), *transposed]
             kept += self.__dict__.get("_gradient", [])
-            for route in list(self._routes.values()):
+            routes = list(self._routes.values())
+            for route in routes:
                 kept += route.held
             loss = self.__dict__.get("loss")
             held = [list(self._notes.values()), vars(loss) if loss else None]
@@ -214,6 +215,7 @@ class Linearization:
             data = {id(t): t for t in strided(tensors_in([self.X, self.y]))}.values()
             nbytes = graph_bytes(roots, exclude=[*self._leaves, *data])
             nbytes += sum(t.numel() * t.element_size() for t in data)
+            nbytes += sum(route.graph_bytes for route in routes)
             self._nbytes = stage, nbytes
         return nbytes
 
@@ -434,7 +436,7 @@ def _adjoint(Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor]) 
         right += products.sum(dtype=torch.float64)
         spread += products.norm() ** 2
     gap, size = float((left - right).abs()), float(left.abs() + spread.sqrt())
-    return gap <= torch.finfo(Jv.dtype).eps ** 0.75 * size
+    return gap <= rounding(Jv.dtype, Jv.device) ** 0.75 * size
 
 
 def _filled(

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlinops._data import cut
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
+from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -62,7 +63,7 @@ def _composes(
     if risk.loss is not None:
         HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
         pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))
-    tolerance = torch.finfo(f.dtype).eps ** 0.5
+    tolerance = rounding(f.dtype, f.device) ** 0.5
     return all(a.shape == b.shape and close(a, b, tolerance) for a, b in pairs)
 
 

@@ -29,6 +29,7 @@ from curvlinops._determinism import close
 from curvlinops._linearization import budget_bytes
 from curvlinops._parts import one_by_one
 from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
+from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -675,7 +676,7 @@ def _is_apart(risk: EmpiricalRisk, batch: Any) -> bool:
         (sum(torch.as_tensor(p.count) for p in parts), torch.as_tensor(batch.count)),
         (sum(p.loss.value() for p in parts), batch.loss.value()),
     ]
-    tolerance = torch.finfo(batch.output.dtype).eps ** 0.5
+    tolerance = rounding(batch.output.dtype, batch.output.device) ** 0.5
     return all(close(torch.as_tensor(a), b, tolerance) for a, b in pairs)
 
 

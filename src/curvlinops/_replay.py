@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvlinops._cuda_graph import CapturedProgram, captured
 from curvlinops._program import Call, Memory, Program, Slot, leaves, replaced
+from curvlinops._spaces import rounding
 
 Product = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -100,8 +101,12 @@ class Route:
     @property
     def held(self) -> list[Tensor]:
         """The tensors that recordings keep."""
-        held = self.program.constants if self.program else []
-        return [*held, *(self.captured.held if self.captured else [])]
+        return self.program.constants if self.program else []
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes that the CUDA graph takes beside them."""
+        return self.captured.nbytes if self.captured else 0
 
     @property
     def trusted(self) -> bool:
@@ -189,7 +194,7 @@ def _close(a: Sequence[Tensor], b: Sequence[Tensor], exponent: float) -> bool:
     gap = max(
         float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()
     )
-    return gap <= torch.finfo(b[0].dtype).eps ** exponent * scale
+    return gap <= rounding(b[0].dtype, b[0].device) ** exponent * scale
 
 
 class Watcher(TorchDispatchMode):

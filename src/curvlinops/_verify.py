@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 from curvlinops._data import checked_pair, cloned, cut, moved, preserved_rng, tensors_in
 from curvlinops._model import Model
 from curvlinops._random import Probes, Rng, as_seed
+from curvlinops._spaces import rounding
 from curvlinops.losses import Loss, LossFunction
 
 if TYPE_CHECKING:
@@ -172,19 +173,19 @@ def verify(A: Any, rng: Rng = 0) -> Report:
         return _reference(A)(A, plain, scale, x, y)
 
     size = max(A.shape)
-    exact = _tolerance(A.torch_dtype, size, 1.0)
+    exact = _tolerance(A, size, 1.0)
     rows = [
         _row("adjoint", adjoint, exact),
         _row("linearity", linearity, exact),
         _row("freshness", freshness, exact),
         _row("batch split", batch_split, exact),
-        _converged(finite_differences, _tolerance(A.torch_dtype, size, 2 / 3)),
+        _converged(finite_differences, _tolerance(A, size, 2 / 3)),
     ]
     return Report(f"{type(A).__name__} of shape {M} x {N}", tuple(rows))
 
 
-def _tolerance(dtype: torch.dtype, size: int, exponent: float) -> float:
-    eps = torch.finfo(dtype).eps
+def _tolerance(A: Any, size: int, exponent: float) -> float:
+    eps = rounding(A.torch_dtype, A.device)
     return min(32 * math.sqrt(size) * eps**exponent, MAX_TOLERANCE)
 
 

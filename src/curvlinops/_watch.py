@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvlinops._data import Checksum, strided, tensors_in
+from curvlinops._checksum import Checksum
+from curvlinops._data import strided, tensors_in
 
 
 class Watch:

@@ -14,11 +14,7 @@ from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
 from curvlinops.ggn import DEFAULT_SEED, LossHessian
-from curvlinops.risk import (
-    MAX_COLUMN_BYTES,
-    MAX_COLUMNS,
-    EmpiricalRisk,
-)
+from curvlinops.risk import MAX_COLUMNS, EmpiricalRisk, column_bytes
 from curvlinops.risk_operator import RiskOperator, as_risk
 from curvlinops.structured import DiagonalLinearOperator
 
@@ -133,7 +129,8 @@ batch_size_fn, mc_samples, seed, **options
         risk = self.risk
         dtype = torch.promote_types(risk.space.dtype, torch.float32)
         total = torch.zeros(risk.space.dim, dtype=dtype, device=risk.space.device)
-        width = max(1, min(MAX_COLUMNS, MAX_COLUMN_BYTES // total.nbytes))
+        most = column_bytes(risk.space.device) // total.nbytes
+        width = max(1, min(MAX_COLUMNS, most))
         parts = one_by_one(risk, b)
         sampled = self._middle.mc_samples > 0
         vectors = self._sampled(b, parts, width) if sampled else _exact(parts, width)

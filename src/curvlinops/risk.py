@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from curvlinops._data import (
     Share,
+    ahead,
     checked_data,
     checked_pair,
     cloned,
@@ -51,7 +52,7 @@ from curvlinops._plan import (
     number_of_parts,
     numel,
 )
-from curvlinops._spaces import TensorSpace
+from curvlinops._spaces import TensorSpace, rounding
 from curvlinops._watch import Watch
 from curvlinops.losses import Loss, LossFunction, as_loss_function
 
@@ -64,6 +65,8 @@ MAX_COLUMNS = 64
 #: Bytes that its intermediate results may take up. Measured on a CPU: beyond about
 #: 1 MiB per column, single passes are faster (``benchmarks/block_columns.py``).
 MAX_COLUMN_BYTES = 4 << 20
+#: The same on a GPU, where many columns at once are faster as long as they fit.
+MAX_COLUMN_BYTES_ON_GPU = 1 << 30
 #: Largest dimension of a matrix that is materialised.
 MAX_DENSE_DIM = 4096
 #: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
@@ -567,7 +570,7 @@ class EmpiricalRisk:
         u = torch.linspace(1, 2, M, dtype=f.dtype, device=f.device)
         one = self.space.join(batch.vjp(u.reshape(f.shapes[0])))
         gap = (u.to(J.dtype) @ J - one).abs().max()
-        tolerance = torch.finfo(f.dtype).eps ** 0.5 * one.abs().max()
+        tolerance = rounding(f.dtype, f.device) ** 0.5 * one.abs().max()
         return J if bool(gap <= tolerance) else None
 
     def push_forward(
@@ -769,7 +772,7 @@ class EmpiricalRisk:
         complete = len(kept) == self._num_batches
         known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
         bar = tqdm(
-            known if complete else self._parts(),
+            known if complete else ahead(self._parts(), self.space.device),
             desc=f"{title} (on {self.space.device})",
             total=self._num_batches or length_of(self.data),
             disable=not self.progressbar,
@@ -1023,8 +1026,7 @@ class EmpiricalRisk:
                 self._vectorises[key] = False  # some operation cannot
                 continue
             parts = outputs.split(total()[columns])
-            for row, product in zip(parts, products, strict=True):
-                row.add_(product)
+            torch._foreach_add_(parts, list(products))  # on a GPU, one launch
             start += width
 
     def _width(
@@ -1049,7 +1051,8 @@ class EmpiricalRisk:
         """Return how many columns may be multiplied at once."""
         itemsize = self.space.dtype.itemsize
         per_column = batch.nbytes + self.space.dim * itemsize
-        width = min(MAX_COLUMN_BYTES // per_column, self._most_columns)
+        most = column_bytes(self.space.device)
+        width = min(most // per_column, self._most_columns)
         return width if width >= 4 and self._vectorises.get(key, True) else 1
 
     def _agrees(
@@ -1066,7 +1069,7 @@ class EmpiricalRisk:
         except RuntimeError:
             return False
         each = torch.stack([join(body(batch, split(column))) for column in columns])
-        tolerance = torch.finfo(V.dtype).eps ** 0.5 * each.abs().max()
+        tolerance = rounding(V.dtype, V.device) ** 0.5 * each.abs().max()
         return bool((both - each).abs().max() <= tolerance)
 
     def _denominator(self, count: Any) -> Any:
@@ -1119,6 +1122,11 @@ class EmpiricalRisk:
             yield from self.batches(title)
         finally:
             self._recordings, self._full = recordings, full
+
+
+def column_bytes(device: torch.device) -> int:
+    """Return how many bytes several columns may take up in one backward pass."""
+    return MAX_COLUMN_BYTES if device.type == "cpu" else MAX_COLUMN_BYTES_ON_GPU
 
 
 def _checked_bytes(max_memory: int | None) -> int | None:
