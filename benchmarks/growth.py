@@ -45,13 +45,13 @@ def measure(
         for worker in workers:
             dim = worker.ask(setup=[name, matrix])["dim"]
             first = worker.ask(**command, number=1)
-            rows.append({"contender": worker.name, "dim": dim, "cpu": []})
-            rows[-1]["number"] = max(1, int(SHORTEST / max(first["cpu"], 1e-6)))
+            rows.append({"contender": worker.name, "dim": dim, "time": []})
+            rows[-1]["number"] = max(1, int(SHORTEST / max(first["time"], 1e-6)))
         for turn in range(repeats):
             start = turn % len(workers)
             pairs = list(zip(workers, rows, strict=True))
             for worker, row in pairs[start:] + pairs[:start]:
-                row["cpu"].append(worker.ask(**command, number=row["number"])["cpu"])
+                row["time"].append(worker.ask(**command, number=row["number"])["time"])
     return rows
 
 
@@ -68,7 +68,7 @@ def save_picture(rows: list[dict[str, Any]], path: Path) -> None:
         for contender in dict.fromkeys(r["contender"] for r in chosen):
             points = [r for r in chosen if r["contender"] == contender]
             x = [r["dim"] if axis == "width" else r["value"] for r in points]
-            times = [1e3 * median(r["cpu"]) for r in points]
+            times = [1e3 * median(r["time"]) for r in points]
             grid[0, j].plot(x, times, "o-", label=contender)
             held = [(at, r["bytes"]) for at, r in zip(x, points, strict=True)]
             held = [(at, nbytes / 2**20) for at, nbytes in held if nbytes]

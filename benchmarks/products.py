@@ -5,8 +5,8 @@ interpreter that has this package; ``PYTHON`` is one that has another contender
 (another version of curvlinops, or pytorch-hessian-eigenthings). Every contender works
 in a process of its own, on the same weights and data, with one thread; they take turns
 in rotating order, one repetition at a time. Results are compared before they are
-timed. Process CPU time counts. Writes ``products.json`` and ``products.png``;
-``tables.py`` makes tables of the former.
+timed. Process CPU time counts, with ``--device cuda`` the time of day. Writes
+``products.json`` and ``products.png``; ``tables.py`` makes tables of the former.
 """
 
 from __future__ import annotations
@@ -87,13 +87,18 @@ class Worker:
         self.process.stdout.close()
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """Describe the computer, and how busy it is."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((n.split(": ")[1] for n in lines if n.startswith("model name")), cpu)
+    if device != "cpu":
+        import torch
+
+        cpu = f"{torch.cuda.get_device_name(device)} beside {cpu}"
     return {
+        "device": device,
         "cpu": cpu,
         "cores": os.cpu_count(),
         "system": platform.platform(),
@@ -180,19 +185,19 @@ class Case:
                     workers.remove(worker)
                     continue
             # A long call that has been checked counts as a turn.
-            long = first["cpu"] > LONG
-            row |= {key: [first[key]] if long else [] for key in ("cpu", "wall")}
+            long = first["time"] > LONG
+            row |= {key: [first[key]] if long else [] for key in ("time", "wall")}
             row["laps"] = []
-            row["number"] = max(1, min(500, int(SHORTEST / max(first["cpu"], 1e-6))))
+            row["number"] = max(1, min(500, int(SHORTEST / max(first["time"], 1e-6))))
             rows[worker.name] = row
-            total += max(first["cpu"], SHORTEST)
+            total += max(first["time"], SHORTEST)
         affordable = max(int(limit / total), 1 if total > LONG else 2) if rows else 0
         for turn in range(min(repeats, affordable)):
             start = turn % len(workers)
             for worker in workers[start:] + workers[:start]:
                 row = rows[worker.name]
                 reply = worker.ask(task=task, number=row["number"])
-                for key in ("cpu", "wall"):
+                for key in ("time", "wall"):
                     row[key].append(reply[key])
                 if reply["laps"] and task == "time_products_20":
                     row["laps"].append(reply["laps"])
@@ -236,9 +241,9 @@ def save_picture(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     times = {
-        (r["problem"], r["matrix"], r["task"], r["contender"]): median(r["cpu"])
+        (r["problem"], r["matrix"], r["task"], r["contender"]): median(r["time"])
         for r in rows
-        if r.get("cpu")
+        if r.get("time")
     }
     others = list(dict.fromkeys(k[3] for k in times if k[3] not in ("ours",)))
     others = [name for name in others if name != "cache off"]
@@ -262,7 +267,7 @@ def save_picture(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.bar(np.arange(len(tasks)) + n * width, gains, width, label=name)
             axis.axhline(1.0, color="black", linewidth=0.8)
             axis.set_yscale("log")
-            axis.set_title(f"{matrix}: CPU time of {other} / ours")
+            axis.set_title(f"{matrix}: time of {other} / ours")
             axis.set_xticks(np.arange(len(tasks)) + 0.4)
             names = [t.removeprefix("time_") for t in tasks]
             axis.set_xticklabels(names, rotation=35, ha="right", fontsize=8)
@@ -271,10 +276,10 @@ def save_picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def others_of(values: list[str]) -> list[Contender]:
+def others_of(values: list[str], **options: Any) -> list[Contender]:
     """Split ``NAME=PYTHON`` (or just ``PYTHON``)."""
     pairs = [v.split("=", 1) if "=" in v else ["other", v] for v in values]
-    return [(name, python, {}) for name, python in pairs]
+    return [(name, python, options) for name, python in pairs]
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -292,6 +297,7 @@ def arguments() -> argparse.ArgumentParser:
         help="seconds per task that set the number of turns",
     )
     add("--quick", action="store_true", help="two turns, no more than 5 s per task")
+    add("--device", default="cpu", help="cpu, or a GPU such as cuda")
     add("--other", action="append", default=[], metavar="NAME=PYTHON")
     add("--output", type=Path, default=Path("."), metavar="DIR")
     return parser
@@ -302,20 +308,23 @@ def main() -> int:
     options = arguments().parse_args()
     repeats, limit = (2, 5.0) if options.quick else (options.repeats, options.limit)
     contenders: list[Contender] = [
-        ("ours", sys.executable, {}),
-        *others_of(options.other),
+        ("ours", sys.executable, {"device": options.device}),
+        *others_of(options.other, device=options.device),
     ]
-    cache_off = ("cache off", sys.executable, {"cache": "off"})
+    off = {"device": options.device, "cache": "off"}
+    cache_off = ("cache off", sys.executable, off)
     options.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": machine(options.device),
         "versions": {},
         "problems": {},
         "results": [],
     }
     wanted = {"time_" + t.removeprefix("time_") for t in options.tasks}
+    if options.device == "cpu":
+        wanted.discard("time_product_numpy")  # what `time_product` is there
     timed = [t for t in TIMED if t in wanted]
     if unknown := wanted - {*TIMED, "time_peakmem"}:
         raise SystemExit(f"There are no tasks {unknown}; known: {TIMED} and peakmem.")

@@ -57,9 +57,11 @@ class Curvlinops:
         """Return the operator for SciPy."""
         return A if isinstance(A, LinearOperator) else A.to_scipy()
 
-    def operand(self, A: Any, x: np.ndarray) -> Any:
+    def operand(self, A: Any, x: np.ndarray, device: str) -> Any:
         """Return an operand of the kind that the operator multiplies fastest."""
-        return x if isinstance(A, LinearOperator) else torch.from_numpy(x)
+        if device == "cpu" and isinstance(A, LinearOperator):
+            return x
+        return torch.from_numpy(x).to(device)
 
     def eigsh(self, A: Any, k: int, v0: np.ndarray) -> Any:
         """Return the eigenvalues of largest magnitude."""
@@ -122,8 +124,8 @@ class Products:
     params = (list(PROBLEMS), list(MATRICES))
     param_names = ("problem", "matrix")
 
-    def __init__(self, contender: Curvlinops) -> None:
-        self.contender = contender
+    def __init__(self, contender: Curvlinops, device: str = "cpu") -> None:
+        self.contender, self.device = contender, device
 
     def setup(self, name: str, matrix: str) -> None:
         """Build the problem and operands; no operator yet."""
@@ -132,11 +134,20 @@ class Products:
         self.name, self.matrix = name, matrix
         self.problem = problem(name)
         self.model, self.data = self.problem.build()
+        self.model.to(self.device)
+        self.data = [(X.to(self.device), y.to(self.device)) for X, y in self.data]
         self.parameters = list(self.model.parameters())
         self.dim = sum(p.numel() for p in self.parameters)
         self.x = vector(self.dim)
         self.bounds = (-1.0, 1.0)
         self.laps: list[float] = []
+
+    def clock(self) -> float:
+        """Return this process's CPU time in seconds; with a GPU, the time of day."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def fresh(self) -> Any:
         """Return an operator that has not multiplied anything yet."""
@@ -150,11 +161,11 @@ class Products:
             self.A = self.fresh()
             keeps = hasattr(self.A, "risk")  # recordings, from product to product
             for _ in range(self.problem.warmup if keeps else 2):
-                self.A @ self.contender.operand(self.A, self.x)
+                self.multiply(self.A)
         return self.A
 
     def multiply(self, A: Any) -> Any:
-        return A @ self.contender.operand(A, self.x)
+        return A @ self.contender.operand(A, self.x, self.device)
 
     def block(self, K: int) -> Any:
         """Multiply ``K`` columns, of which the last is the usual vector."""
@@ -165,7 +176,7 @@ class Products:
             self.X = rng.standard_normal((self.dim, K), dtype=np.float32)
             self.X[:, -1] = self.x
         A = self.settled()
-        return (A @ self.contender.operand(A, self.X))[:, -1]
+        return (A @ self.contender.operand(A, self.X, self.device))[:, -1]
 
     def time_gradient(self) -> Any:
         grads = mean_gradient(self.model, self.data, self.parameters)
@@ -174,17 +185,22 @@ class Products:
     def time_product(self) -> Any:
         return self.multiply(self.settled())
 
+    def time_product_numpy(self) -> Any:
+        """Multiply an array, as SciPy does."""
+        S = self.contender.scipy(self.settled())
+        return S @ self.x.astype(S.dtype, copy=False)
+
     def time_product_cold(self) -> Any:
         return self.multiply(self.fresh())
 
     def time_products_20(self) -> Any:
         """Build an operator and multiply 20 times; notes the time of every step."""
-        times = [time.process_time()]
+        times = [self.clock()]
         A = self.fresh()
         for _ in range(20):
-            times.append(time.process_time())
+            times.append(self.clock())
             result = self.multiply(A)
-        times.append(time.process_time())
+        times.append(self.clock())
         self.laps = np.diff(times).tolist()
         return result
 
@@ -269,8 +285,8 @@ def answer(suite: Products, command: dict[str, Any]) -> dict[str, Any]:
     """Execute a command."""
     if "setup" in command:
         suite.setup(*command["setup"])
-        sums = [float(p.detach().double().sum()) for p in suite.parameters]
-        sums += [float(t.double().sum()) for pair in suite.data for t in pair]
+        tensors = [*suite.parameters, *(t for pair in suite.data for t in pair)]
+        sums = [float(t.detach().cpu().double().sum()) for t in tensors]
         return {
             "dim": suite.dim,
             "checksum": sum(sums),
@@ -287,36 +303,40 @@ def answer(suite: Products, command: dict[str, Any]) -> dict[str, Any]:
     work = getattr(suite, command["task"])
     arguments = command.get("arguments", ())
     if command["task"].startswith("peakmem_"):
-        rehearsal = Products(suite.contender)  # libraries load code when first used
+        # Libraries load code when first used.
+        rehearsal = Products(suite.contender, suite.device)
         rehearsal.setup(suite.name, suite.matrix)
         getattr(rehearsal, command["task"])(*arguments)
         del rehearsal
-    if command["task"] == "time_product" or "block" in command["task"]:
+    task = command["task"]
+    if task in ("time_product", "time_product_numpy") or "block" in task:
         suite.settled()  # not timed
     peak = reset_peak() if command["task"].startswith("peakmem_") else 0
-    cpu, wall = time.process_time(), time.perf_counter()
+    start, wall = suite.clock(), time.perf_counter()
     for _ in range(command["number"]):
         result = work(*arguments)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    spent, wall = suite.clock() - start, time.perf_counter() - wall
     if peak:
         peak = peak_bytes() - peak
     if "save" in command:
-        array = result.detach().numpy() if torch.is_tensor(result) else result
+        array = result.detach().cpu().numpy() if torch.is_tensor(result) else result
         with open(command["save"], "wb") as file:
             np.save(file, np.asarray(array))
     n = command["number"]
-    return {"cpu": cpu / n, "wall": wall / n, "bytes": peak, "laps": suite.laps}
+    return {"time": spent / n, "wall": wall / n, "bytes": peak, "laps": suite.laps}
 
 
 def main() -> None:
     """Answer commands until the input ends."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # results are compared
     # What libraries print must not end up between the answers.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     options = json.loads(sys.argv[1])
+    device = options.pop("device", "cpu")
     kind = Eigenthings if find_spec("hessian_eigenthings") else Curvlinops
-    suite = Products(kind(**options))
+    suite = Products(kind(**options), device)
     for line in sys.stdin:
         try:
             reply = answer(suite, json.loads(line))

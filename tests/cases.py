@@ -1215,6 +1215,10 @@ def _flat(*built: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in _values(built[2])]).double()
 
 
+def _outer(*built: Any) -> Tensor:
+    return (flat := _flat(*built)).outer(torch.arange(-2.0, 5.0).to(flat))
+
+
 def _plus_identity(A: Any) -> Any:
     """Return a positive definite operator."""
     return A + IdentityLinearOperator(A.in_shapes, A.device, A.torch_dtype)
@@ -1514,7 +1518,9 @@ operator(
 operator(
     "identity",
     lambda *built, **_: IdentityLinearOperator(
-        [p.shape for p in _values(built[2])], "cpu", _values(built[2])[0].dtype
+        [p.shape for p in _values(built[2])],
+        _values(built[2])[0].device,
+        _values(built[2])[0].dtype,
     ),
     lambda *built: torch.eye(len(_flat(*built)), dtype=torch.float64),
     *("derived", "datafree"),
@@ -1527,18 +1533,14 @@ operator(
 )
 operator(
     "tensor",
-    lambda *built, **_: TensorLinearOperator(
-        _flat(*built)
-        .outer(torch.arange(-2.0, 5.0).double())
-        .to(_values(built[2])[0].dtype)
-    ),
-    lambda *built: _flat(*built).outer(torch.arange(-2.0, 5.0).double()),
+    lambda *built, **_: TensorLinearOperator(_outer(*built).to(_values(built[2])[0])),
+    lambda *built: _outer(*built),
     *("derived", "datafree", "rectangular"),
 )
 operator(
     "outer-product",
     lambda *built, **_: OuterProductLinearOperator(
-        torch.tensor([-2.0]).to(_values(built[2])[0].dtype),
+        torch.tensor([-2.0]).to(_values(built[2])[0]),
         _flat(*built).unsqueeze(1).to(_values(built[2])[0].dtype),
     ),
     lambda *built: -2 * _flat(*built).outer(_flat(*built)),

@@ -400,6 +400,11 @@ def _nearest(factors: list[Tensor], F: Tensor) -> Tensor:
 
 
 @_with_math_attention
+def _kron(left: Tensor, right: Tensor) -> Tensor:
+    # some versions of torch refuse strides that are not the usual ones
+    return torch.kron(left.contiguous(), right.contiguous())
+
+
 def kronecker(
     *built: Any,
     method: str = "kfac",
@@ -471,7 +476,7 @@ def kronecker(
             result[rows, place] = _nearest(factors, F[rows, place])
         elif damping is not None:
             inverses = [_damped_inverse(factor, damping) for factor in factors]
-            result[rows, place] = reduce(torch.kron, inverses)
+            result[rows, place] = reduce(_kron, inverses)
         else:
-            result[rows, place] = reduce(torch.kron, factors)
+            result[rows, place] = reduce(_kron, factors)
     return result

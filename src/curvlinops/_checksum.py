@@ -113,10 +113,7 @@ class _Others:
     def _values(self) -> list[float]:
         self._calls += 1
         if self._calls == 3 and self._device.type == "cuda":
-            try:
-                self._graph = CudaGraph(lambda: [self._stacked()], self._device)
-            except RuntimeError:  # an operation waits for the GPU
-                self._graph = None
+            self._graph = CudaGraph(lambda: [self._stacked()], self._device)
         if self._graph is None or not self._graph.usable:
             return self._stacked().tolist()
         with self._graph.lock:

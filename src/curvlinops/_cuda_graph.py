@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
@@ -35,16 +36,12 @@ class CudaGraph:
     device : torch.device
         The GPU.
 
-    Raises
-    ------
-    RuntimeError
-        If an operation cannot be captured, since it waits for the GPU, say.
-
     Notes
     -----
-    All graphs of a stream share their memory: the results of one are overwritten by
-    the next, hence are to be copied while :attr:`lock` is held. A graph is replayed on
-    no other stream than that on which it was made, see :attr:`usable`.
+    None of the operations may wait for the GPU, see :func:`may_wait`. All graphs of a
+    stream share their memory: the results of one are overwritten by the next, hence are
+    to be copied while :attr:`lock` is held. A graph is replayed on no other stream than
+    that on which it was made, see :attr:`usable`.
     """
 
     def __init__(
@@ -69,8 +66,10 @@ class CudaGraph:
                 try:
                     #: What the function returned, written by every launch.
                     self.results = list(function())
-                finally:
                     self._graph.capture_end()
+                except BaseException:
+                    _clean_up(self._graph, self._pool, device)
+                    raise
             self._stream.wait_stream(aside)
             #: Bytes that had to be taken from the GPU for it.
             self.nbytes = max(torch.cuda.memory_reserved(device) - before, 0)
@@ -85,6 +84,24 @@ class CudaGraph:
         self._graph.replay()
 
 
+def _clean_up(graph: Any, pool: _Pool, device: torch.device) -> None:
+    """Undo what a failed capture has left behind in torch.
+
+    It goes on allocating from the pool, and its random generator believes that it is
+    being captured: another capture, in another pool, ends that.
+    """
+    with suppress(RuntimeError):
+        graph.capture_end()
+    with suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool.handle)
+    pool.handle = torch.cuda.graph_pool_handle()
+    with suppress(RuntimeError):
+        nothing = torch.cuda.CUDAGraph()
+        nothing.capture_begin(pool.handle, "thread_local")
+        torch.empty(1, device=device).zero_()
+        nothing.capture_end()
+
+
 class CapturedProgram:
     """A product whose operations are launched together.
 
@@ -94,11 +111,6 @@ class CapturedProgram:
         Maps a list of tensors to tensors, always by the same operations.
     vectors : sequence of Tensor
         Vectors on a GPU, of the shapes that the program multiplies.
-
-    Raises
-    ------
-    RuntimeError
-        If an operation cannot be captured.
 
     Notes
     -----
@@ -141,10 +153,51 @@ class CapturedProgram:
 def captured(
     program: Callable[[Sequence[Tensor]], Sequence[Tensor]], vectors: Sequence[Tensor]
 ) -> CapturedProgram | None:
-    """Capture a program, if its vectors are on a GPU and it can be captured."""
-    if not all(v.is_cuda for v in vectors):
-        return None
+    """Capture a program, or find out that it cannot be."""
     try:
         return CapturedProgram(program, vectors)
-    except RuntimeError:
+    except RuntimeError:  # an operation waits for the GPU all the same
         return None
+
+
+def may_wait(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation may wait for the GPU, so that it cannot be captured.
+
+    Since a capture that fails is hard to clean up after, it is not tried where results
+    have sizes that depend on values, where a mask selects entries, in solvers, which
+    look at their status, and with foreign operations.
+    """
+    if not isinstance(func, torch._ops.OpOverload):
+        return getattr(func, "__module__", "").partition(".")[0] != "curvlinops"
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace != "aten" or not _SOLVERS.isdisjoint(name.split("_")):
+        return True
+    if "index" in name:
+        return any(map(_is_mask, args))
+    unsafe = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return not unsafe.isdisjoint(func.tags)
+
+
+#: Words in the names of operations that solve or factorise.
+_SOLVERS = frozenset(
+    [
+        "linalg",
+        "cholesky",
+        "lu",
+        "qr",
+        "geqrf",
+        "ormqr",
+        "svd",
+        "eig",
+        "eigh",
+        "solve",
+        "lstsq",
+        "inverse",
+    ]
+)
+
+
+def _is_mask(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_mask, value))
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)

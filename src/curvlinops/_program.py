@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops._cuda_graph import may_wait
+
 aten = torch.ops.aten
 
 
@@ -78,6 +80,11 @@ class Program:
         self._calls = without_dead_calls(calls, outputs)
         #: Number of tensor operations that a product with several vectors runs.
         self.num_calls = len(self._calls)
+        #: Whether a CUDA graph can do all of it.
+        self.capturable = not any(
+            may_wait(call.func, (*call.args, *call.kwargs.values()))
+            for call in self._calls
+        )
         thrifty = reusing_memory(self._calls, outputs)
         #: The tensors that it holds, and the code.
         self.constants, self._run = compiled(inputs, thrifty, outputs)

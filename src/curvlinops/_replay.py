@@ -87,8 +87,9 @@ class Route:
         self._record_after = record_after
         #: The recording, once there is a trusted one, ...
         self.program: Program | None = None
-        #: ... and the same as a CUDA graph.
-        self.captured: CapturedProgram | None = None
+        #: ... and the same as CUDA graphs, by the number of columns.
+        self.captured: dict[int, CapturedProgram] = {}
+        self._widths: set[int] = set()
         self._refused = False
         self._vectorises: bool | None = None
         self._products = 0
@@ -105,8 +106,8 @@ class Route:
 
     @property
     def graph_bytes(self) -> int:
-        """Bytes that the CUDA graph takes beside them."""
-        return self.captured.nbytes if self.captured else 0
+        """Bytes that CUDA graphs take beside them."""
+        return sum(graph.nbytes for graph in list(self.captured.values()))
 
     @property
     def trusted(self) -> bool:
@@ -119,7 +120,7 @@ class Route:
         """Return the product with vectors, which have a leading axis if ``several``."""
         if several:
             return self._multiply_several(product, vectors)
-        if (program := self.captured or self.program) is not None:
+        if (program := self.captured.get(1) or self.program) is not None:
             return program(vectors)
         plain = product(vectors)
         self._products += 1
@@ -131,15 +132,32 @@ class Route:
         self, product: Product, vectors: list[Tensor], plain: Sequence[Tensor]
     ) -> None:
         program = _verified(product, vectors, plain)
-        if program is not None and (graph := captured(program, vectors)) is not None:
-            self.captured = graph if _close(graph(vectors), plain, 0.75) else None
+        if program is not None:
+            self._capture(program, program, vectors, plain)
         # Never taken back, as other threads may rely on it.
         self.program = program or self.program
         self._refused = program is None
 
+    def _capture(
+        self,
+        program: Program,
+        run: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        vectors: Sequence[Tensor],
+        plain: Sequence[Tensor],
+        width: int = 1,
+    ) -> None:
+        """Keep a CUDA graph of what a program does with so many columns."""
+        if program.capturable and all(v.is_cuda for v in vectors):
+            graph = captured(run, vectors)
+            if graph is not None and _close(graph(vectors), plain, 0.75):
+                self.captured[width] = graph
+
     def _multiply_several(
         self, product: Product, vectors: list[Tensor]
     ) -> Sequence[Tensor]:
+        width = len(vectors[0])
+        if (graph := self.captured.get(width)) is not None and width > 1:
+            return graph(vectors)
         if not (self.trusted or self._refused):
             first = [v[0] for v in vectors]
             self._record(product, first, product(first))
@@ -148,8 +166,13 @@ class Route:
         if self._vectorises is None:
             self._vectorises = _vectorises(program, vectors)
         if self._vectorises:
-            return program.vectorised(vectors)
-        columns = [program([v[k] for v in vectors]) for k in range(len(vectors[0]))]
+            results = program.vectorised(vectors)
+            if width in self._widths:  # asked for again
+                self._capture(program, program.vectorised, vectors, results, width)
+            self._widths.add(width)
+            return results
+        single = self.captured.get(1) or program
+        columns = [single([v[k] for v in vectors]) for k in range(width)]
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 

@@ -291,7 +291,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 #: Bytes that cross the border of a GPU at a time: while some do, the CPU copies others.
-_PIECE = 4 << 20
+_PIECE = 1 << 20
 
 
 def _pieces(rows: int, nbytes: int) -> Iterator[slice]:
