@@ -52,7 +52,7 @@ def batches(dtype: torch.dtype = torch.float64, device: torch.device = CUDA) -> 
     generator = torch.Generator().manual_seed(1)
     return [
         (
-            torch.rand(n, 1, 8, 8, generator=generator, dtype=dtype).to(device),
+            torch.rand(n, 1, 8, 8, generator=generator).to(device, dtype),
             torch.randint(3, (n,), generator=generator).to(device),
         )
         for n in (5, 4, 5)
