@@ -149,7 +149,10 @@ LEVELS = [
         *["_checksum", "_model", "_operator", "_program", "_replay", "_watch"],
         *["estimators", "estimators.*", "losses"],
     ],
-    ["_determinism", "_linearization", "_parts", "_plan", "_verify", "structured"],
+    [
+        *["_determinism", "_folding", "_linearization", "_parts", "_plan", "_verify"],
+        "structured",
+    ],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],
     [
         *["ggn", "ggn_diagonal", "gradient_covariance", "gram", "hessian", "inverse"],

@@ -14,8 +14,10 @@ vector, so a :class:`Linearization` that is kept pays for them once.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import cached_property
+from contextlib import suppress
+from functools import cached_property, partial
 from threading import RLock
 from typing import Any
 
@@ -23,18 +25,61 @@ import torch
 from torch import Tensor
 
 from curvlinops._data import Share, cloned, strided, tensors_in
+from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._model import Model, graph_leaves, graph_nodes
-from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Route, recording
+from curvlinops._replay import (
+    RECORD_EARLY,
+    RECORD_LATE,
+    Product,
+    Route,
+    agree,
+    record,
+    recording,
+)
 from curvlinops._spaces import TensorSpace, rounding
 from curvlinops.losses import Loss
 
 #: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
 AUTO_FRACTION = 0.4
 
+#: Products after the first few before a batch is folded, for every sensitivity.
+FOLD_LATE = 4
+
 Vectors = list[Tensor]
 
 #: Attributes of a linearization that hold autograd graphs.
 _GRAPHS = ("output", "loss", "_transposed", "_gradient")
+
+
+class Middle:
+    r"""A matrix :math:`M` between :math:`J^\top` and :math:`J`, of every batch."""
+
+    def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
+        """Multiply a batch's output-space vectors ``[*leading, *output.shape]``."""
+        raise NotImplementedError
+
+    def columns(self, batch: Linearization) -> Tensor | None:
+        r"""Return ``[rank, *output.shape]`` with :math:`M = \sum_r b_r b_r^\top`.
+
+        For every datum by itself. ``None`` if no fewer than outputs per datum will do.
+        """
+        return None
+
+    def rank(self, batch: Linearization) -> int:
+        """Return the number of columns, or of outputs per datum."""
+        columns, shape = self.columns(batch), batch.output_space.shapes[0]
+        return shape[1:].numel() if columns is None else len(columns)
+
+
+class Congruence:
+    r"""The product with :math:`J^\top M J` as a function of a batch and vectors."""
+
+    def __init__(self, middle: Middle) -> None:
+        self.middle = middle
+
+    def __call__(self, batch: Linearization, V: Vectors) -> Vectors:
+        """Multiply."""
+        return batch.congruence(self.middle, V)
 
 
 class Linearization:
@@ -93,6 +138,9 @@ class Linearization:
         self._lock = RLock()
         self._notes: dict[Any, Any] = {}
         self._routes: dict[Hashable, Route] = {}
+        # Products asked for, and what has been folded since: `None` if that is no use.
+        self._asked: Counter[Hashable] = Counter()
+        self._folded: dict[Hashable, tuple[Folded, Middle | None] | None] = {}
         self._nbytes: tuple[tuple[int, ...], int] = ((), 0)
         #: Whether a graph for products with the Jacobian pays from now on.
         self.multiplied = False
@@ -192,6 +240,7 @@ class Linearization:
             *(name in self.__dict__ for name in _GRAPHS),
             sum(r.program is not None for r in list(self._routes.values())),
             len(self._notes),
+            len(self._folded),
             len(vars(loss)) if loss else 0,
         )
 
@@ -207,6 +256,8 @@ class Linearization:
             routes = list(self._routes.values())
             for route in routes:
                 kept += route.held
+            for folded, _ in filter(None, list(self._folded.values())):
+                kept += [*folded.held, *folded.pulled]
             loss = self.__dict__.get("loss")
             held = [list(self._notes.values()), vars(loss) if loss else None]
             kept += tensors_in(held)
@@ -249,7 +300,72 @@ class Linearization:
             route = self._routes.setdefault(key, Route(after))
         if route.trusted and all(r.trusted for r in list(self._routes.values())):
             self._drop_graphs()  # nobody has needed them lately
-        return route.multiply(lambda v: body(self, v), vectors, several)
+        product: Product = partial(body, self)
+        if (folded := self._folded.get(key)) is not None:
+            product = partial(self._multiply_folded, *folded)
+        return route.multiply(product, vectors, several)
+
+    def fold(self, key: Hashable, body: Any, number: int, room: float) -> None:
+        r"""Fold :math:`J^\top M J` once as many products were asked for as that costs.
+
+        Parameters
+        ----------
+        key : hashable
+            Names the product.
+        body : Any
+            What multiplies; only a :class:`Congruence` is folded.
+        number : int
+            How many products are asked for now.
+        room : float
+            Bytes that may be kept beside what is.
+        """
+        asked = self._asked[key]
+        self._asked[key] += number
+        late = RECORD_LATE - 1  # a recording comes next
+        if key in self._folded or asked < late:
+            return
+        rank = body.middle.rank(self) if isinstance(body, Congruence) else MAX_RANK + 1
+        if rank <= MAX_RANK and asked < late + FOLD_LATE * (rank - 1):
+            return
+        with self._lock:
+            self._folded[key] = None
+            with suppress(Exception):  # whatever an operation raises on its own
+                if rank <= MAX_RANK and (folded := self._fold(body, room)):
+                    route = self._routes.get(key)
+                    known = route.program if route else None
+                    V = [_ramp(leaf.detach()) for leaf in self._leaves]
+                    expected = body(self, V) if known is None else known(V)
+                    if agree(self._multiply_folded(*folded, V), expected, 0.75):
+                        self._folded[key], self._routes[key] = folded, Route()
+
+    def _fold(
+        self, body: Congruence, room: float
+    ) -> tuple[Folded, Middle | None] | None:
+        """Fold; return what is left in the middle, too."""
+
+        def pull_back(vectors: Vectors) -> Vectors:
+            grads = _grad([self.output], self._leaves, vectors, create_graph=True)
+            return _filled(grads, self._leaves, torch.Size())
+
+        program = record(pull_back, [_ramp(self.output.detach())])[1]
+        columns, middle = body.middle.columns(self), None
+        if columns is None:  # all of output space
+            f, outputs = self.output, self.output.shape[1:]
+            unit = torch.eye(outputs.numel(), dtype=f.dtype, device=f.device)
+            columns = unit.view(-1, 1, *outputs).expand(-1, len(f), *outputs)
+            middle = body.middle
+        folded = fold(program, columns, room)
+        return folded and (folded, middle)
+
+    def _multiply_folded(
+        self, folded: Folded, middle: Middle | None, V: Vectors
+    ) -> Vectors:
+        leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
+        (y,) = _pull_back(folded.pulled, [folded.u], V, leading)
+        if middle is not None:
+            f = self.output_space.shapes[0]
+            y = middle(self, y.reshape(*leading, *f)).reshape(y.shape)
+        return torch.func.vmap(folded.pull)(y) if leading else folded.pull(y)
 
     @cached_property
     def pays_early(self) -> bool:
@@ -266,7 +382,8 @@ class Linearization:
     def settled(self, key: Hashable) -> bool:
         """Whether further products change nothing about how one is computed."""
         route = self._routes.get(key)
-        return key is None or (route is not None and route.settled)
+        waits = key in self._asked and key not in self._folded
+        return key is None or (route is not None and route.settled and not waits)
 
     def replays(self, key: Hashable) -> bool:
         """Whether a product needs nothing but a recording of it."""

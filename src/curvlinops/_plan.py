@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
 from curvlinops._determinism import close
+from curvlinops._folding import MAX_RANK
 from curvlinops._linearization import budget_bytes
 from curvlinops._parts import one_by_one
 from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
@@ -41,7 +42,7 @@ SLICES = 2, 3
 #: Operations, and the bytes alive after each.
 Line = list[tuple[Any, int]]
 #: Most products until a batch's route has settled.
-_MAX_PRODUCTS = RECORD_LATE + 4
+_MAX_PRODUCTS = RECORD_LATE + MAX_RANK + 4
 
 
 class Tracker(Watcher):
@@ -450,6 +451,7 @@ class Probe:
             "_materialised": lambda *_: None,
             "_jacobians_pay": lambda _: True,
             "_refresh_if_changed": lambda: None,
+            "_folds": risk._folds,
         }
         probe.__dict__.update(replaced)
         return probe

@@ -76,23 +76,24 @@ class Program:
     def __init__(
         self, inputs: list[Slot], calls: list[Call], outputs: list[Any]
     ) -> None:
-        self._inputs, self._outputs = inputs, outputs
-        self._calls = without_dead_calls(calls, outputs)
+        self.inputs, self.outputs = inputs, outputs
+        #: The calls that contribute.
+        self.calls = without_dead_calls(calls, outputs)
         #: Number of tensor operations that a product with several vectors runs.
-        self.num_calls = len(self._calls)
+        self.num_calls = len(self.calls)
         #: Whether a CUDA graph can do all of it.
         self.capturable = not any(
             may_wait(call.func, (*call.args, *call.kwargs.values()))
-            for call in self._calls
+            for call in self.calls
         )
-        thrifty = reusing_memory(self._calls, outputs)
+        thrifty = reusing_memory(self.calls, outputs)
         #: The tensors that it holds, and the code.
         self.constants, self._run = compiled(inputs, thrifty, outputs)
 
     @cached_property
     def _run_several(self) -> Callable[..., tuple[Tensor, ...]]:
         # Without writing in place, which needs layouts that vectorised tensors lack.
-        return torch.func.vmap(compiled(self._inputs, self._calls, self._outputs)[1])
+        return torch.func.vmap(compiled(self.inputs, self.calls, self.outputs)[1])
 
     def __call__(self, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Multiply vectors in parameter shapes."""
@@ -112,12 +113,12 @@ def leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def replaced(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to the tensors in nested lists and tuples."""
-    if isinstance(value, Tensor):
+def replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of a kind in nested lists and tuples."""
+    if isinstance(value, kind):
         return function(value)
     if isinstance(value, (list, tuple)):
-        return type(value)([replaced(part, function) for part in value])
+        return type(value)([replaced(part, kind, function) for part in value])
     return value
 
 

@@ -149,7 +149,7 @@ class Route:
         """Keep a CUDA graph of what a program does with so many columns."""
         if program.capturable and all(v.is_cuda for v in vectors):
             graph = captured(run, vectors)
-            if graph is not None and _close(graph(vectors), plain, 0.75):
+            if graph is not None and agree(graph(vectors), plain, 0.75):
                 self.captured[width] = graph
 
     def _multiply_several(
@@ -184,7 +184,7 @@ def _vectorises(program: Program, vectors: list[Tensor]) -> bool:
     except RuntimeError:  # an operation cannot be vectorised
         return False
     return all(
-        _close([p[k] for p in several], program([v[k] for v in pair]), 0.5)
+        agree([p[k] for p in several], program([v[k] for v in pair]), 0.5)
         for k in range(2)
     )
 
@@ -205,13 +205,13 @@ def _verified(
     others = _random_like(vectors)
     try:
         recorded, program = record(product, others)
-        same = _close(program(others), recorded, 0.75)
-        return program if same and _close(program(vectors), plain, 0.75) else None
+        same = agree(program(others), recorded, 0.75)
+        return program if same and agree(program(vectors), plain, 0.75) else None
     except Exception:  # whatever an operation raises when watched or replayed
         return None
 
 
-def _close(a: Sequence[Tensor], b: Sequence[Tensor], exponent: float) -> bool:
+def agree(a: Sequence[Tensor], b: Sequence[Tensor], exponent: float) -> bool:
     """Whether two products agree up to ``eps ** exponent`` of the largest entry."""
     scale = max(float(t.abs().max()) for t in b if t.numel())
     gap = max(
@@ -263,8 +263,8 @@ class _Recorder(Watcher):
             return result
         if func._schema.is_mutable:
             self._adopt_targets(func, args, kwargs)
-        slots = replaced(args, self._reference)
-        options = {k: replaced(v, self._reference) for k, v in kwargs.items()}
+        slots = replaced(args, Tensor, self._reference)
+        options = {k: replaced(v, Tensor, self._reference) for k, v in kwargs.items()}
         result = func(*args, **kwargs)
         is_sequence = isinstance(result, (tuple, list))
         results = result if is_sequence else [result]

@@ -10,7 +10,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlinops._linearization import Linearization
+from curvlinops._linearization import Linearization, Middle
 from curvlinops._model import Parameters
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
@@ -216,7 +216,7 @@ batch_size_fn, **options
         return self.risk.congruence(middle, V, self._title(), middle.key)
 
 
-class LossHessian:
+class LossHessian(Middle):
     r"""The matrix between :math:`J^\top` and :math:`J`: exact, or sampled.
 
     Parameters
@@ -250,13 +250,20 @@ class LossHessian:
         self.key = ("ggn", mc_samples, seed if mc_samples else None)
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
-        """Multiply a batch's output-space vectors ``[*leading, *output.shape]``."""
         if self.mc_samples == 0:
             return batch.loss.hessian_mul(U)
         total = torch.zeros_like(U)
         for gradients in self.samples(batch):
             total += batch.loss.outer_mul(gradients, U)
         return total / self.mc_samples
+
+    def columns(self, batch: Linearization) -> Tensor | None:
+        """Return the samples, if they are fewer than the outputs of a datum."""
+        count, shape = self.mc_samples, batch.output_space.shapes[0]
+        if count == 0 or count >= shape[1:].numel():
+            return None
+        one_term = self.samples(batch).ndim == 3 or len(shape) == 1
+        return self.samples(batch) / count**0.5 if one_term else None
 
     def samples(self, batch: Linearization) -> Tensor:
         """Return the would-be gradients ``[M, *output.shape]``, drawn once."""

@@ -8,7 +8,7 @@ from typing import Any
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlinops._linearization import Linearization
+from curvlinops._linearization import Linearization, Middle
 from curvlinops._model import Parameters
 from curvlinops._parts import data_gradients
 from curvlinops.risk import EmpiricalRisk
@@ -115,16 +115,45 @@ num_per_example_loss_terms, batch_size_fn, **options
                 "The empirical Fisher needs a loss function, got a risk without one."
             )
         super().__init__(risk)
+        self._middle = LossGradients(risk)
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.congruence(self._outer_mul, V, self._title(), "ef")
+        return self.risk.congruence(self._middle, V, self._title(), "ef")
 
-    def _outer_mul(self, b: Linearization, U: Tensor) -> Tensor:
-        r"""Multiply by the terms' :math:`\sum_t g_t g_t^\top` in output space."""
-        if not b.loss.opaque:
-            return b.loss.outer_mul(b.once("gradients", b.loss.gradient), U)
-        G = b.once("gradients", lambda: data_gradients(self.risk, b))
+
+class LossGradients(Middle):
+    r"""The terms' :math:`\sum_t g_t g_t^\top` in output space.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The risk whose batches it multiplies.
+    """
+
+    def __init__(self, risk: EmpiricalRisk) -> None:
+        self._risk = risk
+
+    def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
+        G = self._gradients(batch)
+        if not batch.loss.opaque:
+            return batch.loss.outer_mul(G, U)
         leading = U.shape[: U.ndim - G.ndim]
-        by_datum = (self.risk.batch_size(b.X), -1)
+        by_datum = (self._risk.batch_size(batch.X), -1)
         products = (G * U).reshape(*leading, *by_datum).sum(-1, keepdim=True)
         return (G.reshape(by_datum) * products).reshape(U.shape)
+
+    def columns(self, batch: Linearization) -> Tensor | None:
+        """Return the gradients, if every row of the output has one term."""
+        G = self._gradients(batch)
+        terms = (
+            (self._risk.batch_size(batch.X),)
+            if batch.loss.opaque
+            else batch.loss.row_shape
+        )
+        return G.unsqueeze(0) if terms == G.shape[:1] else None
+
+    def _gradients(self, batch: Linearization) -> Tensor:
+        """Return the gradients of the terms, computed once."""
+        if batch.loss.opaque:
+            return batch.once("gradients", lambda: data_gradients(self._risk, batch))
+        return batch.once("gradients", batch.loss.gradient)

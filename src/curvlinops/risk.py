@@ -40,7 +40,12 @@ from curvlinops._data import (
     tensors_in,
 )
 from curvlinops._determinism import look, passes_agree
-from curvlinops._linearization import Linearization, budget_bytes
+from curvlinops._linearization import (
+    Congruence,
+    Linearization,
+    Middle,
+    budget_bytes,
+)
 from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
 from curvlinops._plan import (
     GRADIENT,
@@ -58,7 +63,6 @@ from curvlinops.losses import Loss, LossFunction, as_loss_function
 
 T = TypeVar("T")
 Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
-Middle = Callable[[Linearization, Tensor], Tensor]
 
 #: Most columns that one vectorised backward pass takes.
 MAX_COLUMNS = 64
@@ -258,6 +262,8 @@ class EmpiricalRisk:
         self._vectorises: dict[Hashable, bool] = {}
         #: Which part of a larger batch the only batch stands for.
         self._share: Share | None = None
+        #: Whether sensitivities may be kept, which the plan of a bound leaves out.
+        self._folds = self.max_memory is None
         self._forget()
 
     def refresh(self) -> None:
@@ -411,10 +417,8 @@ class EmpiricalRisk:
 
         Parameters
         ----------
-        middle : callable
-            Maps a batch's :class:`~curvlinops._linearization.Linearization` and
-            vectors :math:`U` of its output space, with leading dimensions, to
-            :math:`M_b U`.
+        middle : Middle
+            Multiplies vectors of a batch's output space by :math:`M_b`.
         V, title, key : optional
             As for :meth:`mean`.
 
@@ -426,7 +430,7 @@ class EmpiricalRisk:
 
         def multiply(V: Tensor) -> Tensor:
             if (jacobians := self._small_jacobians(key)) is None:
-                return self._mean(lambda b, v: b.congruence(middle, v), V, title, key)
+                return self._mean(Congruence(middle), V, title, key)
             total: Any = 0
             count: Any = 0
             with torch.inference_mode(False), torch.enable_grad():
@@ -502,10 +506,13 @@ class EmpiricalRisk:
 
     def _room_for(self, nbytes: int) -> bool:
         """Whether so many more bytes may be kept."""
-        used = sum(n for _, n in self._bytes.values())
         # Within a bound for all memory, also what it is made from counts.
-        needed = nbytes if self.max_memory is None else 3 * nbytes
-        return self._budget is not None and used + needed <= self._budget
+        return (nbytes if self.max_memory is None else 3 * nbytes) <= self._room()
+
+    def _room(self) -> float:
+        """Return how many more bytes may be kept."""
+        used = sum(n for _, n in list(self._bytes.values()))
+        return 0 if self._budget is None else self._budget - used
 
     def _cost(self, key: Hashable, K: int) -> float:
         """Return the cost of ``K`` columns in products with a single vector."""
@@ -1016,6 +1023,8 @@ class EmpiricalRisk:
             # A recording that is made for one product only must pay within it.
             pays = width == 1 or batch.place in self._recordings or 4 * width <= K
             name = key if pays and not self.plain else None
+            if name is not None and self._folds and batch.place in self._recordings:
+                batch.fold(name, body, width, self._room())
             last = width == 1 and start == K - 1 and key is not None
             batch.final = last and not self._may_keep(batch)
             try:
