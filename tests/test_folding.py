@@ -1,0 +1,267 @@
+"""Sensitivities that are kept: the same numbers, half of the matrix products."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import references
+from cases import SAMPLES, Problem, _sampled_fisher, problems
+from curvlinops import (
+    EFLinearOperator,
+    FisherMCLinearOperator,
+    GGNLinearOperator,
+    _folding,
+    _linearization,
+)
+from tolerances import assert_close
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Fold after two products, and have neither Jacobians nor matrices instead."""
+    monkeypatch.setattr(_linearization, "RECORD_LATE", 2)
+    monkeypatch.setattr(_linearization, "FOLD_LATE", 0)
+    monkeypatch.setattr("curvlinops.risk.MAX_DENSE_DIM", 0)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Fold whether it pays or not."""
+    monkeypatch.setattr(_folding, "ENTRY_COST", -1)
+
+
+def folded(A) -> list:
+    """Return what was folded, batch by batch."""
+    return [b._folded.get(A._middle.key) for b in A.risk._recordings.values()]
+
+
+def dtype_of(params) -> torch.dtype:
+    return next(iter(params.values() if isinstance(params, dict) else params)).dtype
+
+
+def network(*layers: nn.Module, n: int = 12, shape=(6,)) -> tuple:
+    torch.manual_seed(0)
+    net = nn.Sequential(*layers).double()
+    data = [
+        (torch.rand(m, *shape).double(), torch.randint(3, (m,))) for m in (n, n // 2)
+    ]
+    return net, nn.CrossEntropyLoss(), dict(net.named_parameters()), data
+
+
+def perceptron(width: int = 40, n: int = 12) -> tuple:
+    torch.manual_seed(1)
+    layers = [nn.Linear(6, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU()]
+    return network(*layers, nn.Linear(width, 3), n=n)
+
+
+@pytest.mark.parametrize(
+    ("operator", "dense"),
+    [
+        (GGNLinearOperator, references.ggn),
+        (EFLinearOperator, references.empirical_fisher),
+        (
+            lambda *built, **options: FisherMCLinearOperator(
+                *built, **SAMPLES, **options
+            ),
+            lambda *built: _sampled_fisher(*built, **SAMPLES),
+        ),
+    ],
+    ids=["ggn", "ef", "mc"],
+)
+@pytest.mark.parametrize("problem", problems(without=["heavy", "no-samples", "half"]))
+@pytest.mark.filterwarnings("ignore:The model's output does not depend on")
+def test_every_problem_keeps_its_numbers(problem: Problem, operator, dense, always):
+    if "generic-loss" in problem.tags and dense not in (
+        references.ggn,
+        references.empirical_fisher,
+    ):
+        pytest.skip("no samples")
+    built = problem.build()
+    A = operator(*built, check_deterministic=False)
+    reference, dtype = dense(*problem.build()), dtype_of(built[2])
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(A.shape[1], 3, generator=generator, dtype=torch.float64)
+    expected = reference @ V
+    for _ in range(6):
+        result = A @ V[:, 0].to(dtype)
+        assert_close(result, expected[:, 0], dtype, size=4 * len(V))
+    assert_close(A @ V.to(dtype), expected, dtype, size=4 * len(V))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        perceptron,
+        lambda: network(
+            *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4).eval(), nn.ReLU()),
+            *(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)),
+            shape=(1, 6, 6),
+        ),
+        lambda: network(
+            nn.Linear(6, 40), nn.LayerNorm(40), nn.GELU(), nn.Linear(40, 3)
+        ),
+    ],
+    ids=["perceptron", "convolutions", "layer-norm"],
+)
+def test_data_apart_are_folded(make, always):
+    built = make()
+    A, plain = GGNLinearOperator(*built), GGNLinearOperator(*built, cache="off")
+    E = EFLinearOperator(*built)
+    for _ in range(6):
+        v = torch.randn(A.shape[1], dtype=torch.float64)
+        assert_close(A @ v, plain @ v, size=4 * len(v))
+        E @ v
+    assert all(folded(A))
+    assert all(b._folded["ef"] for b in E.risk._recordings.values())
+    routes = [r for b in A.risk._recordings.values() for r in b._routes.values()]
+    assert all(route.trusted for route in routes)
+
+
+def test_a_folded_product_takes_two_matrix_products_per_layer():
+    net, loss, params, data = perceptron(width=200, n=30)
+    data = data[:1]
+    A = EFLinearOperator(net, loss, params, data)
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+
+    def count() -> int:
+        with FlopCounterMode(display=False) as counter:
+            A @ v
+        return counter.get_total_flops()
+
+    n, weights = len(data[0][0]), sum(p.numel() for p in params.values() if p.ndim == 2)
+    inner = weights - params["0.weight"].numel()
+    for _ in range(6):
+        A @ v
+    assert all(b._folded["ef"] for b in A.risk._recordings.values())
+    assert count() == 2 * n * 2 * weights
+    A.risk.plain += 1
+    assert count() >= 2 * n * (2 * weights + 2 * inner)
+
+
+def test_it_is_not_done_where_it_does_not_pay():
+    for make in (
+        lambda: perceptron(width=4),
+        lambda: network(nn.Flatten(), nn.Linear(6, 3)),
+    ):
+        A = GGNLinearOperator(*make())
+        for _ in range(6):
+            A @ torch.ones(A.shape[1], dtype=torch.float64)
+        assert folded(A) == [None, None]
+
+
+class Coupled(nn.Module):
+    """Subtracts the mean over the batch, a little of it at least."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, h):
+        return h - self.share * h.mean(0)
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-4])
+def test_coupled_data_are_not_folded_where_that_matters(share: float, always):
+    layers = nn.Linear(6, 20), nn.Tanh(), Coupled(share), nn.Linear(20, 20), nn.Tanh()
+    built = network(*layers, nn.Linear(20, 3))
+    A = GGNLinearOperator(*built, check_deterministic=False)
+    plain = GGNLinearOperator(*built, check_deterministic=False, cache="off")
+    for _ in range(6):
+        v = torch.randn(A.shape[1], dtype=torch.float64)
+        assert_close(A @ v, plain @ v, size=4 * len(v))
+    for batch, (pulled, _) in zip(A.risk._recordings.values(), folded(A), strict=True):
+        n = len(batch.X)
+        # what comes back to the last two layers and leaves them, but no further
+        shapes = [tuple(t.shape) for t in pulled.held]
+        assert shapes == [(n, 3, 3), (n, 3, 20), (n, 3, 20)]
+
+
+def test_train_mode_normalisation_is_right(always):
+    built = network(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Linear(20, 3))
+    A = GGNLinearOperator(*built, check_deterministic=False)
+    plain = GGNLinearOperator(*built, check_deterministic=False, cache="off")
+    for _ in range(6):
+        v = torch.randn(A.shape[1], dtype=torch.float64)
+        assert_close(A @ v, plain @ v, size=4 * len(v))
+
+
+def test_changes_are_seen(always):
+    net, *rest = perceptron()
+    A, plain = (GGNLinearOperator(net, *rest, cache=c) for c in ("auto", "off"))
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+    for _ in range(3):
+        for _ in range(6):
+            assert_close(A @ v, plain @ v, size=4 * len(v))
+        assert all(folded(A))
+        net[0].weight.data.mul_(1.5)
+
+
+def test_blocks_of_columns_are_folded(always):
+    A, plain = (GGNLinearOperator(*perceptron(), cache=c) for c in ("auto", "off"))
+    for K in (4, 4, 2, 5, 1):
+        V = torch.randn(A.shape[1], K, dtype=torch.float64)
+        assert_close(A @ V, plain @ V, size=4 * len(V))
+    assert all(folded(A))
+
+
+def test_few_samples_need_few_sensitivities(always):
+    A = FisherMCLinearOperator(*perceptron(), mc_samples=2)
+    plain = FisherMCLinearOperator(*perceptron(), mc_samples=2, cache="off")
+    for _ in range(6):
+        v = torch.randn(A.shape[1], dtype=torch.float64)
+        assert_close(A @ v, plain @ v, size=4 * len(v))
+    assert {p.u.shape[1] for p, _ in folded(A)} == {2}
+
+
+def test_sensitivities_count_and_must_fit(always):
+    A = GGNLinearOperator(*perceptron())
+    v = torch.ones(A.shape[1], dtype=torch.float64)
+    for _ in range(8):
+        A @ v
+    for batch, (pulled, _) in zip(A.risk._recordings.values(), folded(A), strict=True):
+        assert batch.nbytes >= sum(t.nbytes for t in pulled.held) > 0
+    needed = sum(n for n in (b.nbytes for b in A.risk._recordings.values()))
+    tight = GGNLinearOperator(*perceptron(), cache=needed // 2)
+    for _ in range(8):
+        assert_close(tight @ v, A @ v, size=4 * len(v))
+    assert not all(folded(tight)) or len(tight.risk._recordings) < 2
+    bounded = GGNLinearOperator(*perceptron(), max_memory=1 << 30)
+    for _ in range(8):
+        bounded @ v
+    assert not any(folded(bounded))
+
+
+def test_a_fixed_route_is_not_folded(always):
+    A = GGNLinearOperator(*perceptron())
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+    A.fix_route("plain")
+    first = [A @ v for _ in range(2)][1]
+    A.free_route()
+    for _ in range(6):
+        A @ v
+    A.fix_route("plain")
+    assert torch.equal(A @ v, first)
+
+
+def test_threads_may_fold_together(always):
+    A, plain = (GGNLinearOperator(*perceptron(), cache=c) for c in ("auto", "off"))
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+    expected = plain @ v
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(12):
+                assert_close(A @ v, expected, size=4 * len(v))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
