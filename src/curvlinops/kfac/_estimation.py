@@ -60,6 +60,7 @@ class Sums:
     the uses in which inputs and outputs exchange their roles; ``divisors``, one number
     for every group or for all, turn the sums ``B`` and ``A`` into means.
     ``counts_tokens`` says that all inputs were unit vectors, so that ``A`` is diagonal.
+    ``rows`` is the number of rows whose covariance ``B`` is, in all groups together.
     """
 
     layer: Layer
@@ -69,6 +70,7 @@ class Sums:
     swapped: Any = None
     divisors: tuple[Any, Any] = (1, 1)
     counts_tokens: bool = False
+    rows: int = 0
 
     def to_means(self) -> None:
         """Turn the sums into means, in place, with all their entries."""

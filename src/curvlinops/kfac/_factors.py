@@ -149,7 +149,8 @@ class Covariances(Visitor):
         if fresh:
             s.B, fresh = self._empty(layer, s.count, layer.layout.size[1])
         for groups, uses in slots(layer, swapped=False):
-            self._add_output(s.B[groups], layer, uses, grads, batch.size, fresh)
+            N = batch.size
+            s.rows += self._add_output(s.B[groups], layer, uses, grads, N, fresh)
         for _, uses in slots(layer, swapped=True):
             self._add_output(s.swapped[0], layer, uses, grads, batch.size)
 
@@ -161,13 +162,16 @@ class Covariances(Visitor):
         grads: Gradients,
         N: int,
         fresh: bool = False,
-    ) -> None:
+    ) -> int:
+        """Add to ``B``; return the number of rows."""
         if self.settings.reduce or layer.elementwise:
             rows = [layer.outputs(use, grads[id(use)], N) for use in uses]
-            gram(B, _total([b.sum(3) for b in rows]).flatten(1, 2), fresh)
-            return
-        for use in uses:
-            gram(B, layer.outputs(use, grads[id(use)], 1).flatten(1, 3), fresh)
+            rows = [_total([b.sum(3) for b in rows]).flatten(1, 2)]
+        else:
+            rows = [layer.outputs(u, grads[id(u)], 1).flatten(1, 3) for u in uses]
+        for b in rows:
+            gram(B, b, fresh)
+        return sum(b.shape[1] for b in rows)
 
     def _add_identity(self, s: Sums, batch: Batch, layer: Layer) -> None:
         """Add what white noise in place of gradients gives."""
