@@ -25,6 +25,8 @@ from curvlinops.kfac._layers import Batch, Gradients, Layer
 from curvlinops.kronecker import EighDecomposedLinearOperator, eigh
 
 
+#: Bytes of gradients that a CPU computes at once: they stay in its cache.
+CACHE_BYTES = 1 << 20
 #: How much larger than rounding an eigenvalue is whose eigenvector is known well.
 FAR = 32
 
@@ -75,7 +77,8 @@ def gradients(
     (G, m, n), like = size, rows[0][1]
     K = max(max(b.shape[1], a.shape[1]) for _, b, a in rows)
     N = like.shape[2]
-    chunk = max(1, CHUNK_BYTES // max(1, G * m * n * like.element_size()))
+    nbytes = CHUNK_BYTES if like.is_cuda else CACHE_BYTES
+    chunk = max(1, nbytes // max(1, G * m * n * like.element_size()))
     for k in range(K):
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
@@ -260,7 +263,7 @@ def ekfac(estimation: Estimation) -> list[Block]:
     out are only directions that, by number, no row has a component in.
     """
     sums, settings = sums_of(estimation), estimation.settings
-    chosen = {name for name, s in sums.items() if not s.layer.elementwise}
+    chosen = [name for name, s in sums.items() if not s.layer.elementwise]
     if settings.fisher.fisher_type == "forward-only":
         return [
             (layout, op.eigh() if layout.names[0] in chosen else op)

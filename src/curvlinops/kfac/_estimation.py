@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops._data import strided, tensors_in
 from curvlinops._linearization import budget_bytes
 from curvlinops.kfac._covariance import mirror
 from curvlinops.kfac._layers import (
@@ -173,7 +174,8 @@ class Estimation:
                     self._send_all(batch, receive, diagonals and bool(batch.diagonal))
                     keep = budget >= 0 and kept is not None
                     batch.release()
-                    for layer in batch.layers:
+                    # From the last to the first: many have used memory to go on with.
+                    for layer in reversed(batch.layers):
                         visitor.done(batch, layer)
                         for use, _ in () if keep else layer.uses:
                             use.input = None
@@ -315,8 +317,13 @@ def _show(visitor: Visitor, batch: Batch, seen: list[tuple[Layer, Gradients]]) -
 
 
 def _input_bytes(batch: Batch) -> int:
+    """Return the bytes of inputs; data may be a view of far more, which is there."""
     storages = [use.input.untyped_storage() for _, use in batch.uses]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    sizes = {s.data_ptr(): s.nbytes() for s in storages}
+    for t in strided(tensors_in(batch.linearization.X)):
+        place = t.untyped_storage().data_ptr()
+        sizes[place] = min(sizes.get(place, 0), t.nbytes)
+    return sum(sizes.values())
 
 
 def _names(layer: Layer) -> tuple[str, ...]:
