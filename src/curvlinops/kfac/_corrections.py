@@ -24,7 +24,6 @@ from curvlinops.kfac._factors import blocks_of, sums_of
 from curvlinops.kfac._layers import Batch, Gradients, Layer
 from curvlinops.kronecker import EighDecomposedLinearOperator, eigh
 
-
 #: Bytes of gradients that a CPU computes at once: they stay in its cache.
 CACHE_BYTES = 1 << 20
 #: How much larger than rounding an eigenvalue is whose eigenvector is known well.
@@ -139,7 +138,8 @@ class Basis:
 
     def part(self, evals: Tensor) -> Tensor:
         """Return the part of ``[G, m, n]``, or ``[G, m]``, that may not vanish."""
-        return evals[(slice(None), *(slice(i, None) for i in self.starts))[: evals.ndim]]
+        B, A = self.starts
+        return evals[:, B:] if evals.ndim == 2 else evals[:, B:, A:]
 
 
 def basis_of(sums: Sums, name: str, reduce: bool) -> Basis:

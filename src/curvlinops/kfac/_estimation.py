@@ -330,10 +330,14 @@ def _names(layer: Layer) -> tuple[str, ...]:
     return layer.layout.names + (() if layer.bias is None else layer.bias.names)
 
 
-def product(name: str, *factors: Tensor) -> KroneckerProductLinearOperator:
+def product(
+    name: str, *factors: Tensor, symmetric: bool = False
+) -> KroneckerProductLinearOperator:
     """Return grouped factors as operator that errors call by the parameter's name."""
     called = f"the block of {name!r}"
-    return KroneckerProductLinearOperator(*factors, grouped=True, name=called)
+    return KroneckerProductLinearOperator(
+        *factors, grouped=True, name=called, symmetric=symmetric
+    )
 
 
 def slots(layer: Layer, swapped: bool) -> Iterator[tuple[slice, list[Any]]]:

@@ -275,7 +275,7 @@ def blocks_of(estimation: Estimation, sums: dict[str, Sums]) -> list[Block]:
     blocks = estimation.other_blocks(sums)
     for name, s in sums.items():
         if not s.layer.elementwise:
-            blocks.append((s.layer.layout, product(name, s.B, s.A)))
+            blocks.append((s.layer.layout, product(name, s.B, s.A, symmetric=True)))
             if s.layer.bias is not None:
                 blocks.append((s.layer.bias, product(s.layer.bias.names[0], s.B)))
     return blocks
