@@ -166,12 +166,15 @@ class Covariances(Visitor):
         """Add to ``B``; return the number of rows."""
         if self.settings.reduce or layer.elementwise:
             rows = [layer.outputs(use, grads[id(use)], N) for use in uses]
-            rows = [_total([b.sum(3) for b in rows]).flatten(1, 2)]
-        else:
-            rows = [layer.outputs(u, grads[id(u)], 1).flatten(1, 3) for u in uses]
-        for b in rows:
+            b = _total([b.sum(3) for b in rows]).flatten(1, 2)
             gram(B, b, fresh)
-        return sum(b.shape[1] for b in rows)
+            return b.shape[1]
+        number = 0
+        for use in uses:
+            b = layer.outputs(use, grads[id(use)], 1).flatten(1, 3)
+            gram(B, b, fresh)
+            number += b.shape[1]
+        return number
 
     def _add_identity(self, s: Sums, batch: Batch, layer: Layer) -> None:
         """Add what white noise in place of gradients gives."""

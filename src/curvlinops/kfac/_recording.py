@@ -61,7 +61,7 @@ class Use:
         x = self.input
         for t in data:
             if (
-                (t.dtype, t.numel()) == (x.dtype, x.numel())
+                (t.dtype, t.layout, t.numel()) == (x.dtype, x.layout, x.numel())
                 and t.is_contiguous()
                 and t.data_ptr() != x.data_ptr()
                 and x._version == self._version
