@@ -202,6 +202,78 @@ def test_corrections_where_factors_vanish(approx, rank, separate):
         assert_close(block.evals, (Q.T @ F @ Q).diagonal(), size=10_000)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_corrections_with_few_rows(dtype, separate, batches):
+    """With fewer data than inputs and outputs, some directions have nothing in them."""
+    torch.manual_seed(0)
+    state = nn.Linear(20, 12).state_dict()
+    X, y = torch.randn(6, 20), torch.randint(12, (6,))
+
+    def block(dtype):
+        model = nn.Linear(20, 12, dtype=dtype)
+        model.load_state_dict(state)
+        E = EKFACLinearOperator(
+            model,
+            nn.CrossEntropyLoss(),
+            list(model.parameters()),
+            [(X[i::batches].to(dtype), y[i::batches]) for i in range(batches)],
+            fisher_type="empirical",
+            separate_weight_and_bias=separate,
+        )
+        return E.block_of("weight")
+
+    evals = block(dtype).evals.reshape(12, -1)
+    assert (evals[:-6] == 0).all()
+    assert (evals[:, :-6] == 0).all()
+    assert (evals[-6:, -6:] > 0).all()
+    actual, exact = block(dtype).to_dense(), block(torch.float64).to_dense()
+    assert (actual - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_rows_that_are_lost_in_rounding():
+    """A factor does not show how many directions a small datum is spread over."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 2, bias=False)
+    Q = torch.linalg.qr(torch.randn(8, 8))[0]
+    X, tiny = torch.stack([2 * Q[0], 3 * Q[1], 1e-5 * Q[2]]), 1e-5
+    data = [(X, torch.randn(3, 2))]
+    problem = model, nn.MSELoss(reduction="sum"), list(model.parameters()), data
+    E = EKFACLinearOperator(*problem, **EXACT)
+    evals = E.block_of("weight").evals.reshape(2, 8)
+    lowest = evals[:, :6].sum(1)
+    assert torch.allclose(lowest, torch.full((2,), 2 * tiny**2), 0.1, 0.0)
+
+
+def test_inputs_are_no_copies_of_the_data(monkeypatch):
+    """A view of a large data set counts as the batch that it shows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    X, y = torch.rand(100_000, 2, 3), torch.randint(3, (100_000,))
+    data = [(X[i : i + 4], y[i : i + 4]) for i in (0, 4)]
+    kept = []
+    original = _estimation._show
+
+    def show(visitor, batch, seen):
+        kept.append(batch.layers[0].uses[0][0].input)
+        original(visitor, batch, seen)
+
+    monkeypatch.setattr(_estimation, "_show", show)
+    monkeypatch.setattr(_estimation, "KEPT_BYTES", 4000)
+    for check in (False, True):
+        E = EKFACLinearOperator(
+            model,
+            nn.CrossEntropyLoss(),
+            list(model.parameters()),
+            data,
+            check_deterministic=check,
+        )
+        kept.clear()
+        E.trace()
+        assert [t.data_ptr() for t in kept] == [x.data_ptr() for x, _ in data]
+
+
 @pytest.mark.parametrize("cls", FAMILY)
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(

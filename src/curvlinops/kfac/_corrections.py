@@ -24,6 +24,11 @@ from curvlinops.kfac._factors import blocks_of, sums_of
 from curvlinops.kfac._layers import Batch, Gradients, Layer
 from curvlinops.kronecker import EighDecomposedLinearOperator, eigh
 
+#: Bytes of gradients that a CPU computes at once: they stay in its cache.
+CACHE_BYTES = 1 << 20
+#: How much larger than rounding an eigenvalue is whose eigenvector is known well.
+FAR = 32
+
 
 @dataclass
 class Part:
@@ -71,7 +76,8 @@ def gradients(
     (G, m, n), like = size, rows[0][1]
     K = max(max(b.shape[1], a.shape[1]) for _, b, a in rows)
     N = like.shape[2]
-    chunk = max(1, CHUNK_BYTES // max(1, G * m * n * like.element_size()))
+    nbytes = CHUNK_BYTES if like.is_cuda else CACHE_BYTES
+    chunk = max(1, nbytes // max(1, G * m * n * like.element_size()))
     for k in range(K):
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
@@ -114,31 +120,58 @@ class Basis:
         ones, for a diagonal factor.
     spectra : tuple of Tensor
         Their eigenvalues, ``[G, d]``.
+    starts : tuple of int
+        How many of the vectors, the first ones, are orthogonal to all rows.
     """
 
     layer: Layer
     vectors: tuple[Tensor, Tensor]
     spectra: tuple[Tensor, Tensor]
+    starts: tuple[int, int]
 
     def rotated(self, groups: slice, rows: Tensor, side: int) -> Tensor:
-        """Return the components of rows, in fresh memory."""
+        """Return the components of rows that may not vanish, in fresh memory."""
         Q = self.vectors[side][groups]
         if Q.ndim == 2:
             return rows.to(Q.dtype).clone()
-        return times(rows, Q)
+        return times(rows, Q[..., self.starts[side] :])
+
+    def part(self, evals: Tensor) -> Tensor:
+        """Return the part of ``[G, m, n]``, or ``[G, m]``, that may not vanish."""
+        B, A = self.starts
+        return evals[:, B:] if evals.ndim == 2 else evals[:, B:, A:]
 
 
-def basis_of(sums: Sums, name: str) -> Basis:
+def basis_of(sums: Sums, name: str, reduce: bool) -> Basis:
     """Decompose a layer's factors, which are dropped."""
-    vectors, spectra = [], []
-    for side, divisor in zip("BA", sums.divisors, strict=True):
+    vectors, spectra, starts = [], [], []
+    rows = sums.rows, int(sums.count.max())
+    # Otherwise, it is not the same rows that are rotated.
+    same = not reduce and sums.swapped is None
+    for side, number, divisor in zip("BA", rows, sums.divisors, strict=True):
         factor = getattr(sums, side)
         setattr(sums, side, None)
         evals, Q = eigh(factor, name, upper=True)
+        starts.append(_nullity(evals, number) if same and Q.ndim == 3 else 0)
         vectors.append(Q)
         spectra.append(mirror(evals, divisor))
-    (QB, QA), (lB, lA) = vectors, spectra
-    return Basis(sums.layer, (QB, QA), (lB, lA))
+    (QB, QA), (lB, lA), (start_B, start_A) = vectors, spectra, starts
+    return Basis(sums.layer, (QB, QA), (lB, lA), (start_B, start_A))
+
+
+def _nullity(evals: Tensor, rows: int) -> int:
+    """Return how many eigenvectors of a covariance are orthogonal to all its rows.
+
+    With fewer rows than columns, these are at least as many as there are columns more.
+    Where their eigenvalues, which show how large rounding is, are not far below the
+    next one, they are mixed with its eigenvector, and the number is zero.
+    """
+    number = evals.shape[1] - rows
+    if not 0 < number < evals.shape[1]:
+        return 0
+    rounding = evals[:, :number].abs().amax(1)
+    rounding = rounding.maximum(torch.finfo(evals.dtype).eps * evals[:, -1])
+    return number if bool((evals[:, number] > FAR * rounding).all()) else 0
 
 
 class Moments(Visitor):
@@ -178,27 +211,28 @@ class Moments(Visitor):
             rows.append((part.groups, b, a))
         whole = [b for groups, b, _ in rows if groups == slice(None)]
         if len(rows) == len(whole) == 1 and b.shape[3] == 1 and not part.swapped:
-            squares = b.square_().sum((1, 3))
+            squares = b.squeeze(3).square_()
+            squares = squares.squeeze(1) if len(squares[0]) == 1 else squares.sum(1)
             known = self._squares.get(layer.name)
             self._squares[layer.name] = squares if known is None else known + squares
             return
-        total = self.evals[layer.name]
+        total = basis.part(self.evals[layer.name])
         for M in gradients(rows, total.shape):
             _add_squares(total, M)
         if layer.bias is not None:
             ones = [(groups, b, b.new_ones(*b.shape[:-1], 1)) for groups, b, _ in rows]
-            column = self.columns[layer.name].unsqueeze(-1)
+            column = basis.part(self.columns[layer.name]).unsqueeze(-1)
             for M in gradients(ones, column.shape):
                 _add_squares(column, M)
 
     def done(self, batch: Batch, layer: Layer) -> None:
         """Multiply the squares."""
         if (squares := self._squares.pop(layer.name, None)) is not None:
-            (part,) = parts_of(layer)
+            (part,), basis = parts_of(layer), self.bases[layer.name]
             a = self._rotated_inputs(layer, part, batch.size)[:, 0, :, 0]
-            self.evals[layer.name].baddbmm_(squares.mT, a.square_())
+            basis.part(self.evals[layer.name]).baddbmm_(squares.mT, a.square_())
             if layer.bias is not None:
-                self.columns[layer.name] += squares.sum(1)
+                basis.part(self.columns[layer.name]).add_(squares.sum(1))
         for use, _ in layer.uses:
             self._inputs.pop(id(use), None)
 
@@ -225,17 +259,20 @@ def ekfac(estimation: Estimation) -> list[Block]:
     with the eigenvectors of :math:`A` and :math:`B`: the diagonal of
     :math:`(Q_B \otimes Q_A)^\top F (Q_B \otimes Q_A)`. All of it is computed: an
     eigenvalue of a factor that is lost in the rounding of the largest says nothing
-    about the corrected ones, which sums of squares give to full relative accuracy.
+    about the corrected ones, which sums of squares give to full relative accuracy. Left
+    out are only directions that, by number, no row has a component in.
     """
     sums, settings = sums_of(estimation), estimation.settings
-    chosen = {name for name, s in sums.items() if not s.layer.elementwise}
+    chosen = [name for name, s in sums.items() if not s.layer.elementwise]
     if settings.fisher.fisher_type == "forward-only":
         return [
             (layout, op.eigh() if layout.names[0] in chosen else op)
             for layout, op in blocks_of(estimation, sums)
         ]
     others = blocks_of(estimation, {n: s for n, s in sums.items() if n not in chosen})
-    bases = {n: basis_of(sums[n], f"the block of {n!r}") for n in chosen}
+    bases = {
+        n: basis_of(sums[n], f"the block of {n!r}", settings.reduce) for n in chosen
+    }
     moments = Moments(bases)
     estimation.sweep(moments)
     D = estimation.denominator

@@ -12,8 +12,10 @@ from torch import Tensor
 from curvlinops.kfac._recording import Use
 from curvlinops.kfac._uses import batched, each, padded, padding_of
 
-#: Below this size a covariance is one product.
-LEAST_SIZE = 128
+#: A covariance is computed in bands of at least so many rows, ...
+LEAST_BAND = 64
+#: ... of which there are at most so many.
+MOST_BANDS = 16
 #: What the covariance of unfolded patches costs, relative to a full product.
 PLAIN_COST = 0.6
 
@@ -24,8 +26,8 @@ def gram(total: Tensor, rows: Tensor, fresh: bool = False) -> None:
     Parameters
     ----------
     total : Tensor
-        Of shape ``(G, d, d)``; blocks below the diagonal are left as they are. If it
-        is ``(G, d)``, the diagonal is added.
+        Of shape ``(G, d, d)``; of what is below the diagonal, most is left as it is.
+        If it is ``(G, d)``, the diagonal is added.
     rows : Tensor
         The rows :math:`X`.
     fresh : bool, optional
@@ -37,15 +39,10 @@ def gram(total: Tensor, rows: Tensor, fresh: bool = False) -> None:
         square = rows.square().sum(1)
         total.copy_(square) if fresh else total.add_(square)
         return
-    d = rows.shape[-1]
-    if d < 2 * LEAST_SIZE:
-        total.baddbmm_(rows.mT, rows, beta=beta)
-        return
-    half = d // 2
-    left, right = rows[..., :half], rows[..., half:]
-    gram(total[:, :half, :half], left, fresh)
-    gram(total[:, half:, half:], right, fresh)
-    total[:, :half, half:].baddbmm_(left.mT, right, beta=beta)
+    for band in _bands(rows.shape[-1]):
+        behind = slice(band.start, None)
+        part = rows[..., band].mT
+        total[:, band, behind].baddbmm_(part, rows[..., behind], beta=beta)
 
 
 def mirror(total: Tensor, divisor: Any = 1) -> Tensor:
@@ -53,16 +50,20 @@ def mirror(total: Tensor, divisor: Any = 1) -> Tensor:
 
     Divide by a number, or by one for every group.
     """
-    d = total.shape[-1]
     if torch.is_tensor(divisor) and divisor.ndim:
         divisor = divisor.reshape(-1, *[1] * (total.ndim - 1))
-    if total.ndim == 2 or d < 2 * LEAST_SIZE:
+    if total.ndim == 2:
         return total.div_(divisor)
-    half = d // 2
-    mirror(total[:, :half, :half], divisor)
-    mirror(total[:, half:, half:], divisor)
-    total[:, half:, :half] = total[:, :half, half:].div_(divisor).mT
+    for band in _bands(total.shape[-1]):
+        total[:, band, band.start :].div_(divisor)
+        total[:, band.stop :, band] = total[:, band, band.stop :].mT
     return total
+
+
+def _bands(d: int) -> list[slice]:
+    """Return bands of rows, of multiples of 16 since these are multiplied faster."""
+    width = max(LEAST_BAND, -(-d // MOST_BANDS + 15) // 16 * 16)
+    return [slice(i, min(i + width, d)) for i in range(0, d, width)]
 
 
 def patch_covariance(

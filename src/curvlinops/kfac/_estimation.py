@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops._data import strided, tensors_in
 from curvlinops._linearization import budget_bytes
 from curvlinops.kfac._covariance import mirror
 from curvlinops.kfac._layers import (
@@ -60,6 +61,7 @@ class Sums:
     the uses in which inputs and outputs exchange their roles; ``divisors``, one number
     for every group or for all, turn the sums ``B`` and ``A`` into means.
     ``counts_tokens`` says that all inputs were unit vectors, so that ``A`` is diagonal.
+    ``rows`` is the number of rows whose covariance ``B`` is, in all groups together.
     """
 
     layer: Layer
@@ -69,6 +71,7 @@ class Sums:
     swapped: Any = None
     divisors: tuple[Any, Any] = (1, 1)
     counts_tokens: bool = False
+    rows: int = 0
 
     def to_means(self) -> None:
         """Turn the sums into means, in place, with all their entries."""
@@ -171,7 +174,8 @@ class Estimation:
                     self._send_all(batch, receive, diagonals and bool(batch.diagonal))
                     keep = budget >= 0 and kept is not None
                     batch.release()
-                    for layer in batch.layers:
+                    # From the last to the first: many have used memory to go on with.
+                    for layer in reversed(batch.layers):
                         visitor.done(batch, layer)
                         for use, _ in () if keep else layer.uses:
                             use.input = None
@@ -313,18 +317,27 @@ def _show(visitor: Visitor, batch: Batch, seen: list[tuple[Layer, Gradients]]) -
 
 
 def _input_bytes(batch: Batch) -> int:
+    """Return the bytes of inputs; data may be a view of far more, which is there."""
     storages = [use.input.untyped_storage() for _, use in batch.uses]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    sizes = {s.data_ptr(): s.nbytes() for s in storages}
+    for t in strided(tensors_in(batch.linearization.X)):
+        place = t.untyped_storage().data_ptr()
+        sizes[place] = min(sizes.get(place, 0), t.nbytes)
+    return sum(sizes.values())
 
 
 def _names(layer: Layer) -> tuple[str, ...]:
     return layer.layout.names + (() if layer.bias is None else layer.bias.names)
 
 
-def product(name: str, *factors: Tensor) -> KroneckerProductLinearOperator:
+def product(
+    name: str, *factors: Tensor, symmetric: bool = False
+) -> KroneckerProductLinearOperator:
     """Return grouped factors as operator that errors call by the parameter's name."""
     called = f"the block of {name!r}"
-    return KroneckerProductLinearOperator(*factors, grouped=True, name=called)
+    return KroneckerProductLinearOperator(
+        *factors, grouped=True, name=called, symmetric=symmetric
+    )
 
 
 def slots(layer: Layer, swapped: bool) -> Iterator[tuple[slice, list[Any]]]:

@@ -149,7 +149,8 @@ class Covariances(Visitor):
         if fresh:
             s.B, fresh = self._empty(layer, s.count, layer.layout.size[1])
         for groups, uses in slots(layer, swapped=False):
-            self._add_output(s.B[groups], layer, uses, grads, batch.size, fresh)
+            N = batch.size
+            s.rows += self._add_output(s.B[groups], layer, uses, grads, N, fresh)
         for _, uses in slots(layer, swapped=True):
             self._add_output(s.swapped[0], layer, uses, grads, batch.size)
 
@@ -161,13 +162,19 @@ class Covariances(Visitor):
         grads: Gradients,
         N: int,
         fresh: bool = False,
-    ) -> None:
+    ) -> int:
+        """Add to ``B``; return the number of rows."""
         if self.settings.reduce or layer.elementwise:
             rows = [layer.outputs(use, grads[id(use)], N) for use in uses]
-            gram(B, _total([b.sum(3) for b in rows]).flatten(1, 2), fresh)
-            return
+            b = _total([b.sum(3) for b in rows]).flatten(1, 2)
+            gram(B, b, fresh)
+            return b.shape[1]
+        number = 0
         for use in uses:
-            gram(B, layer.outputs(use, grads[id(use)], 1).flatten(1, 3), fresh)
+            b = layer.outputs(use, grads[id(use)], 1).flatten(1, 3)
+            gram(B, b, fresh)
+            number += b.shape[1]
+        return number
 
     def _add_identity(self, s: Sums, batch: Batch, layer: Layer) -> None:
         """Add what white noise in place of gradients gives."""
@@ -271,7 +278,7 @@ def blocks_of(estimation: Estimation, sums: dict[str, Sums]) -> list[Block]:
     blocks = estimation.other_blocks(sums)
     for name, s in sums.items():
         if not s.layer.elementwise:
-            blocks.append((s.layer.layout, product(name, s.B, s.A)))
+            blocks.append((s.layer.layout, product(name, s.B, s.A, symmetric=True)))
             if s.layer.bias is not None:
                 blocks.append((s.layer.bias, product(s.layer.bias.names[0], s.B)))
     return blocks

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, vmap
 
+from curvlinops._data import strided, tensors_in
 from curvlinops._parts import data_gradients
 from curvlinops.kfac._handlers import HANDLERS
 from curvlinops.kfac._recording import Recorder, Use
@@ -222,6 +223,9 @@ def _batches(
         if batch is None:
             return
         recorder.check_complete(batch.output)
+        data = strided(tensors_in(batch.X))
+        for use in recorder.uses:
+            use.take_from(data)
         size = risk._size_or_none(batch.X) or len(batch.output)
         shapes = {name: tuple(p.shape) for name, p in risk.model.aliases.items()}
         layers, unknown = resolve(recorder.uses, recorder.unknown, shapes, size, bias)

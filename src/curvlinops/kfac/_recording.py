@@ -56,6 +56,21 @@ class Use:
         """Remember the version of the input's content."""
         self._version = self.input._version
 
+    def take_from(self, data: Iterable[Tensor]) -> None:
+        """Take the input from the data, if it is a copy of some: it can be freed."""
+        x = self.input
+        for t in data:
+            if (
+                (t.dtype, t.layout, t.numel()) == (x.dtype, x.layout, x.numel())
+                and t.is_contiguous()
+                and t.data_ptr() != x.data_ptr()
+                and x._version == self._version
+                and torch.equal(t.view(x.shape), x)
+            ):
+                self.input = t.detach().view(x.shape)
+                self._version = self.input._version
+                return
+
     def checked_input(self) -> Tensor:
         """Return the input, unless it was overwritten in place since."""
         assert self.input is not None
