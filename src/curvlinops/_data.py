@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import isfinite
 from threading import RLock
@@ -237,10 +237,9 @@ class Checksum:
         self._small = [
             t.numpy().reshape(-1) if t.is_contiguous() else t.numpy() for t in small
         ]
-        *starts, total = np.cumsum([0, *(t.numel() for t in small)])
+        *starts, total = np.cumsum([0, *(t.numel() for t in small)]).tolist()
         self._starts, self._buffer = starts, np.empty(total)
-        generator = np.random.default_rng(20260101)
-        self._weights = generator.standard_normal(len(self._buffer))
+        self._weights = _random_weights(total)
         known = set(map(id, small))
         self._large = [t for t in alias if id(t) not in known]
 
@@ -298,6 +297,11 @@ def _projection(tensor: Tensor) -> Tensor:
     rest = torch.dot(flat[whole:], vector[: size - whole])
     rows = flat[:whole].view(-1, _BLOCK) @ vector
     return rest + torch.dot(rows, vector[: len(rows)])
+
+
+@lru_cache(maxsize=8)
+def _random_weights(size: int) -> np.ndarray:
+    return np.random.default_rng(20260101).standard_normal(size)
 
 
 _RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}

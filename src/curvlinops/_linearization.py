@@ -309,7 +309,7 @@ class Linearization:
             ours = set(map(id, self._leaves))
             reached = ours.intersection(map(id, graph_leaves(self.output)))
             try:
-                Jv = self._model.directional(self._fresh_input(), V, reached)
+                Jv = self._model.directional(self.fresh_input(), V, reached)
             except Exception:  # whatever a model or an operation raises there
                 Jv, self._model.forward_mode = None, False
             if Jv is not None:
@@ -322,7 +322,7 @@ class Linearization:
                     self._model.forward_mode = False
         return self.vjp(middle(self, self.jvp(V)))
 
-    def _fresh_input(self) -> Any:
+    def fresh_input(self) -> Any:
         """Return the input for an evaluation that may write into it."""
         return cloned(self.X) if self.writes else self.X
 
@@ -432,7 +432,7 @@ def _adjoint(Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor]) 
     for v, g in zip(V, JTw, strict=True):
         products = v * g
         right += products.sum(dtype=torch.float64)
-        spread += products.norm() ** 2
+        spread += torch.linalg.vector_norm(products) ** 2
     gap, size = float((left - right).abs()), float(left.abs() + spread.sqrt())
     return gap <= torch.finfo(Jv.dtype).eps ** 0.75 * size
 
@@ -534,9 +534,9 @@ def free_memory(device: torch.device) -> int:
         return free + reserved - torch.cuda.memory_allocated(device)
     try:
         with open("/proc/meminfo") as info:
-            fields = dict(line.split(":", 1) for line in info)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
+            line = next(line for line in info if line.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
         # No such file outside of Linux: assume that a quarter of the memory is free.
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     return min(free, _control_group_limit())

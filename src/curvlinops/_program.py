@@ -304,5 +304,7 @@ def _name(constants: dict[str, Any], value: Any) -> str:
         return "[" + ", ".join(_name(constants, part) for part in value) + "]"
     if isinstance(value, (bool, int)) or value is None:
         return repr(value)
+    if isinstance(value, torch._ops.OpOverload):
+        value = value._op  # what it calls
     constants[f"c{len(constants)}"] = value
     return f"c{len(constants) - 1}"

@@ -40,7 +40,14 @@ from curvlinops._data import (
 )
 from curvlinops._determinism import look, passes_agree
 from curvlinops._linearization import Linearization, budget_bytes
-from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
+from curvlinops._model import (
+    Model,
+    Parameters,
+    graph_leaves,
+    named_parameters,
+    without_autocast,
+)
+from curvlinops._parts import jacobian_by_datum
 from curvlinops._plan import (
     GRADIENT,
     Data,
@@ -232,7 +239,8 @@ class EmpiricalRisk:
         #: ... or known not to.
         self._shuffled = False
         self._start()
-        budget_bytes(cache, self.space.device)  # raises on a wrong setting
+        if cache != "auto":
+            budget_bytes(cache, self.space.device)  # raises on a wrong setting
         if check_deterministic:
             self._fit(GRADIENT, 1)
             same_batches = passes_agree(self, num_data)
@@ -456,7 +464,7 @@ class EmpiricalRisk:
         with self._alone():
             if (matrix := self._materialised(key, V, multiply)) is None:
                 return self._session(lambda: multiply(V), key)
-            with torch.autocast(self.space.device.type, enabled=False):
+            with without_autocast(self.space.device.type):
                 # The matrix is symmetric; rows are faster to multiply than columns.
                 return (V.T.contiguous() @ matrix).T if V.shape[1] > 1 else matrix @ V
 
@@ -478,8 +486,8 @@ class EmpiricalRisk:
             spent = self._spent.get(key, 0.0)
             self._spent[key] = spent + self._cost(key, V.shape[1])
             complete = self._num_batches == len(self._recordings)
-            if not complete or spent < self._cost(key, P):
-                return None
+            if not complete or spent < P / 16 or spent < self._cost(key, P):
+                return None  # no matrix costs less than `P / 16`, which is seen first
             if not self._room_for(nbytes):
                 return None
             identity = torch.eye(P, dtype=V.dtype, device=V.device)
@@ -506,6 +514,8 @@ class EmpiricalRisk:
 
     def _cost(self, key: Hashable, K: int) -> float:
         """Return the cost of ``K`` columns in products with a single vector."""
+        if K == 1:
+            return 1.0
         widths = [self._columns_at_once(key, b) for b in self._recordings.values()]
         width = min(widths, default=1)
         return K if width == 1 else -(-K // width) + K / 16
@@ -552,7 +562,16 @@ class EmpiricalRisk:
         return max(self._cost(_VJPS, size) for size in sizes) <= MAX_JACOBIAN_COST
 
     def _jacobian(self, batch: Linearization) -> Tensor | None:
-        """Return a batch's Jacobian as a matrix if it can be computed at once."""
+        """Return a batch's Jacobian as a matrix if it can be computed at once.
+
+        Datum by datum, where the model allows it: of the rows of one datum, only that
+        datum's part of the batch matters.
+        """
+        if self.model.by_datum:
+            J = jacobian_by_datum(self, batch, self._columns_at_once(_VJPS, batch))
+            if J is not None and self._agrees_with_vjp(J, batch, 0.75):
+                return J
+            self.model.by_datum = False
         f, M = batch.output_space, batch.output_space.dim
         identity = torch.eye(M, dtype=f.dtype, device=f.device)
         width = self._columns_at_once(_VJPS, batch)
@@ -564,11 +583,18 @@ class EmpiricalRisk:
         except RuntimeError:  # some operation cannot
             return None
         J = torch.cat(chunks)
-        u = torch.linspace(1, 2, M, dtype=f.dtype, device=f.device)
+        return J if self._agrees_with_vjp(J, batch, 0.5) else None
+
+    def _agrees_with_vjp(
+        self, J: Tensor, batch: Linearization, exponent: float
+    ) -> bool:
+        """Whether ``u @ J`` is a product in reverse mode, up to ``eps ** exponent``."""
+        f = batch.output_space
+        generator = torch.Generator(f.device).manual_seed(20260101)
+        u = torch.randn(f.dim, dtype=f.dtype, device=f.device, generator=generator)
         one = self.space.join(batch.vjp(u.reshape(f.shapes[0])))
         gap = (u.to(J.dtype) @ J - one).abs().max()
-        tolerance = torch.finfo(f.dtype).eps ** 0.5 * one.abs().max()
-        return J if bool(gap <= tolerance) else None
+        return bool(gap <= torch.finfo(f.dtype).eps ** exponent * one.abs().max())
 
     def push_forward(
         self,
@@ -768,15 +794,13 @@ class EmpiricalRisk:
         kept = dict(recordings)  # another thread may drop some
         complete = len(kept) == self._num_batches
         known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
-        bar = tqdm(
-            known if complete else self._parts(),
-            desc=f"{title} (on {self.space.device})",
-            total=self._num_batches or length_of(self.data),
-            disable=not self.progressbar,
-        )
+        items: Iterable[Any] = known if complete else self._parts()
+        if self.progressbar:
+            total = self._num_batches or length_of(self.data)
+            items = tqdm(items, f"{title} (on {self.space.device})", total)
         place = -1
         shapes: list[torch.Size] = []
-        for place, (index, item, share) in enumerate(bar):
+        for place, (index, item, share) in enumerate(items):
             batch = kept.pop(place, None) or self._linearize(index, item, place, share)
             shape = batch.output_space.shapes[0]
             if share is None or share.start == 0:
