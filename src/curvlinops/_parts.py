@@ -128,6 +128,7 @@ def jacobian_by_datum(
     inputs = batch.fresh_input()
     leaves = [leaf.detach() for leaf in risk.model.leaves]
     basis = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
+    chunk = width if width < len(basis) else None
 
     def has_axis(tensor: Tensor) -> bool:
         return tensor.ndim > 0 and len(tensor) == size
@@ -137,7 +138,7 @@ def jacobian_by_datum(
         one = iter(data)
         X = mapped(lambda t: next(one).unsqueeze(0) if has_axis(t) else t, inputs)
         pull_back = vjp(lambda *p: risk.model.at(X, p).reshape(-1), *leaves)[1]
-        return vmap(pull_back, chunk_size=width)(basis)
+        return vmap(pull_back, chunk_size=chunk)(basis)
 
     try:
         with torch.no_grad(), risk.model.left_as_it_is():

@@ -450,10 +450,16 @@ class EmpiricalRisk:
     def _mean(self, body: Body, V: Tensor, title: str, key: Hashable) -> Tensor:
         """Return a mean over batches of products (within :meth:`session`)."""
         total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
+        if V.shape[1] == 1:
+            vectors = self.space.split(V.T[0].contiguous())
+            rows = cache(lambda: self.space.split(total()[0]))
         count: Any = 0
         for batch in self.batches(title):
             count = count + batch.count
-            self._add_products(body, batch, V, total, key=key)
+            if V.shape[1] == 1:
+                self._add_product(body, batch, vectors, rows, key)
+            else:
+                self._add_products(body, batch, V, total, key=key)
         return total().div_(self._denominator(count)).T
 
     def _product(
@@ -1010,6 +1016,24 @@ class EmpiricalRisk:
                 place, _ = kept.popitem()
                 del self._bytes[place]
             self._recordings = kept
+
+    def _add_product(
+        self,
+        body: Body,
+        batch: Linearization,
+        vectors: list[Tensor],
+        total: Callable[[], list[Tensor]],
+        key: Hashable,
+    ) -> None:
+        """Add ``body(batch, vectors)``, with one vector, to ``total()``.
+
+        Where nothing is kept, a keyed product drops its graph, and the sum is allocated
+        after that.
+        """
+        batch.multiplied |= self.plain > 0
+        batch.final = key is not None and not self._may_keep(batch)
+        products = batch.multiply(None if self.plain else key, body, vectors)
+        torch._foreach_add_(total(), list(products))
 
     def _add_products(
         self,
