@@ -24,12 +24,22 @@ from torch import Tensor
 
 from curvlinops._data import Share, cloned, strided, tensors_in
 from curvlinops._model import Model, graph_leaves, graph_nodes
-from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Route, recording
+from curvlinops._replay import (
+    RECORD_EARLY,
+    RECORD_LATE,
+    RECORD_SOON,
+    Route,
+    recording,
+)
 from curvlinops._spaces import TensorSpace
 from curvlinops.losses import Loss
 
 #: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
 AUTO_FRACTION = 0.4
+
+#: Most entries of parameters and inputs with which operations take little longer than
+#: starting them.
+SMALL = 1 << 14
 
 Vectors = list[Tensor]
 
@@ -243,8 +253,7 @@ class Linearization:
         if key is None:
             return body(self, vectors)
         if (route := self._routes.get(key)) is None:
-            after = RECORD_EARLY if self.pays_early else RECORD_LATE
-            route = self._routes.setdefault(key, Route(after))
+            route = self._routes.setdefault(key, Route(self._record_after))
         if route.trusted and all(r.trusted for r in list(self._routes.values())):
             self._drop_graphs()  # nobody has needed them lately
         return route.multiply(lambda v: body(self, v), vectors, several)
@@ -260,6 +269,18 @@ class Linearization:
             return True
         nodes = graph_nodes(self.output)
         return any("Convolution" in node.name() for node in nodes)
+
+    @property
+    def _record_after(self) -> int:
+        """Number of plain products before one is recorded."""
+        if self.pays_early:
+            return RECORD_EARLY
+        return RECORD_SOON if self.size <= SMALL else RECORD_LATE
+
+    @cached_property
+    def size(self) -> int:
+        """Number of entries of parameters and inputs."""
+        return sum(t.numel() for t in (*self._leaves, *tensors_in(self.X)))
 
     def settled(self, key: Hashable) -> bool:
         """Whether further products change nothing about how one is computed."""

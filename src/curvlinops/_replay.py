@@ -72,8 +72,8 @@ def recording() -> bool:
 
 
 #: Plain products of a batch before one is recorded: where replaying it costs far less
-#: (convolutions, and on a GPU), and elsewhere.
-RECORD_EARLY, RECORD_LATE = 1, 8
+#: (convolutions, and on a GPU), where little but overhead is left out, and elsewhere.
+RECORD_EARLY, RECORD_SOON, RECORD_LATE = 1, 2, 8
 
 
 class Route:

@@ -31,6 +31,7 @@ from curvlinops._data import (
     checked_data,
     checked_pair,
     cloned,
+    joined,
     length_of,
     moved,
     part_of,
@@ -38,8 +39,8 @@ from curvlinops._data import (
     shares,
     tensors_in,
 )
-from curvlinops._determinism import look, passes_agree
-from curvlinops._linearization import Linearization, budget_bytes
+from curvlinops._determinism import close, look, passes_agree
+from curvlinops._linearization import SMALL, Linearization, budget_bytes
 from curvlinops._model import (
     Model,
     Parameters,
@@ -73,6 +74,8 @@ MAX_COLUMNS = 64
 MAX_COLUMN_BYTES = 4 << 20
 #: Largest dimension of a matrix that is materialised.
 MAX_DENSE_DIM = 4096
+#: Most entries of the inputs and parameters of batches that are multiplied as one.
+MAX_JOINED = 1 << 17
 #: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
 MAX_JACOBIAN_COST = 32
 #: Key of products with the transposed Jacobian alone.
@@ -286,6 +289,8 @@ class EmpiricalRisk:
             self._bytes: dict[Hashable, tuple[tuple[int, ...], int]] = {}
             self._matrices: dict[Hashable, Tensor] = {}
             self._jacobians: list[tuple[Linearization, Tensor]] = []
+            # By key, the one batch that stands for all, if it may.
+            self._joined: dict[Hashable, Linearization | None] = {}
             self._spent: dict[Hashable, float] = {}
             self._budget: int | None = None
             self._full = False
@@ -407,7 +412,13 @@ class EmpiricalRisk:
             Of shape ``(P, K)``.
         """
         self._fit(Product("mean", body, title, key), V.shape[1])
-        return self._product(lambda V: self._mean(body, V, title, key), V, key)
+
+        def multiply(V: Tensor) -> Tensor:
+            if self._may_join(key):
+                self._join(body, key)
+            return self._mean(body, V, title, key)
+
+        return self._product(multiply, V, key)
 
     def congruence(
         self, middle: Middle, V: Tensor, title: str = "_matmat", key: Hashable = None
@@ -447,20 +458,80 @@ class EmpiricalRisk:
         self._fit(Product("congruence", middle, title, key), V.shape[1])
         return self._product(multiply, V, key)
 
-    def _mean(self, body: Body, V: Tensor, title: str, key: Hashable) -> Tensor:
-        """Return a mean over batches of products (within :meth:`session`)."""
+    def _mean(
+        self,
+        body: Body,
+        V: Tensor,
+        title: str,
+        key: Hashable,
+        one: Linearization | None = None,
+    ) -> Tensor:
+        """Return a mean over batches of products (within :meth:`session`).
+
+        Over ``one`` batch that holds all data, if there is one.
+        """
+        one = one or self._joined_batch(key)
         total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
         if V.shape[1] == 1:
             vectors = self.space.split(V.T[0].contiguous())
             rows = cache(lambda: self.space.split(total()[0]))
         count: Any = 0
-        for batch in self.batches(title):
+        for batch in self.batches(title) if one is None else [one]:
             count = count + batch.count
             if V.shape[1] == 1:
                 self._add_product(body, batch, vectors, rows, key)
             else:
                 self._add_products(body, batch, V, total, key=key)
         return total().div_(self._denominator(count)).T
+
+    def _may_join(self, key: Hashable) -> bool:
+        """Whether batches are several that cost more for overhead than they compute."""
+        if key in self._joined or not self._may_be_dense(key):
+            return False
+        if self.progressbar or self.max_memory is not None:
+            return False
+        with self._lock:
+            batches = list(self._recordings.values())
+            nbytes = sum(n for _, n in self._bytes.values())
+            complete = self._num_batches == len(batches)
+        if not complete or len(batches) == 1:
+            return False
+        sizes = [batch.size for batch in batches]
+        few = max(sizes) <= SMALL and sum(sizes) <= MAX_JOINED
+        return few and self._room_for(3 * nbytes)
+
+    def _join(self, body: Body, key: Hashable) -> None:
+        """Put all data into one batch if its product is the sum of the batches'.
+
+        Outputs may depend on which other data are in a batch.
+        """
+        known, batches = self._joined, dict(self._recordings)
+        known[key] = None
+        title, f = "_join", self.space
+        generator = torch.Generator(f.device).manual_seed(20260101)
+        V = torch.randn(f.dim, 1, dtype=f.dtype, device=f.device, generator=generator)
+        plain = self._mean(body, V, title, key)
+        try:
+            items = [(b.X, b.y) for _, b in sorted(batches.items())]
+            sizes = [self.batch_size(X) for X, _ in items]
+            X = joined([X for X, _ in items], sizes)
+            y = joined([y for _, y in items], sizes, several=True)
+            one = Linearization(self.model, X, y, self._loss_maker(X))
+            total = self._mean(body, V, title, key, one)
+        except Exception:  # whatever a model or a loss raises on another batch
+            return
+        if close(total, plain, torch.finfo(f.dtype).eps ** 0.75):
+            known[key] = one
+            self._bytes["joined", key] = one.stage, 3 * one.nbytes
+
+    def _joined_batch(self, key: Hashable) -> Linearization | None:
+        """Return the one batch that is multiplied instead of all others."""
+        return None if self.plain else self._joined.get(key)
+
+    def _multiplied(self, key: Hashable) -> list[Linearization]:
+        """Return the batches that products are made of."""
+        one = self._joined_batch(key)
+        return list(self._recordings.values()) if one is None else [one]
 
     def _product(
         self, multiply: Callable[[Tensor], Tensor], V: Tensor, key: Hashable
@@ -522,7 +593,7 @@ class EmpiricalRisk:
         """Return the cost of ``K`` columns in products with a single vector."""
         if K == 1:
             return 1.0
-        widths = [self._columns_at_once(key, b) for b in self._recordings.values()]
+        widths = [self._columns_at_once(key, b) for b in self._multiplied(key)]
         width = min(widths, default=1)
         return K if width == 1 else -(-K // width) + K / 16
 
@@ -784,7 +855,7 @@ class EmpiricalRisk:
             and not torch.is_autocast_enabled(self.space.device.type)
             and (
                 self._jacobians_suffice()
-                or all(b.replays(key) for b in recordings.values())
+                or all(b.replays(key) for b in self._multiplied(key))
             )
         )
 
