@@ -69,13 +69,12 @@ Middle = Callable[[Linearization, Tensor], Tensor]
 
 #: Most columns that one vectorised backward pass takes.
 MAX_COLUMNS = 64
-#: Bytes that its intermediate results may take up. Measured on a CPU: beyond about
+#: Bytes that its intermediate results may take up, and those of batches that are
+#: multiplied as one. Measured on a CPU: beyond about
 #: 1 MiB per column, single passes are faster (``benchmarks/block_columns.py``).
 MAX_COLUMN_BYTES = 4 << 20
 #: Largest dimension of a matrix that is materialised.
 MAX_DENSE_DIM = 4096
-#: Most entries of the inputs and parameters of batches that are multiplied as one.
-MAX_JOINED = 1 << 17
 #: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
 MAX_JACOBIAN_COST = 32
 #: Key of products with the transposed Jacobian alone.
@@ -183,6 +182,10 @@ class EmpiricalRisk:
     contribute apart and the loss is known in closed form or has ``num_terms_fn``. What
     operations of torch use inside, and estimating Kronecker factors, is not counted;
     products in several threads take their bytes each.
+
+    Several small batches, with a few MiB of graphs in all, are multiplied as one where
+    that gives the same, from the second product on; unless memory is bounded. What
+    this takes is in no :meth:`plan <curvlinops.risk_operator.RiskOperator.plan>`.
 
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
@@ -488,7 +491,7 @@ class EmpiricalRisk:
         """Whether batches are several that cost more for overhead than they compute."""
         if key in self._joined or not self._may_be_dense(key):
             return False
-        if self.progressbar or self.max_memory is not None:
+        if self.progressbar or self.cache != "auto" or self.max_memory is not None:
             return False
         with self._lock:
             batches = list(self._recordings.values())
@@ -496,9 +499,9 @@ class EmpiricalRisk:
             complete = self._num_batches == len(batches)
         if not complete or len(batches) == 1:
             return False
-        sizes = [batch.size for batch in batches]
-        few = max(sizes) <= SMALL and sum(sizes) <= MAX_JOINED
-        return few and self._room_for(3 * nbytes)
+        if nbytes > MAX_COLUMN_BYTES or not self._room_for(3 * nbytes):
+            return False
+        return not any(b.size > SMALL or b.pays_early for b in batches)
 
     def _join(self, body: Body, key: Hashable) -> None:
         """Put all data into one batch if its product is the sum of the batches'.
