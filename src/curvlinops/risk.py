@@ -69,9 +69,9 @@ Middle = Callable[[Linearization, Tensor], Tensor]
 
 #: Most columns that one vectorised backward pass takes.
 MAX_COLUMNS = 64
-#: Bytes that its intermediate results may take up, and those of batches that are
-#: multiplied as one. Measured on a CPU: beyond about
-#: 1 MiB per column, single passes are faster (``benchmarks/block_columns.py``).
+#: Bytes that its intermediate results may take up, and the graphs of batches that are
+#: multiplied as one. Measured on a CPU: beyond about 1 MiB per column, single passes
+#: are faster (``benchmarks/block_columns.py``).
 MAX_COLUMN_BYTES = 4 << 20
 #: Largest dimension of a matrix that is materialised.
 MAX_DENSE_DIM = 4096
