@@ -566,8 +566,8 @@ class EmpiricalRisk:
             spent = self._spent.get(key, 0.0)
             self._spent[key] = spent + self._cost(key, V.shape[1])
             complete = self._num_batches == len(self._recordings)
-            if not complete or spent < P / 16 or spent < self._cost(key, P):
-                return None  # no matrix costs less than `P / 16`, which is seen first
+            if not complete or spent < P / 8 or spent < self.cost_of_matrix(key):
+                return None  # none costs less than `P / 8`, which is seen first
             if not self._room_for(nbytes):
                 return None
             identity = torch.eye(P, dtype=V.dtype, device=V.device)
@@ -591,6 +591,13 @@ class EmpiricalRisk:
         # Within a bound for all memory, also what it is made from counts.
         needed = nbytes if self.max_memory is None else 3 * nbytes
         return self._budget is not None and used + needed <= self._budget
+
+    def cost_of_matrix(self, key: Hashable) -> float:
+        """Return the cost of the products after which a matrix is computed.
+
+        Twice its own, since a product with it costs about half of one without.
+        """
+        return 2 * self._cost(key, self.space.dim)
 
     def _cost(self, key: Hashable, K: int) -> float:
         """Return the cost of ``K`` columns in products with a single vector."""
