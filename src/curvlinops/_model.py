@@ -302,9 +302,9 @@ class Model:
             except Exception:  # whatever a user's `__deepcopy__` or attribute raises
                 self.evaluate_in_place()
         #: Whether evaluating all data apart may do and has not failed yet.
-        self.by_datum = self.forward_mode and self._keeps_to_itself()
+        self.by_datum = self.forward_mode and self.keeps_to_itself()
 
-    def _keeps_to_itself(self) -> bool:
+    def keeps_to_itself(self) -> bool:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
         if self._module is None or self._held is not None:
             return False

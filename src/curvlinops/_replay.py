@@ -221,10 +221,12 @@ class _ByTensor(Generic[T]):
         return id(tensor) in self._entries
 
     def get(self, tensor: Tensor) -> T | None:
+        """Return a tensor's value."""
         entry = self._entries.get(id(tensor))
         return None if entry is None else entry[1]
 
     def pop(self, tensor: Tensor) -> T | None:
+        """Return a tensor's value and drop it."""
         entry = self._entries.pop(id(tensor), None)
         return None if entry is None else entry[1]
 

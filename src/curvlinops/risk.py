@@ -501,7 +501,9 @@ class EmpiricalRisk:
             return False
         if nbytes > MAX_COLUMN_BYTES or not self._room_for(3 * nbytes):
             return False
-        return not any(b.size > SMALL or b.pays_early for b in batches)
+        if any(batch.size > SMALL or batch.pays_early for batch in batches):
+            return False
+        return self.model.keeps_to_itself()  # hooks see the user's batches only
 
     def _join(self, body: Body, key: Hashable) -> None:
         """Put all data into one batch if its product is the sum of the batches'.
