@@ -124,6 +124,7 @@ def test_free_memory_without_proc(monkeypatch):
 def test_recordings_stay_within_the_budget(operator, monkeypatch):
     monkeypatch.setattr(risk, "MAX_DENSE_DIM", 0)
     monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
+    monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
     problem = find("mlp-tanh-ce").build()
     A = operator(*problem)
     v = torch.ones(A.shape[1], dtype=torch.float64)
@@ -146,6 +147,7 @@ def test_recordings_stay_within_the_budget(operator, monkeypatch):
 def record_soon(monkeypatch):
     monkeypatch.setattr(risk, "MAX_DENSE_DIM", 0)
     monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
+    monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
 
 
 def warmed_up(model, data, loss=None):

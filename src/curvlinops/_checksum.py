@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from math import isfinite
 
@@ -43,10 +43,9 @@ class Checksum:
         self._small = [
             t.numpy().reshape(-1) if t.is_contiguous() else t.numpy() for t in small
         ]
-        *starts, total = np.cumsum([0, *(t.numel() for t in small)])
+        *starts, total = np.cumsum([0, *(t.numel() for t in small)]).tolist()
         self._starts, self._buffer = starts, np.empty(total)
-        generator = np.random.default_rng(20260101)
-        self._weights = generator.standard_normal(len(self._buffer))
+        self._weights = _random_weights(total)
         known = set(map(id, small))
         large = sorted((t for t in alias if id(t) not in known), key=_device_of)
         self._others = [_Others([*ts]) for _, ts in groupby(large, key=_device_of)]
@@ -157,6 +156,11 @@ def _projection(tensor: Tensor) -> Tensor:
     rest = torch.dot(flat[whole:], vector[: size - whole])
     rows = flat[:whole].view(-1, _BLOCK) @ vector
     return rest + torch.dot(rows, vector[: len(rows)])
+
+
+@lru_cache(maxsize=8)
+def _random_weights(size: int) -> np.ndarray:
+    return np.random.default_rng(20260101).standard_normal(size)
 
 
 _RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
@@ -188,6 +188,30 @@ def cut(value: Any, size: int, start: int, stop: int, several: bool = False) -> 
         return tensor[start * rows : stop * rows]
 
     return mapped(part, value)
+
+
+def joined(values: Sequence[Any], sizes: Sequence[int], several: bool = False) -> Any:
+    """Put the data of several batches into one, as :func:`cut` takes them out.
+
+    Raises
+    ------
+    ValueError
+        If the batches differ in more than their data.
+    """
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        lengths = [len(t) if t.ndim else 0 for t in tensors]
+        rows = {divmod(n, size) for n, size in zip(lengths, sizes, strict=True)}
+        per_datum, rest = rows.pop()
+        if not rows and not rest and (per_datum == 1 or (several and per_datum)):
+            return torch.cat(list(tensors))
+        if not all(torch.equal(tensors[0], t) for t in tensors):
+            raise ValueError("The batches differ in more than their data.")
+        return tensors[0]
+
+    columns = zip(*map(tensors_in, values), strict=True)
+    together = iter([join(column) for column in columns])
+    return mapped(lambda _: next(together), values[0])
 
 
 class Share(NamedTuple):

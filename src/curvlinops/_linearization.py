@@ -30,6 +30,7 @@ from curvlinops._model import Model, graph_leaves, graph_nodes
 from curvlinops._replay import (
     RECORD_EARLY,
     RECORD_LATE,
+    RECORD_SOON,
     Product,
     Route,
     agree,
@@ -44,6 +45,9 @@ AUTO_FRACTION = 0.4
 
 #: Products after the first few before a batch is folded, for every sensitivity.
 FOLD_LATE = 4
+#: Most entries of parameters and inputs with which operations take little longer than
+#: starting them.
+SMALL = 1 << 14
 
 Vectors = list[Tensor]
 
@@ -296,8 +300,7 @@ class Linearization:
         if key is None:
             return body(self, vectors)
         if (route := self._routes.get(key)) is None:
-            after = RECORD_EARLY if self.pays_early else RECORD_LATE
-            route = self._routes.setdefault(key, Route(after))
+            route = self._routes.setdefault(key, Route(self._record_after))
         if route.trusted and all(r.trusted for r in list(self._routes.values())):
             self._drop_graphs()  # nobody has needed them lately
         product: Product = partial(body, self)
@@ -379,6 +382,18 @@ class Linearization:
         nodes = graph_nodes(self.output)
         return any("Convolution" in node.name() for node in nodes)
 
+    @property
+    def _record_after(self) -> int:
+        """Number of plain products before one is recorded."""
+        if self.pays_early:
+            return RECORD_EARLY
+        return RECORD_SOON if self.size <= SMALL else RECORD_LATE
+
+    @cached_property
+    def size(self) -> int:
+        """Number of entries of parameters and inputs."""
+        return sum(t.numel() for t in (*self._leaves, *tensors_in(self.X)))
+
     def settled(self, key: Hashable) -> bool:
         """Whether further products change nothing about how one is computed."""
         route = self._routes.get(key)
@@ -428,7 +443,7 @@ class Linearization:
             ours = set(map(id, self._leaves))
             reached = ours.intersection(map(id, graph_leaves(self.output)))
             try:
-                Jv = self._model.directional(self._fresh_input(), V, reached)
+                Jv = self._model.directional(self.fresh_input(), V, reached)
             except Exception:  # whatever a model or an operation raises there
                 Jv, self._model.forward_mode = None, False
             if Jv is not None:
@@ -441,7 +456,7 @@ class Linearization:
                     self._model.forward_mode = False
         return self.vjp(middle(self, self.jvp(V)))
 
-    def _fresh_input(self) -> Any:
+    def fresh_input(self) -> Any:
         """Return the input for an evaluation that may write into it."""
         return cloned(self.X) if self.writes else self.X
 
@@ -551,7 +566,7 @@ def _adjoint(Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor]) 
     for v, g in zip(V, JTw, strict=True):
         products = v * g
         right += products.sum(dtype=torch.float64)
-        spread += products.norm() ** 2
+        spread += torch.linalg.vector_norm(products) ** 2
     gap, size = float((left - right).abs()), float(left.abs() + spread.sqrt())
     return gap <= rounding(Jv.dtype, Jv.device) ** 0.75 * size
 
@@ -653,9 +668,9 @@ def free_memory(device: torch.device) -> int:
         return free + reserved - torch.cuda.memory_allocated(device)
     try:
         with open("/proc/meminfo") as info:
-            fields = dict(line.split(":", 1) for line in info)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
+            line = next(line for line in info if line.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
         # No such file outside of Linux: assume that a quarter of the memory is free.
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     return min(free, _control_group_limit())

@@ -8,11 +8,13 @@ user's storage, placed in a private copy of the module.
 from __future__ import annotations
 
 import copy
+import copyreg
 import difflib
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from threading import Lock, RLock
@@ -299,6 +301,15 @@ class Model:
                 self._function = _private_copy(self._module, self.aliases)
             except Exception:  # whatever a user's `__deepcopy__` or attribute raises
                 self.evaluate_in_place()
+        #: Whether evaluating all data apart may do and has not failed yet.
+        self.by_datum = self.forward_mode and self.keeps_to_itself()
+
+    def keeps_to_itself(self) -> bool:
+        """Whether evaluations reach nothing of the user's, as hooks may do."""
+        if self._module is None or self._held is not None:
+            return False
+        parts = self._module.modules()
+        return not any(p._forward_hooks or p._forward_pre_hooks for p in parts)
 
     def exclusive(self) -> AbstractContextManager[Any]:
         """Return a context in which no other thread swaps the module's tensors."""
@@ -309,12 +320,33 @@ class Model:
         if self._module is None or self._held is not None:
             return False
         self._held = self._function = self._module
+        self.by_datum = False
         return True
 
     def __call__(self, X: Any) -> Any:
         """Evaluate the model (within :meth:`run`)."""
         with _Substitutions():
             return self._function(X)
+
+    def at(self, X: Any, tensors: Sequence[Tensor]) -> Tensor:
+        """Evaluate with other tensors in place of the leaves that functions meet."""
+        with _Replaced(dict(zip(map(id, self.leaves), tensors, strict=True))):
+            return self(X)
+
+    @contextmanager
+    def left_as_it_is(self) -> Iterator[None]:
+        """Take back what evaluations write into attributes of the private copy."""
+        copied: Any = self._function
+        parts = [*copied.modules()] if self.by_datum else []
+        kept = [vars(part) for part in parts] + [part._buffers for part in parts]
+        before = [(attributes, dict(attributes)) for attributes in kept]
+        try:
+            yield
+        finally:
+            for attributes, old in before:
+                attributes.update(old)
+                for name in attributes.keys() - old.keys():
+                    del attributes[name]
 
     def run(self, body: Callable[[], T]) -> T:
         """Return ``body()``, run where the model may be evaluated and differentiated.
@@ -331,7 +363,7 @@ class Model:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(device, enabled=False),
+            without_autocast(device),
             _NO_CUDNN() if plain_recurrence else nullcontext(),
             nullcontext() if held is None else _lock_of(held),
         ):
@@ -432,6 +464,13 @@ class Model:
         return [n for n, p in self.aliases.items() if id(p) in watch.met_without]
 
 
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which costs something only if it is on."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 class _Watch(TorchFunctionMode):
     """Notes which of some tensors functions of torch are called with, by ``id``.
 
@@ -472,12 +511,48 @@ def _load_forward_mode() -> None:
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-class _Perturbed(TorchFunctionMode):
+class _Replaced(TorchFunctionMode):
+    """Calls functions with other tensors in place of some.
+
+    Parameters
+    ----------
+    instead : dict of int to Tensor
+        The other tensors by the ``id`` of those whose place they take.
+    """
+
+    def __init__(self, instead: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._instead = instead
+        #: The ``id`` of every tensor that was used.
+        self.met: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args = map(self._replaced, args)
+        kwargs = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if (other := self._instead.get(id(value))) is None:
+                return value
+            self.met.add(id(value))
+            return self._made(value, other)
+        if type(value) in (list, tuple):
+            return type(value)(map(self._replaced, value))
+        return value
+
+    def _made(self, value: Tensor, other: Tensor) -> Tensor:
+        return other
+
+
+class _Perturbed(_Replaced):
     """Calls functions with dual tensors in place of some, within a dual level.
 
     Parameters
     ----------
-    tangents : dict of int to Tensor
+    instead : dict of int to Tensor
         Tangents by the ``id`` of their tensor.
 
     Notes
@@ -486,28 +561,8 @@ class _Perturbed(TorchFunctionMode):
     the tensor's is, and all copies together would take as much as the parameters.
     """
 
-    def __init__(self, tangents: dict[int, Tensor]) -> None:
-        super().__init__()
-        self._tangents = tangents
-        #: The ``id`` of every tensor that was used.
-        self.met: set[int] = set()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        args = map(self._perturbed, args)
-        kwargs = {key: self._perturbed(value) for key, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-    def _perturbed(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if (tangent := self._tangents.get(id(value))) is None:
-                return value
-            self.met.add(id(value))
-            return forward_ad.make_dual(value, tangent)
-        if type(value) in (list, tuple):
-            return type(value)(map(self._perturbed, value))
-        return value
+    def _made(self, value: Tensor, other: Tensor) -> Tensor:
+        return forward_ad.make_dual(value, other)
 
 
 def _private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:
@@ -523,7 +578,54 @@ def _private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Mod
         memo.setdefault(id(parameter), nn.Parameter(parameter.detach(), False))
         if name in aliases:
             memo[id(parameter)] = aliases[name]
-    return copy.deepcopy(module, memo)
+    return _deep_copy(module, memo)
+
+
+#: Types whose values are their own copies.
+_ATOMS = frozenset({type(None), bool, int, float, str, torch.dtype})
+
+
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Do what `copy.deepcopy` does, but ordinary modules in a fifth of the time.
+
+    These are copied attribute by attribute, everything else is left to the original.
+    """
+    kind: Any = type(value)
+    if kind in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, nn.Module) and _is_ordinary(kind):
+        memo[id(value)] = new = kind.__new__(kind)
+        state = value.__getstate__()
+        new.__setstate__({k: _deep_copy(v, memo) for k, v in state.items()})
+        return new
+    if kind is dict:
+        memo[id(value)] = new = {}
+        new.update({_deep_copy(k, memo): _deep_copy(v, memo) for k, v in value.items()})
+        return new
+    if kind in (OrderedDict, set) and not value:
+        memo[id(value)] = new = kind()
+        return new
+    return copy.deepcopy(value, memo)
+
+
+@cache
+def _is_ordinary(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules says nothing about how it is copied."""
+    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    return (
+        all(_COPYING.isdisjoint(vars(base)) for base in own)
+        and _COPYING & vars(nn.Module).keys() <= {"__getstate__", "__setstate__"}
+        and kind not in copyreg.dispatch_table
+    )
+
+
+#: Attributes of a class that `copy.deepcopy` heeds.
+_COPYING = {
+    *("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__"),
+    *("__getnewargs_ex__", "__getstate__", "__setstate__", "__new__", "__slots__"),
+}
 
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()

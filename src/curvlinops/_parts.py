@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.func import vjp, vmap
 
-from curvlinops._data import cut
+from curvlinops._data import cut, mapped, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
 from curvlinops._spaces import rounding
@@ -99,3 +100,50 @@ def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
         for i in range(size)
     ]
     return torch.cat(gradients)
+
+
+def jacobian_by_datum(
+    risk: EmpiricalRisk, batch: Linearization, width: int
+) -> Tensor | None:
+    """Return a batch's Jacobian as a matrix, computed for all data apart.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The risk.
+    batch : Linearization
+        The batch.
+    width : int
+        Number of outputs of each datum that are differentiated at once.
+
+    Returns
+    -------
+    Tensor or None
+        Of shape ``[outputs, parameters]``, to be compared with the batch's own
+        products: it is right only if no datum has a part in another's outputs.
+        ``None`` if the model cannot be evaluated so.
+    """
+    f, size = batch.output_space, risk._size_or_none(batch.X)
+    if not size or not f.shapes[0] or f.shapes[0][0] % size:
+        return None
+    inputs = batch.fresh_input()
+    leaves = [leaf.detach() for leaf in risk.model.leaves]
+    basis = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
+    chunk = width if width < len(basis) else None
+
+    def has_axis(tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and len(tensor) == size
+
+    def rows(*data: Tensor) -> Any:
+        """Return one datum's rows, parameter by parameter."""
+        one = iter(data)
+        X = mapped(lambda t: next(one).unsqueeze(0) if has_axis(t) else t, inputs)
+        pull_back = vjp(lambda *p: risk.model.at(X, p).reshape(-1), *leaves)[1]
+        return vmap(pull_back, chunk_size=chunk)(basis)
+
+    try:
+        with torch.no_grad(), risk.model.left_as_it_is():
+            parts = vmap(rows)(*filter(has_axis, tensors_in(inputs)))
+        return risk.space.join(parts, leading=2).reshape(f.dim, -1)
+    except Exception:  # whatever a model or an operation raises there
+        return None

@@ -512,14 +512,14 @@ class Probe:
 
     def _dense_after(self, probe: EmpiricalRisk) -> int | None:
         """Return the number of products that cost as much as a small matrix."""
-        (product, *others), dim = self.products, self.risk.space.dim
+        product, *others = self.products
         if (
             others
             or product.method not in ("mean", "congruence")
             or not probe._may_be_dense(product.key)
         ):
             return None
-        costs = probe._cost(product.key, dim), probe._cost(product.key, self.K)
+        costs = probe.cost_of_matrix(product.key), probe._cost(product.key, self.K)
         return ceil(costs[0] / costs[1])
 
 

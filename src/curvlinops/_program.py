@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from math import inf
+from types import CodeType
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class Program:
     def __init__(
         self, inputs: list[Slot], calls: list[Call], outputs: list[Any]
     ) -> None:
+        calls, outputs = without_pairs_of_transpositions(calls, outputs)
         self.inputs, self.outputs = inputs, outputs
         #: The calls that contribute.
         self.calls = without_dead_calls(calls, outputs)
@@ -108,9 +110,15 @@ class Program:
 
 def leaves(value: Any) -> list[Any]:
     """Return the leaves of nested lists and tuples, which is all that calls have."""
-    if isinstance(value, (list, tuple)):
-        return [leaf for part in value for leaf in leaves(part)]
-    return [value]
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    found: list[Any] = []
+    for part in value:
+        if isinstance(part, (list, tuple)):
+            found += leaves(part)
+        else:
+            found.append(part)
+    return found
 
 
 def replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
@@ -120,6 +128,34 @@ def replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([replaced(part, kind, function) for part in value])
     return value
+
+
+def without_pairs_of_transpositions(
+    calls: list[Call], outputs: list[Any]
+) -> tuple[list[Call], list[Any]]:
+    """Drop calls that transpose a transposed matrix, a quarter of all."""
+    before: dict[Slot, Slot] = {}
+    same: dict[Slot, Slot] = {}
+
+    def current(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)([current(part) for part in value])
+        return same.get(value, value) if isinstance(value, Slot) else value
+
+    kept = []
+    for call in calls:
+        if not same.keys().isdisjoint(call.slots):
+            options = {key: current(value) for key, value in call.kwargs.items()}
+            rest = call.outputs, call.is_sequence
+            call = Call(call.func, current(call.args), options, *rest)
+        if call.func is aten.t.default:
+            (matrix,), (out,) = call.args, call.outputs
+            if matrix in before:
+                same[out] = before[matrix]
+                continue
+            before[out] = matrix
+        kept.append(call)
+    return kept, current(outputs)
 
 
 def without_dead_calls(calls: list[Call], outputs: list[Any]) -> list[Call]:
@@ -146,6 +182,8 @@ _VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if total.ndim == 2:
+        return total.addmm_(a, b)
     total.view(a.shape[0], b.shape[1]).addmm_(a, b)
     return total
 
@@ -267,6 +305,34 @@ def _with_fused_sums(calls: list[Call], outputs: list[Any]) -> list[Call]:
     return [call for call in merged if call is not None]
 
 
+#: What does the same with less overhead. (A view of the recorded layout may be none of
+#: a vectorised one.)
+_PYTHON: dict[Any, Callable[..., Any]] = {
+    aten.view.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
+    aten.expand.default: Tensor.expand,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
+    aten.mm.default: torch.mm,
+    aten.bmm.default: torch.bmm,
+    aten.sum.dim_IntList: torch.sum,
+    aten.neg.default: torch.neg,
+    aten.neg_.default: Tensor.neg_,
+    aten.add.Tensor: torch.add,
+    aten.add_.Tensor: Tensor.add_,
+    aten.sub.Tensor: torch.sub,
+    aten.sub_.Tensor: Tensor.sub_,
+    aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: Tensor.mul_,
+    aten.mul.Scalar: torch.mul,
+    aten.mul_.Scalar: Tensor.mul_,
+    aten.div.Tensor: torch.div,
+    aten.div_.Tensor: Tensor.div_,
+    aten.div.Scalar: torch.div,
+    aten.div_.Scalar: Tensor.div_,
+}
+
+
 # -- code ----------------------------------------------------------------------------
 
 
@@ -285,8 +351,7 @@ def compiled(
         targets = ["_" if o is None else repr(o) for o in call.outputs]
         left = ", ".join(targets) + ("," if call.is_sequence else "")
         assign = f"{left} = " if targets else ""
-        # A view of the recorded layout may be none of a vectorised one.
-        func = torch.reshape if call.func is aten.view.default else call.func
+        func = _PYTHON.get(call.func, call.func)
         lines.append(f"{assign}{name(func)}({', '.join(arguments)})")
         seen = dict.fromkeys(s for s in (*call.slots, *call.outputs) if s is not None)
         done = [s for s in seen if last_use.get(s, -1) <= i and s not in kept]
@@ -297,9 +362,15 @@ def compiled(
         [*lines, f"return ({returned})"]
     )
     namespace: dict[str, Any] = {}
-    exec(compile(source, "<recorded product>", "exec"), constants, namespace)
+    exec(_code(source), constants, namespace)
     tensors = [t for t in leaves([*constants.values()]) if isinstance(t, Tensor)]
     return tensors, namespace["run"]
+
+
+@lru_cache(maxsize=32)
+def _code(source: str) -> CodeType:
+    """Compile code, which is the same for all batches that are alike."""
+    return compile(source, "<recorded product>", "exec")
 
 
 def _name(constants: dict[str, Any], value: Any) -> str:
@@ -312,5 +383,7 @@ def _name(constants: dict[str, Any], value: Any) -> str:
         return "[" + ", ".join(_name(constants, part) for part in value) + "]"
     if isinstance(value, (bool, int)) or value is None:
         return repr(value)
+    if isinstance(value, torch._ops.OpOverload):
+        value = value._op  # what it calls
     constants[f"c{len(constants)}"] = value
     return f"c{len(constants) - 1}"

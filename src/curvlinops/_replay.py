@@ -9,7 +9,8 @@ everything else is a constant that has been computed already.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
 )
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvlinops._cuda_graph import CapturedProgram, captured
 from curvlinops._program import Call, Memory, Program, Slot, leaves, replaced
 from curvlinops._spaces import rounding
+
+T = TypeVar("T")
 
 Product = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -71,8 +73,8 @@ def recording() -> bool:
 
 
 #: Plain products of a batch before one is recorded: where replaying it costs far less
-#: (convolutions, and on a GPU), and elsewhere.
-RECORD_EARLY, RECORD_LATE = 1, 8
+#: (convolutions, and on a GPU), where little but overhead is left out, and elsewhere.
+RECORD_EARLY, RECORD_SOON, RECORD_LATE = 1, 2, 8
 
 
 class Route:
@@ -229,14 +231,42 @@ class Watcher(TorchDispatchMode):
         return False
 
 
+class _ByTensor(Generic[T]):
+    """Values by tensor, which are dropped with it.
+
+    Like torch's `WeakTensorKeyDictionary`, whose keys are objects of their own with
+    comparisons in Python, in a fifth of the time.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[ref[Tensor], T]] = {}
+
+    def __setitem__(self, tensor: Tensor, value: T) -> None:
+        key, entries = id(tensor), self._entries
+        entries[key] = ref(tensor, lambda _: entries.pop(key, None)), value
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._entries
+
+    def get(self, tensor: Tensor) -> T | None:
+        """Return a tensor's value."""
+        entry = self._entries.get(id(tensor))
+        return None if entry is None else entry[1]
+
+    def pop(self, tensor: Tensor) -> T | None:
+        """Return a tensor's value and drop it."""
+        entry = self._entries.pop(id(tensor), None)
+        return None if entry is None else entry[1]
+
+
 class _Recorder(Watcher):
     """Watches a product at the level of ATen operations."""
 
     def __init__(self, vectors: list[Tensor]) -> None:
         super().__init__()
-        self._slots = WeakTensorKeyDictionary()
+        self._slots: _ByTensor[Slot] = _ByTensor()
         # How the constants that can be made again were made.
-        self._created = WeakTensorKeyDictionary()
+        self._created: _ByTensor[tuple[Any, Any, Any]] = _ByTensor()
         # Tensors that calls wrote into, held so that no storage address is reused.
         self._written: dict[int, Tensor] = {}
         self._calls: list[Call] = []
@@ -259,7 +289,7 @@ class _Recorder(Watcher):
             return self._constant(func, args, kwargs, tensors)
         if func in _ALIASES:
             result = func(*args, **kwargs)
-            self._slots[result] = self._slots[args[0]]
+            self._slots[result] = self._reference(args[0])
             return result
         if func._schema.is_mutable:
             self._adopt_targets(func, args, kwargs)
@@ -284,7 +314,7 @@ class _Recorder(Watcher):
         if func._schema.is_mutable:
             # Cannot be made again by the call that made it.
             for tensor in tensors:
-                self._created.pop(tensor, None)
+                self._created.pop(tensor)
         elif isinstance(result, Tensor) and (not tensors or func in _FACTORIES):
             self._created[result] = (func, args, kwargs)
         return result
@@ -332,7 +362,7 @@ class _Recorder(Watcher):
 
     def _adopt(self, target: Tensor) -> None:
         """Move a constant's creation into the program."""
-        made = self._created.pop(target, None)
+        made = self._created.pop(target)
         if made is None:
             raise Unrecordable("writes into a tensor from outside the product")
         func, args, kwargs = made

@@ -104,10 +104,11 @@ class TensorSpace:
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return views of shape ``[*leading, *shape]`` of a ``[*leading, dim]``."""
         leading = flat.shape[:-1]
+        # Faster than a `torch.Size`, or a tuple, as the only argument.
         return [
-            part.reshape((*leading, *shape))
+            part.reshape(*leading, *shape) if shape else part[..., 0]
             for part, shape in zip(
-                flat.split(self.sizes, dim=-1), self.shapes, strict=True
+                flat.split_with_sizes(self.sizes, -1), self.shapes, strict=True
             )
         ]
 

@@ -18,7 +18,7 @@ constructor takes options as keyword-only arguments and sets ``count``, and its 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from inspect import signature
 from math import prod
 from typing import Any, ClassVar, TypeAlias
@@ -911,8 +911,7 @@ def as_loss_function(
     key = type(function) if instance else function
     # by identity, since callables may be unhashable
     if loss := next((loss for k, loss in _KNOWN.items() if k is key), None):
-        parameters = signature(loss).parameters.values()
-        names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        names = _option_names(loss)
         if instance:
             options = {n: getattr(function, n) for n in names if hasattr(function, n)}
         unknown = sorted(options.keys() - set(names))
@@ -933,6 +932,12 @@ def as_loss_function(
             "but this one brings its own: leave them out."
         )
     return known
+
+
+@cache
+def _option_names(loss: type[Loss]) -> tuple[str, ...]:
+    parameters = signature(loss).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
 def _length(output: Tensor, _: Any) -> int:

@@ -32,6 +32,7 @@ from curvlinops._data import (
     checked_data,
     checked_pair,
     cloned,
+    joined,
     length_of,
     moved,
     part_of,
@@ -39,14 +40,22 @@ from curvlinops._data import (
     shares,
     tensors_in,
 )
-from curvlinops._determinism import look, passes_agree
+from curvlinops._determinism import close, look, passes_agree
 from curvlinops._linearization import (
+    SMALL,
     Congruence,
     Linearization,
     Middle,
     budget_bytes,
 )
-from curvlinops._model import Model, Parameters, graph_leaves, named_parameters
+from curvlinops._model import (
+    Model,
+    Parameters,
+    graph_leaves,
+    named_parameters,
+    without_autocast,
+)
+from curvlinops._parts import jacobian_by_datum
 from curvlinops._plan import (
     GRADIENT,
     Data,
@@ -66,8 +75,9 @@ Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
 
 #: Most columns that one vectorised backward pass takes.
 MAX_COLUMNS = 64
-#: Bytes that its intermediate results may take up. Measured on a CPU: beyond about
-#: 1 MiB per column, single passes are faster (``benchmarks/block_columns.py``).
+#: Bytes that its intermediate results may take up, and the graphs of batches that are
+#: multiplied as one. Measured on a CPU: beyond about 1 MiB per column, single passes
+#: are faster (``benchmarks/block_columns.py``).
 MAX_COLUMN_BYTES = 4 << 20
 #: The same on a GPU, where many columns at once are faster as long as they fit.
 MAX_COLUMN_BYTES_ON_GPU = 1 << 30
@@ -181,6 +191,10 @@ class EmpiricalRisk:
     operations of torch use inside, and estimating Kronecker factors, is not counted;
     products in several threads take their bytes each.
 
+    Several small batches, with a few MiB of graphs in all, are multiplied as one where
+    that gives the same, from the second product on; unless memory is bounded. What
+    this takes is in no :meth:`plan <curvlinops.risk_operator.RiskOperator.plan>`.
+
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
 
@@ -239,7 +253,8 @@ class EmpiricalRisk:
         #: ... or known not to.
         self._shuffled = False
         self._start()
-        budget_bytes(cache, self.space.device)  # raises on a wrong setting
+        if cache != "auto":
+            budget_bytes(cache, self.space.device)  # raises on a wrong setting
         if check_deterministic:
             self._fit(GRADIENT, 1)
             same_batches = passes_agree(self, num_data)
@@ -287,6 +302,8 @@ class EmpiricalRisk:
             self._bytes: dict[Hashable, tuple[tuple[int, ...], int]] = {}
             self._matrices: dict[Hashable, Tensor] = {}
             self._jacobians: list[tuple[Linearization, Tensor]] = []
+            # By key, the one batch that stands for all, if it may.
+            self._joined: dict[Hashable, Linearization | None] = {}
             self._spent: dict[Hashable, float] = {}
             self._budget: int | None = None
             self._full = False
@@ -408,7 +425,13 @@ class EmpiricalRisk:
             Of shape ``(P, K)``.
         """
         self._fit(Product("mean", body, title, key), V.shape[1])
-        return self._product(lambda V: self._mean(body, V, title, key), V, key)
+
+        def multiply(V: Tensor) -> Tensor:
+            if self._may_join(key):
+                self._join(body, key)
+            return self._mean(body, V, title, key)
+
+        return self._product(multiply, V, key)
 
     def congruence(
         self, middle: Middle, V: Tensor, title: str = "_matmat", key: Hashable = None
@@ -446,14 +469,82 @@ class EmpiricalRisk:
         self._fit(Product("congruence", middle, title, key), V.shape[1])
         return self._product(multiply, V, key)
 
-    def _mean(self, body: Body, V: Tensor, title: str, key: Hashable) -> Tensor:
-        """Return a mean over batches of products (within :meth:`session`)."""
+    def _mean(
+        self,
+        body: Body,
+        V: Tensor,
+        title: str,
+        key: Hashable,
+        one: Linearization | None = None,
+    ) -> Tensor:
+        """Return a mean over batches of products (within :meth:`session`).
+
+        Over ``one`` batch that holds all data, if there is one.
+        """
+        one = one or self._joined_batch(key)
         total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
+        if V.shape[1] == 1:
+            vectors = self.space.split(V.T[0].contiguous())
+            rows = cache(lambda: self.space.split(total()[0]))
         count: Any = 0
-        for batch in self.batches(title):
+        for batch in self.batches(title) if one is None else [one]:
             count = count + batch.count
-            self._add_products(body, batch, V, total, key=key)
+            if V.shape[1] == 1:
+                self._add_product(body, batch, vectors, rows, key)
+            else:
+                self._add_products(body, batch, V, total, key=key)
         return total().div_(self._denominator(count)).T
+
+    def _may_join(self, key: Hashable) -> bool:
+        """Whether batches are several that cost more for overhead than they compute."""
+        if key in self._joined or not self._may_be_dense(key):
+            return False
+        if self.progressbar or self.cache != "auto" or self.max_memory is not None:
+            return False
+        with self._lock:
+            batches = list(self._recordings.values())
+            nbytes = sum(n for _, n in self._bytes.values())
+            complete = self._num_batches == len(batches)
+        if not complete or len(batches) == 1:
+            return False
+        if nbytes > MAX_COLUMN_BYTES or not self._room_for(3 * nbytes):
+            return False
+        if any(batch.size > SMALL or batch.pays_early for batch in batches):
+            return False
+        return self.model.keeps_to_itself()  # hooks see the user's batches only
+
+    def _join(self, body: Body, key: Hashable) -> None:
+        """Put all data into one batch if its product is the sum of the batches'.
+
+        Outputs may depend on which other data are in a batch.
+        """
+        known, batches = self._joined, dict(self._recordings)
+        known[key] = None
+        title, f = "_join", self.space
+        generator = torch.Generator(f.device).manual_seed(20260101)
+        V = torch.randn(f.dim, 1, dtype=f.dtype, device=f.device, generator=generator)
+        plain = self._mean(body, V, title, key)
+        try:
+            items = [(b.X, b.y) for _, b in sorted(batches.items())]
+            sizes = [self.batch_size(X) for X, _ in items]
+            X = joined([X for X, _ in items], sizes)
+            y = joined([y for _, y in items], sizes, several=True)
+            one = Linearization(self.model, X, y, self._loss_maker(X))
+            total = self._mean(body, V, title, key, one)
+        except Exception:  # whatever a model or a loss raises on another batch
+            return
+        if close(total, plain, rounding(f.dtype, f.device) ** 0.75):
+            known[key] = one
+            self._bytes["joined", key] = one.stage, 3 * one.nbytes
+
+    def _joined_batch(self, key: Hashable) -> Linearization | None:
+        """Return the one batch that is multiplied instead of all others."""
+        return None if self.plain else self._joined.get(key)
+
+    def _multiplied(self, key: Hashable) -> list[Linearization]:
+        """Return the batches that products are made of."""
+        one = self._joined_batch(key)
+        return list(self._recordings.values()) if one is None else [one]
 
     def _product(
         self, multiply: Callable[[Tensor], Tensor], V: Tensor, key: Hashable
@@ -463,7 +554,7 @@ class EmpiricalRisk:
         with self._alone():
             if (matrix := self._materialised(key, V, multiply)) is None:
                 return self._session(lambda: multiply(V), key)
-            with torch.autocast(self.space.device.type, enabled=False):
+            with without_autocast(self.space.device.type):
                 # The matrix is symmetric; rows are faster to multiply than columns.
                 return (V.T.contiguous() @ matrix).T if V.shape[1] > 1 else matrix @ V
 
@@ -485,8 +576,8 @@ class EmpiricalRisk:
             spent = self._spent.get(key, 0.0)
             self._spent[key] = spent + self._cost(key, V.shape[1])
             complete = self._num_batches == len(self._recordings)
-            if not complete or spent < self._cost(key, P):
-                return None
+            if not complete or spent < P / 8 or spent < self.cost_of_matrix(key):
+                return None  # none costs less than `P / 8`, which is seen first
             if not self._room_for(nbytes):
                 return None
             identity = torch.eye(P, dtype=V.dtype, device=V.device)
@@ -514,9 +605,18 @@ class EmpiricalRisk:
         used = sum(n for _, n in list(self._bytes.values()))
         return 0 if self._budget is None else self._budget - used
 
+    def cost_of_matrix(self, key: Hashable) -> float:
+        """Return the cost of the products after which a matrix is computed.
+
+        Twice its own, since a product with it costs about half of one without.
+        """
+        return 2 * self._cost(key, self.space.dim)
+
     def _cost(self, key: Hashable, K: int) -> float:
         """Return the cost of ``K`` columns in products with a single vector."""
-        widths = [self._columns_at_once(key, b) for b in self._recordings.values()]
+        if K == 1:
+            return 1.0
+        widths = [self._columns_at_once(key, b) for b in self._multiplied(key)]
         width = min(widths, default=1)
         return K if width == 1 else -(-K // width) + K / 16
 
@@ -562,7 +662,16 @@ class EmpiricalRisk:
         return max(self._cost(_VJPS, size) for size in sizes) <= MAX_JACOBIAN_COST
 
     def _jacobian(self, batch: Linearization) -> Tensor | None:
-        """Return a batch's Jacobian as a matrix if it can be computed at once."""
+        """Return a batch's Jacobian as a matrix if it can be computed at once.
+
+        Datum by datum, where the model allows it: of the rows of one datum, only that
+        datum's part of the batch matters.
+        """
+        if self.model.by_datum:
+            J = jacobian_by_datum(self, batch, self._columns_at_once(_VJPS, batch))
+            if J is not None and self._agrees_with_vjp(J, batch, 0.75):
+                return J
+            self.model.by_datum = False
         f, M = batch.output_space, batch.output_space.dim
         identity = torch.eye(M, dtype=f.dtype, device=f.device)
         width = self._columns_at_once(_VJPS, batch)
@@ -574,11 +683,19 @@ class EmpiricalRisk:
         except RuntimeError:  # some operation cannot
             return None
         J = torch.cat(chunks)
-        u = torch.linspace(1, 2, M, dtype=f.dtype, device=f.device)
+        return J if self._agrees_with_vjp(J, batch, 0.5) else None
+
+    def _agrees_with_vjp(
+        self, J: Tensor, batch: Linearization, exponent: float
+    ) -> bool:
+        """Whether ``u @ J`` is a product in reverse mode, up to ``eps ** exponent``."""
+        f = batch.output_space
+        generator = torch.Generator(f.device).manual_seed(20260101)
+        u = torch.randn(f.dim, dtype=f.dtype, device=f.device, generator=generator)
         one = self.space.join(batch.vjp(u.reshape(f.shapes[0])))
         gap = (u.to(J.dtype) @ J - one).abs().max()
-        tolerance = rounding(f.dtype, f.device) ** 0.5 * one.abs().max()
-        return J if bool(gap <= tolerance) else None
+        eps = rounding(f.dtype, f.device)
+        return bool(gap <= eps**exponent * one.abs().max())
 
     def push_forward(
         self,
@@ -762,7 +879,7 @@ class EmpiricalRisk:
             and not torch.is_autocast_enabled(self.space.device.type)
             and (
                 self._jacobians_suffice()
-                or all(b.replays(key) for b in recordings.values())
+                or all(b.replays(key) for b in self._multiplied(key))
             )
         )
 
@@ -778,15 +895,15 @@ class EmpiricalRisk:
         kept = dict(recordings)  # another thread may drop some
         complete = len(kept) == self._num_batches
         known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
-        bar = tqdm(
-            known if complete else ahead(self._parts(), self.space.device),
-            desc=f"{title} (on {self.space.device})",
-            total=self._num_batches or length_of(self.data),
-            disable=not self.progressbar,
-        )
+        items: Iterable[Any] = known
+        if not complete:
+            items = ahead(self._parts(), self.space.device)
+        if self.progressbar:
+            total = self._num_batches or length_of(self.data)
+            items = tqdm(items, f"{title} (on {self.space.device})", total)
         place = -1
         shapes: list[torch.Size] = []
-        for place, (index, item, share) in enumerate(bar):
+        for place, (index, item, share) in enumerate(items):
             batch = kept.pop(place, None) or self._linearize(index, item, place, share)
             shape = batch.output_space.shapes[0]
             if share is None or share.start == 0:
@@ -997,6 +1114,33 @@ class EmpiricalRisk:
                 del self._bytes[place]
             self._recordings = kept
 
+    def _add_product(
+        self,
+        body: Body,
+        batch: Linearization,
+        vectors: list[Tensor],
+        total: Callable[[], list[Tensor]],
+        key: Hashable,
+    ) -> None:
+        """Add ``body(batch, vectors)``, with one vector, to ``total()``.
+
+        Where nothing is kept, a keyed product drops its graph, and the sum is allocated
+        after that.
+        """
+        batch.multiplied |= self.plain > 0
+        batch.final = key is not None and not self._may_keep(batch)
+        name = None if self.plain else key
+        self._fold_if_due(name, body, batch, 1)
+        products = batch.multiply(name, body, vectors)
+        torch._foreach_add_(total(), list(products))
+
+    def _fold_if_due(
+        self, key: Hashable, body: Body, batch: Linearization, columns: int
+    ) -> None:
+        """Keep a batch's sensitivities once that pays, if it is kept itself."""
+        if key is not None and self._folds and batch.place in self._recordings:
+            batch.fold(key, body, columns, self._room())
+
     def _add_products(
         self,
         body: Body,
@@ -1023,8 +1167,7 @@ class EmpiricalRisk:
             # A recording that is made for one product only must pay within it.
             pays = width == 1 or batch.place in self._recordings or 4 * width <= K
             name = key if pays and not self.plain else None
-            if name is not None and self._folds and batch.place in self._recordings:
-                batch.fold(name, body, width, self._room())
+            self._fold_if_due(name, body, batch, width)
             last = width == 1 and start == K - 1 and key is not None
             batch.final = last and not self._may_keep(batch)
             try:
