@@ -158,16 +158,16 @@ def gpt() -> tuple[nn.Module, Batches]:
 
 
 PROBLEMS = {
-    "mlp": Problem("784-512-512-10, ReLU, one batch of 512", mlp),
+    "mlp": Problem("784-512-512-10, ReLU, one batch of 512", mlp, 60),
     "tiny": Problem("8-24-24-4, tanh, one batch of 64", tiny, 150),
     "tiny8": Problem("8-24-24-4, tanh, 8 batches of 64", lambda: tiny(batches=8), 150),
     "cnn": Problem(
-        "ResNet18's layout, width 32, eval BatchNorm, 32 images 3x32x32", cnn, 6, 16
+        "ResNet18's layout, width 32, eval BatchNorm, 32 images 3x32x32", cnn, 50, 16
     ),
     "gpt": Problem(
         "4 layers, width 256, 8 heads, untied, 4 sequences of 128 of 1000 tokens",
         gpt,
-        6,
+        12,
         16,
     ),
 }

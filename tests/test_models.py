@@ -1111,3 +1111,24 @@ def test_first_batches_stay():
         A @ vectors(A)
         assert list(A.risk._recordings) == [0]
         assert len(calls) == len(SIZES) - 1
+
+
+def test_changes_before_the_first_product_are_seen():
+    """What is changed between construction and the first product counts, too."""
+
+    def halve_statistics(net: nn.Module) -> None:
+        net[1].running_var.mul_(0.5)
+
+    def replace_values(net: nn.Module) -> None:
+        net[0].weight.data = 2 * net[0].weight.data
+
+    torch.manual_seed(0)
+    data = [(torch.rand(5, 3).double(), torch.randint(2, (5,)))]
+    for change in (halve_statistics, replace_values, nn.Module.train):
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        net = net.double().eval()
+        args = net, nn.CrossEntropyLoss(), list(net.parameters()), data
+        A = GGNLinearOperator(*args, check_deterministic=False)
+        change(net)
+        fresh = GGNLinearOperator(*args, check_deterministic=False)
+        assert_close(A.to_dense(), fresh.to_dense(), size=4 * A.shape[0])

@@ -65,7 +65,9 @@ num_per_example_loss_terms, batch_size_fn, **options
 
     Cost: as a product with the GGN, and one gradient of the loss with respect to the
     outputs when a batch is recorded; one evaluation of the loss per datum there if it
-    is not known in closed form. One pass over the data, however many columns.
+    is not known in closed form. Where every datum is one term and is treated apart, the
+    gradients of the layers' outputs are kept from the ninth product on, which halves
+    the matrix products. One pass over the data, however many columns.
 
     References
     ----------

@@ -157,7 +157,9 @@ class EmpiricalRisk:
         is 40 % of the device's free memory at the time of the first product. Batches
         are recorded in order as long as they fit; the others are recomputed in each
         product. A graph takes about what one gradient evaluation of that batch takes,
-        and 1.8 times that for the Hessian.
+        and 1.8 times that for the Hessian. Sensitivities, which halve the work of a
+        GGN's or Fisher matrix's products, take the layers' outputs times the number of
+        a datum's outputs (or samples), and are left out where they do not fit.
     max_memory : int, optional
         Bytes that a product may allocate beyond model, parameters, and data: kept
         recordings, vectors and results, and what it creates and drops. Batches that
@@ -189,7 +191,7 @@ class EmpiricalRisk:
     columns, again after a change of parameters. Batches are cut only if these data
     contribute apart and the loss is known in closed form or has ``num_terms_fn``. What
     operations of torch use inside, and estimating Kronecker factors, is not counted;
-    products in several threads take their bytes each.
+    products in several threads take their bytes each. No sensitivities are kept.
 
     Several small batches, with a few MiB of graphs in all, are multiplied as one where
     that gives the same, from the second product on; unless memory is bounded. What
@@ -269,7 +271,7 @@ class EmpiricalRisk:
         self.model = Model(self.model_func, self.params)
         self.space = self.model.space
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
-        self._seen: tuple[Any, ...] | None = None
+        self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
         self._reached: set[str] | None = set()
         self._without_gradient: list[str] = []
@@ -334,12 +336,10 @@ class EmpiricalRisk:
         """Redo recordings if what they depend on has changed."""
         with self.model.exclusive(), self._lock:
             seen = self._watch.state()
-            if seen == self._seen:
-                return
-            if self._seen is not None:
+            if seen != self._seen:
                 self._check_space()
                 self.refresh()
-            self._seen = seen
+                self._seen = seen
 
     def _check_space(self) -> None:
         first = next(iter(self.params.values()))
