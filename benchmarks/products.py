@@ -311,8 +311,9 @@ def main() -> int:
         ("ours", sys.executable, {"device": options.device}),
         *others_of(options.other, device=options.device),
     ]
-    off = {"device": options.device, "cache": "off"}
-    cache_off = ("cache off", sys.executable, off)
+    everybody = list(contenders)
+    if options.device == "cpu":
+        everybody.append(("cache off", sys.executable, {"cache": "off"}))
     options.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
@@ -332,7 +333,7 @@ def main() -> int:
     failed = False
     with tqdm(total=len(cases) * (len(timed) + 1)) as bar:
         for name, matrix in cases:
-            workers = [Worker(n, p, **o) for n, p, o in [*contenders, cache_off]]
+            workers = [Worker(n, p, **o) for n, p, o in everybody]
             with tempfile.TemporaryDirectory(dir=options.output) as folder:
                 case = Case(workers, name, matrix, Path(folder))
                 first = case.replies["ours"]
@@ -352,7 +353,7 @@ def main() -> int:
             failed |= case.failed
             bar.set_description(f"{name} {matrix} memory")
             if "peakmem" in options.tasks:
-                report["results"] += memory([*contenders, cache_off], name, matrix)
+                report["results"] += memory(everybody, name, matrix)
             bar.update()
             path = options.output / "products.json"
             path.write_text(json.dumps(report, indent=1) + "\n")

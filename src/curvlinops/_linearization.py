@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from threading import RLock
-from typing import Any
+from typing import Any, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ FOLD_LATE = 4
 #: starting them.
 SMALL = 1 << 14
 
+T = TypeVar("T")
 Vectors = list[Tensor]
 
 #: Attributes of a linearization that hold autograd graphs.
@@ -84,6 +85,28 @@ class Congruence:
     def __call__(self, batch: Linearization, V: Vectors) -> Vectors:
         """Multiply."""
         return batch.congruence(self.middle, V)
+
+
+class _kept(cached_property[T]):
+    """A property that is computed once, with its object's own lock held.
+
+    Up to Python 3.11, those of functools hold a lock of their own, for all objects:
+    whoever has the object's lock and asks for one then waits for who has it the other
+    way around.
+    """
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None) -> Self: ...
+    @overload
+    def __get__(self, instance: Any, owner: Any = None) -> T: ...
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        with instance._lock:
+            values, name = vars(instance), self.attrname
+            if name not in values:
+                values[name] = self.func(instance)
+            return values[name]
 
 
 class Linearization:
@@ -154,35 +177,33 @@ class Linearization:
         #: Space of the output, known also while the output is not kept.
         self.output_space = TensorSpace([f.shape], f.dtype, f.device)
 
-    @cached_property
+    @_kept
     def output(self) -> Tensor:
         """The model's output, with its graph."""
-        with self._lock:
-            if not self.writes:
-                return _checked_output(self._model(self.X), self.index)
-            X = cloned(self.X)
-            given = tensors_in(X)
-            seen = strided(given)
-            versions = [t._version for t in seen]
-            output = _checked_output(self._model(X), self.index)
-            self.writes = (
-                [*map(id, given)] != [*map(id, tensors_in(X))]
-                or versions != [t._version for t in seen]
-                or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
-            )
-            return output
+        if not self.writes:
+            return _checked_output(self._model(self.X), self.index)
+        X = cloned(self.X)
+        given = tensors_in(X)
+        seen = strided(given)
+        versions = [t._version for t in seen]
+        output = _checked_output(self._model(X), self.index)
+        self.writes = (
+            [*map(id, given)] != [*map(id, tensors_in(X))]
+            or versions != [t._version for t in seen]
+            or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
+        )
+        return output
 
-    @cached_property
+    @_kept
     def loss(self) -> Loss:
         """The batch's loss terms as a function of the output."""
         if self._make_loss is None:
             raise ValueError("This product needs a loss function.")
-        with self._lock:
-            loss = self._make_loss(self.output, self.y)
-            loss.share = self.share
-            return loss
+        loss = self._make_loss(self.output, self.y)
+        loss.share = self.share
+        return loss
 
-    @cached_property
+    @_kept
     def count(self) -> Any:
         """Number of terms that a mean over this batch's loss divides by."""
         return self.loss.count
@@ -196,20 +217,18 @@ class Linearization:
 
     # -- graphs -----------------------------------------------------------------
 
-    @cached_property
+    @_kept
     def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
         """A dummy ``u`` and the graph of ``J^T u``."""
-        with self._lock:
-            u = torch.zeros_like(self.output, requires_grad=True)
-            graph = _grad([self.output], self._leaves, [u], create_graph=True)
-            return u, self._checked_graph("transposed", graph)
+        u = torch.zeros_like(self.output, requires_grad=True)
+        graph = _grad([self.output], self._leaves, [u], create_graph=True)
+        return u, self._checked_graph("transposed", graph)
 
-    @cached_property
+    @_kept
     def _gradient(self) -> list[Tensor | None]:
         """The graph of the gradient of the summed loss."""
-        with self._lock:
-            graph = _grad([self._value()], self._leaves, [None], create_graph=True)
-            return self._checked_graph("gradient", graph)
+        graph = _grad([self._value()], self._leaves, [None], create_graph=True)
+        return self._checked_graph("gradient", graph)
 
     def _value(self) -> Tensor:
         """Return the loss, with its graph."""
@@ -370,7 +389,7 @@ class Linearization:
             y = middle(self, y.reshape(*leading, *f)).reshape(y.shape)
         return torch.func.vmap(folded.pull)(y) if leading else folded.pull(y)
 
-    @cached_property
+    @_kept
     def pays_early(self) -> bool:
         """Whether a recording pays soon.
 
@@ -389,7 +408,7 @@ class Linearization:
             return RECORD_EARLY
         return RECORD_SOON if self.size <= SMALL else RECORD_LATE
 
-    @cached_property
+    @_kept
     def size(self) -> int:
         """Number of entries of parameters and inputs."""
         return sum(t.numel() for t in (*self._leaves, *tensors_in(self.X)))
