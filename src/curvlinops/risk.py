@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -23,7 +22,7 @@ from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops._data import (
@@ -51,7 +50,6 @@ from curvlinops._linearization import (
 from curvlinops._model import (
     Model,
     Parameters,
-    graph_leaves,
     named_parameters,
     without_autocast,
 )
@@ -66,6 +64,7 @@ from curvlinops._plan import (
     number_of_parts,
     numel,
 )
+from curvlinops._reach import CopyLeaksError, Reach
 from curvlinops._spaces import TensorSpace, rounding
 from curvlinops._watch import Watch
 from curvlinops.losses import Loss, LossFunction, as_loss_function
@@ -271,8 +270,7 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen: tuple[Any, ...] | None = None
         self._known_input = False
-        self._reached: set[str] | None = set()
-        self._without_gradient: list[str] = []
+        self._reach = Reach(self.model_func, self.params)
         # Whether each product, by key, agrees with itself vectorised.
         self._vectorises: dict[Hashable, bool] = {}
         #: Which part of a larger batch the only batch stands for.
@@ -395,7 +393,7 @@ class EmpiricalRisk:
         """
         new = object.__new__(type(self))
         new.__setstate__({**self.__getstate__(), **changes})
-        new._reached = None  # unused parameters are this risk's to warn about
+        new._reach.names = None  # unused parameters are this risk's to warn about
         return new
 
     # -- the loop over data -----------------------------------------------------
@@ -865,7 +863,7 @@ class EmpiricalRisk:
         with preserved_rng(self.space.device):
             try:
                 return self.model.run(run)
-            except _CopyLeaksError:
+            except CopyLeaksError:
                 self.model.evaluate_in_place()
                 return self.model.run(run)
 
@@ -916,7 +914,7 @@ class EmpiricalRisk:
             raise ValueError("The data is empty: there is no batch to work on.")
         self._num_batches = place + 1
         self._output_shapes = tuple(shapes)
-        self._warn_about_unused()
+        self._reach.warn_about_unused()
 
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
@@ -968,10 +966,9 @@ class EmpiricalRisk:
         if self._repeats and not batch.writes:
             self._unwritten.add(index)
         if not self._known_input:
-            self._check_reach(batch)
+            self._reach.check(self.model, batch)
             self._known_input = True
-        if self._reached is not None:
-            self._reached |= self._names_reached(batch)
+        self._reach.note(self.model, batch)
         return batch
 
     def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
@@ -980,73 +977,6 @@ class EmpiricalRisk:
             return None
         size = self._size_or_none(X)
         return partial(self.loss, num_terms=size and size * self.terms_per_datum)
-
-    def _names_reached(self, batch: Linearization) -> set[str]:
-        leaves = {id(leaf) for leaf in graph_leaves(batch.output)}
-        return {n for n, p in self.model.aliases.items() if id(p) in leaves}
-
-    def _names_reached_in_place(self, batch: Linearization) -> set[str]:
-        """Return the parameters that a batch's output depends on, without a copy."""
-        model = Model(self.model_func, self.params)
-        model.evaluate_in_place()
-        output = model.run(lambda: model(cloned(batch.X)))
-        leaves = {id(leaf) for leaf in graph_leaves(output)}
-        return {n for n, p in model.aliases.items() if id(p) in leaves}
-
-    def _names_without_gradient(self, batch: Linearization) -> list[str]:
-        """Return the parameters that the model uses where gradients are off."""
-        model = Model(self.model_func, self.params)  # whose uses nobody records
-        return model.run(lambda: model.used_without_gradient(cloned(batch.X)))
-
-    def _hint(self, unused: Iterable[str]) -> str:
-        """Say which unused parameters are used where gradients are off."""
-        hidden = [name for name in unused if name in self._without_gradient]
-        if not hidden:
-            return ""
-        return (
-            f" The model uses {hidden} where gradients are off: under "
-            "`torch.no_grad()`, or in activation checkpointing with "
-            "`use_reentrant=True` (pass `use_reentrant=False`)."
-        )
-
-    def _check_reach(self, batch: Linearization) -> None:
-        """Raise if the output depends on other tensors than it should."""
-        leaked = self.model.foreign_leaves(batch.output)
-        reached = self._names_reached(batch)
-        copied = isinstance(self.model_func, nn.Module) and self.model._held is None
-        if copied and self.model.uses_frozen(cloned(batch.X)):
-            raise _CopyLeaksError
-        if not leaked and len(reached) == len(self.params):
-            return
-        self._without_gradient = self._names_without_gradient(batch)
-        # Parameters that do not require gradients leave no trace when they leak.
-        if copied and (leaked or self._names_reached_in_place(batch) - reached):
-            raise _CopyLeaksError
-        if not leaked and reached:
-            return
-        if leaked:
-            raise ValueError(
-                f"The model uses {leaked} directly instead of through its `params` "
-                "argument or a module's attribute, so these cannot be replaced."
-            )
-        raise ValueError(
-            "The model's output does not depend on any of the parameters in `params` "
-            "(are they detached, or is the model run under `torch.no_grad()`?)."
-            + self._hint(self.params)
-        )
-
-    def _warn_about_unused(self) -> None:
-        """Warn once about parameters that no batch's output depends on."""
-        if self._reached is None:
-            return
-        unused = [name for name in self.params if name not in self._reached]
-        self._reached = None
-        if unused:
-            warnings.warn(
-                f"The model's output does not depend on {unused} for this data: the "
-                f"corresponding rows and columns are zero.{self._hint(unused)}",
-                stacklevel=2,
-            )
 
     def _record(
         self, recordings: dict[int, Linearization], batch: Linearization
@@ -1287,7 +1217,3 @@ def _checked_bytes(max_memory: int | None) -> int | None:
     raise ValueError(
         f"`max_memory` must be a number of bytes > 0 or None, got {max_memory!r}."
     )
-
-
-class _CopyLeaksError(Exception):
-    """The private copy of a module reaches tensors outside of it."""
