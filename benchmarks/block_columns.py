@@ -3,7 +3,7 @@
 Run ``python benchmarks/block_columns.py [MATRIX ...]`` with ``ggn``, ``hessian``,
 ``ef``. Multi-layer perceptrons of growing width and batch; for each, blocks are
 multiplied at once in chunks of 4, 16 and 64 columns and one by one, in turns within
-one process (CPU time, one thread, best of three). The bytes are what ``risk.py``
+one process (CPU time, one thread, best of three). The bytes are what ``_columns.py``
 compares with ``MAX_COLUMN_BYTES``: recordings and parameters times the columns of a
 chunk. The last lines say where single products take over.
 """
@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import curvlinops
-from curvlinops import risk as limits
+from curvlinops import _columns, _dense
 
 SIZES = (
     ((8, 24, 24, 4), 64),
@@ -38,8 +38,8 @@ CHUNKS = (1, 4, 16, 64)
 
 def seconds_per_column(A: Any, X: np.ndarray, chunk: int) -> float:
     """Multiply a block in chunks of so many columns."""
-    limits.MAX_COLUMNS = chunk
-    limits.MAX_COLUMN_BYTES = (1 << 40) if chunk > 1 else 0
+    _columns.MAX_COLUMNS = chunk
+    _columns.MAX_COLUMN_BYTES = (1 << 40) if chunk > 1 else 0
     start = process_time()
     A @ X
     return (process_time() - start) / X.shape[1]
@@ -48,8 +48,8 @@ def seconds_per_column(A: Any, X: np.ndarray, chunk: int) -> float:
 def main(matrices: list[str]) -> None:
     """Print a table per matrix."""
     torch.set_num_threads(1)
-    limits.MAX_DENSE_DIM = 0  # no materialised matrices
-    documented = limits.MAX_COLUMN_BYTES
+    _dense.MAX_DENSE_DIM = 0  # no materialised matrices
+    documented = _columns.MAX_COLUMN_BYTES
     for matrix in matrices:
         crossings = []
         heads = "".join(f"{f'x{c}':>8}{'KiB':>9}" for c in CHUNKS[1:])

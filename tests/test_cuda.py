@@ -40,7 +40,7 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 @pytest.fixture
 def never_dense(monkeypatch):
-    monkeypatch.setattr("curvlinops.risk.MAX_DENSE_DIM", 0)
+    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)
 
 
 def routes(A) -> list:

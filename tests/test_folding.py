@@ -24,7 +24,7 @@ def soon(monkeypatch):
     """Fold after two products, and have neither Jacobians nor matrices instead."""
     monkeypatch.setattr(_linearization, "RECORD_LATE", 2)
     monkeypatch.setattr(_linearization, "FOLD_LATE", 0)
-    monkeypatch.setattr("curvlinops.risk.MAX_DENSE_DIM", 0)
+    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from cases import find
 from curvlinops import (
     GGNLinearOperator,
     HessianLinearOperator,
+    _dense,
     _linearization,
-    risk,
 )
 from curvlinops._linearization import (
     Linearization,
@@ -122,20 +122,20 @@ def test_free_memory_without_proc(monkeypatch):
 
 @pytest.mark.parametrize("operator", [GGNLinearOperator, HessianLinearOperator])
 def test_recordings_stay_within_the_budget(operator, monkeypatch):
-    monkeypatch.setattr(risk, "MAX_DENSE_DIM", 0)
+    monkeypatch.setattr(_dense, "MAX_DENSE_DIM", 0)
     monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
     monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
     problem = find("mlp-tanh-ce").build()
     A = operator(*problem)
     v = torch.ones(A.shape[1], dtype=torch.float64)
     expected = [A @ v for _ in range(5)][-1]
-    sizes = [nbytes for _, nbytes in A.risk._bytes.values()]
+    sizes = [b.nbytes for b in A.risk._recordings.values()]
     assert len(sizes) == len(problem[3]) > 1
     for budget in (0, sizes[0] - 1, 4 * sizes[0], 10 * sum(sizes)):
         B = operator(*problem, cache=budget)
         for _ in range(5):
             assert_close(B @ v, expected, size=200)
-            assert sum(n for _, n in B.risk._bytes.values()) <= budget
+            assert B.risk._ledger.used() <= budget
         assert len(B.risk._recordings) <= len(sizes)
     assert len(B.risk._recordings) == len(sizes)
 
@@ -145,7 +145,7 @@ def test_recordings_stay_within_the_budget(operator, monkeypatch):
 
 @pytest.fixture
 def record_soon(monkeypatch):
-    monkeypatch.setattr(risk, "MAX_DENSE_DIM", 0)
+    monkeypatch.setattr(_dense, "MAX_DENSE_DIM", 0)
     monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
     monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
 
@@ -183,7 +183,7 @@ def test_pickles_carry_nothing_that_is_recomputed():
     size = len(pickle.dumps(A))
     for _ in range(A.shape[1]):
         A @ torch.ones(A.shape[1], dtype=torch.float64)
-    assert A.risk._matrices or A.risk._jacobians
+    assert A.risk._dense.matrices or A.risk._dense.jacobians
     assert len(pickle.dumps(A)) <= 1.01 * size
 
 

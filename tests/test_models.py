@@ -1078,7 +1078,7 @@ def test_recordings_stay_within_the_budget(cls: type):
     whole = cls(*built)
     whole @ vectors(whole)
     assert len(whole.risk._recordings) == len(SIZES)
-    sizes = [nbytes for _, nbytes in whole.risk._bytes.values()]
+    sizes = [b.nbytes for b in whole.risk._recordings.values()]
     expected = dense_now(DENSE[cls], built)
     for budget in (0, 1, max(sizes), sum(sizes) - 1, 10 * sum(sizes)):
         A = cls(*built, cache=budget)
@@ -1093,7 +1093,7 @@ def test_recordings_stay_within_the_budget(cls: type):
 def test_nothing_is_kept_without_a_cache(cls: type):
     A = cls(*build(), cache="off")
     A @ vectors(A)
-    assert not A.risk._recordings and not A.risk._bytes
+    assert not A.risk._recordings and not A.risk._ledger.used()
 
 
 def test_first_batches_stay():
@@ -1101,7 +1101,7 @@ def test_first_batches_stay():
     built = build()
     whole = GGNLinearOperator(*built)
     whole @ vectors(whole)
-    [first, *_] = [nbytes for _, nbytes in whole.risk._bytes.values()]
+    [first, *_] = [b.nbytes for b in whole.risk._recordings.values()]
     built[0].register_forward_pre_hook(lambda *_: calls.append(1))
     # more than the graphs of the first batch take up, less than those of two
     A = GGNLinearOperator(*built, cache=int(1.5 * first))

@@ -84,7 +84,7 @@ def cure(error):
 
 
 def held(A):
-    return sum(nbytes for _, nbytes in A.risk._bytes.values())
+    return A.risk._ledger.used()
 
 
 MATRICES = {
@@ -112,7 +112,7 @@ MATRICES = {
 )
 @pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
 def test_predicted_bytes_are_those_of_products(name, matrix, columns, monkeypatch):
-    monkeypatch.setattr("curvlinops.risk.MAX_DENSE_DIM", 0)  # a test of its own
+    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)  # a test of its own
     A = MATRICES[matrix](*problem(name, [48, 48, 20]))
     plan, X = A.plan(columns), torch.randn(A.shape[1], columns).double()
     peak = tracked(A, X)
@@ -161,7 +161,7 @@ def test_small_matrices_are_predicted():
     plan = A.plan()
     x = torch.randn(A.shape[1], 1).double()
     products = 0
-    while not A.risk._matrices:
+    while not A.risk._dense.matrices:
         A @ x
         products += 1
     assert products == plan.dense_after + 1
@@ -170,8 +170,8 @@ def test_small_matrices_are_predicted():
     G = GGNLinearOperator(model, loss, params, [(data[0][0][:2], data[0][1][:2])])
     plan = G.plan()
     tracked(G, x, plan.dense_after + 1)
-    assert G.risk._jacobians
-    assert G.risk._matrices
+    assert G.risk._dense.jacobians
+    assert G.risk._dense.matrices
     assert plan.batches[0].form == "Jacobian"
     assert plan.held == pytest.approx(held(G), rel=0.01)
 

@@ -14,6 +14,7 @@ from curvlinops import (
     EFLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    _dense,
     _linearization,
     risk,
 )
@@ -29,7 +30,7 @@ OPERATORS = [GGNLinearOperator, HessianLinearOperator]
 @pytest.fixture
 def never_materialise(monkeypatch):
     """Record soon instead."""
-    monkeypatch.setattr(risk, "MAX_DENSE_DIM", 0)
+    monkeypatch.setattr(_dense, "MAX_DENSE_DIM", 0)
     monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
     monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
 
@@ -287,7 +288,7 @@ def test_small_matrices_are_materialised_once_that_pays(operator):
     for _ in range(2 * A.shape[1]):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, dense @ v)
-    (matrix,) = A.risk._matrices.values()
+    (matrix,) = A.risk._dense.matrices.values()
     assert_close(matrix, dense)
     V = torch.randn(A.shape[1], 3, dtype=torch.float64)
     assert_close(A @ V, dense @ V)
@@ -295,7 +296,7 @@ def test_small_matrices_are_materialised_once_that_pays(operator):
         next(iter(params.values())).mul_(2)
     fresh = operator(model, loss, params, data, cache="off")
     assert_close(A @ v, fresh @ v)
-    assert not A.risk._matrices
+    assert not A.risk._dense.matrices
 
 
 @pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
@@ -309,7 +310,7 @@ def test_products_with_kept_jacobians_equal_plain_ones(operator, problem):
     for K in (1, 1, 1, 3):
         V = torch.randn(N, K, generator=generator).to(dtype)
         assert_close(A @ V, plain @ V, dtype, 16 * N)
-    assert bool(A.risk._jacobians) == (A.risk._repeats and dtype.itemsize >= 4)
+    assert bool(A.risk._dense.jacobians) == (A.risk._repeats and dtype.itemsize >= 4)
 
 
 class Single(nn.Linear):
@@ -326,7 +327,7 @@ def test_jacobians_of_another_dtype_than_the_outputs():
     for K in (1, 1, 1, 3):
         V = torch.randn(8, K, dtype=torch.float64)
         assert_close(A @ V, plain @ V, torch.float32, 100)
-    assert A.risk._jacobians
+    assert A.risk._dense.jacobians
 
 
 def test_a_jacobian_that_cannot_be_vectorised_is_not_kept(monkeypatch):
@@ -343,7 +344,7 @@ def test_a_jacobian_that_cannot_be_vectorised_is_not_kept(monkeypatch):
     for _ in range(4):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, plain @ v)
-    assert not A.risk._jacobians
+    assert not A.risk._dense.jacobians
 
 
 # -- CUDA graphs --------------------------------------------------------------------
@@ -530,5 +531,5 @@ def test_nothing_is_materialised_without_cache():
     A = GGNLinearOperator(model, loss, params, data, cache="off")
     for _ in range(2 * A.shape[1]):
         A @ torch.ones(A.shape[1], dtype=torch.float64)
-    assert not A.risk._matrices
+    assert not A.risk._dense.matrices
     assert not A.risk._recordings

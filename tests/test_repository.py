@@ -150,8 +150,8 @@ LEVELS = [
         *["estimators", "estimators.*", "losses"],
     ],
     [
-        *["_determinism", "_folding", "_linearization", "_parts", "_plan", "_verify"],
-        "structured",
+        *["_columns", "_dense", "_determinism", "_folding", "_joining", "_ledger"],
+        *["_linearization", "_parts", "_plan", "_reach", "_verify", "structured"],
     ],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],
     [

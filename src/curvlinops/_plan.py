@@ -33,6 +33,7 @@ from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
+    from curvlinops._columns import Columns
     from curvlinops.risk import EmpiricalRisk
     from curvlinops.risk_operator import RiskOperator
 
@@ -315,16 +316,6 @@ class Footprint:
         return most + self.total
 
 
-class _Enlarged:
-    """A batch with the memory of a larger one."""
-
-    def __init__(self, batch: Any, nbytes: int) -> None:
-        self._batch, self.nbytes = batch, nbytes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batch, name)
-
-
 @dataclass(frozen=True, eq=False)
 class Probe:
     """Measures products on slices of a risk's first batch.
@@ -412,7 +403,7 @@ class Probe:
             sum(map(sum, lengths)) * self.K * itemsize,
             max(out for _, out in lengths) * self.K * itemsize,
             "Jacobian"
-            if probe._jacobians
+            if probe._dense.jacobians
             else "recording"
             if all(probe._replays(p.key) for p in self.products)
             else "graph",
@@ -437,23 +428,15 @@ class Probe:
         probe._known_input = risk._known_input
         probe._unwritten = risk._unwritten & {0}
         probe._share = share
-        probe._most_columns = width or risk._most_columns
-        columns_at_once: Callable[..., int] = probe._columns_at_once
+        probe._rehearses, probe._folds = True, risk._folds
 
-        def choose(key: Any, batch: Any) -> int:
-            nbytes = self._enlarged(batch, *sizes)
-            wide = columns_at_once(key, _Enlarged(batch, nbytes))
+        def choose(columns: Columns, key: Any, batch: Any) -> int:
+            wide = columns.fitting(key, self._enlarged(batch, *sizes))
             widths.append(next(chosen, wide))
             return widths[-1]
 
-        replaced: dict[str, Any] = {
-            "_columns_at_once": choose,
-            "_materialised": lambda *_: None,
-            "_jacobians_pay": lambda _: True,
-            "_refresh_if_changed": lambda: None,
-            "_folds": risk._folds,
-        }
-        probe.__dict__.update(replaced)
+        probe._columns.most = width or risk._columns.most
+        probe._columns.planned = choose
         return probe
 
     def _enlarged(self, batch: Any, n: float, load: float) -> int:
@@ -473,7 +456,8 @@ class Probe:
         shapes = look.output_shapes
         key = self.products[0].key
         if self.K > 1:
-            widths = [look._columns_at_once(key, b) for b in look._recordings.values()]
+            batches = list(look._recordings.values())
+            widths = [look._columns.at_once(key, b) for b in batches]
             K = min(self.K, max([K, *widths]))
         pays = self._jacobians_pay(look, factor)
         for product in (*self.products, *self.products):
@@ -493,12 +477,12 @@ class Probe:
                     lengths = product.lengths(shapes[0].numel(), self.risk.space.dim)
                     fixed = K * sum(lengths) * itemsize
                     all_series[-1] += [(f, n - fixed) for f, n in tracker.series]
-                probe._spent[key] = float(pays)
-                held.append([(None, sum(n for _, n in probe._bytes.values()))])
+                probe._dense.spent[key] = float(pays)
+                held.append([(None, probe._ledger.used())])
                 same = held[-1:] == held[-2:-1]
                 if same and len(all_series[-1]) == len(all_series[-2]):
-                    batches = probe._recordings.values()
-                    if all(b.settled(p.key) for b in batches for p in self.products):
+                    recorded = probe._recordings.values()
+                    if all(b.settled(p.key) for b in recorded for p in self.products):
                         break
         return all_series, held, probe
 
@@ -507,7 +491,7 @@ class Probe:
         rows = ceil(probe.output_shapes[0].numel() * factor)
         nbytes = rows * sum(self.data.loads) / max(self.data.loads)
         nbytes *= self.risk.space.dim * self.risk.space.dtype.itemsize
-        pays = type(probe)._jacobians_pay(probe, [rows])
+        pays = probe._dense.jacobians_pay([rows], list(probe._recordings.values()))
         return pays and nbytes <= self.budget and self.products[0].key is not None
 
     def _dense_after(self, probe: EmpiricalRisk) -> int | None:
@@ -519,8 +503,9 @@ class Probe:
             or not probe._may_be_dense(product.key)
         ):
             return None
-        costs = probe.cost_of_matrix(product.key), probe._cost(product.key, self.K)
-        return ceil(costs[0] / costs[1])
+        dense, key, batches = probe._dense, product.key, probe._multiplied(product.key)
+        whole = dense.cost_of_matrix(key, batches)
+        return ceil(whole / dense.cost(key, self.K, batches))
 
 
 def _aligned(lines: Sequence[Line]) -> np.ndarray:

@@ -10,11 +10,12 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._columns import MAX_COLUMNS, column_bytes
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
 from curvlinops.ggn import DEFAULT_SEED, LossHessian
-from curvlinops.risk import MAX_COLUMNS, EmpiricalRisk, column_bytes
+from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
 from curvlinops.structured import DiagonalLinearOperator
 

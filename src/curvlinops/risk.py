@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from io import BytesIO
@@ -23,16 +22,16 @@ from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from curvlinops._columns import VJPS, Body, Columns
 from curvlinops._data import (
     Share,
     ahead,
     checked_data,
     checked_pair,
     cloned,
-    joined,
     length_of,
     moved,
     part_of,
@@ -40,9 +39,11 @@ from curvlinops._data import (
     shares,
     tensors_in,
 )
-from curvlinops._determinism import close, look, passes_agree
+from curvlinops._dense import Dense, may_be_dense
+from curvlinops._determinism import look, passes_agree
+from curvlinops._joining import joined_batch, joining_pays
+from curvlinops._ledger import Ledger
 from curvlinops._linearization import (
-    SMALL,
     Congruence,
     Linearization,
     Middle,
@@ -51,11 +52,9 @@ from curvlinops._linearization import (
 from curvlinops._model import (
     Model,
     Parameters,
-    graph_leaves,
     named_parameters,
     without_autocast,
 )
-from curvlinops._parts import jacobian_by_datum
 from curvlinops._plan import (
     GRADIENT,
     Data,
@@ -66,27 +65,12 @@ from curvlinops._plan import (
     number_of_parts,
     numel,
 )
-from curvlinops._spaces import TensorSpace, rounding
+from curvlinops._reach import CopyLeaksError, Reach
+from curvlinops._spaces import TensorSpace
 from curvlinops._watch import Watch
 from curvlinops.losses import Loss, LossFunction, as_loss_function
 
 T = TypeVar("T")
-Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
-
-#: Most columns that one vectorised backward pass takes.
-MAX_COLUMNS = 64
-#: Bytes that its intermediate results may take up, and the graphs of batches that are
-#: multiplied as one. Measured on a CPU: beyond about 1 MiB per column, single passes
-#: are faster (``benchmarks/block_columns.py``).
-MAX_COLUMN_BYTES = 4 << 20
-#: The same on a GPU, where many columns at once are faster as long as they fit.
-MAX_COLUMN_BYTES_ON_GPU = 1 << 30
-#: Largest dimension of a matrix that is materialised.
-MAX_DENSE_DIM = 4096
-#: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
-MAX_JACOBIAN_COST = 32
-#: Key of products with the transposed Jacobian alone.
-_VJPS = "vjps"
 #: Attributes of a risk that are pickled and copied; all others are made from them.
 _KEPT = (
     "model_func",
@@ -273,14 +257,15 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
-        self._reached: set[str] | None = set()
-        self._without_gradient: list[str] = []
-        # Whether each product, by key, agrees with itself vectorised.
-        self._vectorises: dict[Hashable, bool] = {}
+        self._reach = Reach(self.model_func, self.params)
+        self._columns = Columns(self.space)
         #: Which part of a larger batch the only batch stands for.
         self._share: Share | None = None
         #: Whether sensitivities may be kept, which the plan of a bound leaves out.
         self._folds = self.max_memory is None
+        #: Whether a plan tries out products: nothing changes between them, no matrix
+        #: is materialised, and Jacobians are kept as soon as the plan says so.
+        self._rehearses = False
         self._forget()
 
     def refresh(self) -> None:
@@ -301,19 +286,14 @@ class EmpiricalRisk:
             self.loss = self._make_loss_function()
             self._unwritten: set[int] = set()
             self._recordings: dict[int, Linearization] = {}
-            self._bytes: dict[Hashable, tuple[tuple[int, ...], int]] = {}
-            self._matrices: dict[Hashable, Tensor] = {}
-            self._jacobians: list[tuple[Linearization, Tensor]] = []
+            self._ledger = Ledger(bounded=self.max_memory is not None)
+            self._dense = Dense(self.space, self._columns, self._ledger)
             # By key, the one batch that stands for all, if it may.
             self._joined: dict[Hashable, Linearization | None] = {}
-            self._spent: dict[Hashable, float] = {}
-            self._budget: int | None = None
-            self._full = False
             # What keeps products within `max_memory`: for each, and in force.
             self._fits: dict[Hashable, Fit] = {}
             self._entries: float | None = None
-            self._cache_bytes: int | None = None
-            self._most_columns = MAX_COLUMNS
+            self._columns.most = None
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
             self._results: dict[Any, Any] = {}
@@ -334,6 +314,8 @@ class EmpiricalRisk:
 
     def _refresh_if_changed(self) -> None:
         """Redo recordings if what they depend on has changed."""
+        if self._rehearses:
+            return
         with self.model.exclusive(), self._lock:
             seen = self._watch.state()
             if seen != self._seen:
@@ -395,7 +377,7 @@ class EmpiricalRisk:
         """
         new = object.__new__(type(self))
         new.__setstate__({**self.__getstate__(), **changes})
-        new._reached = None  # unused parameters are this risk's to warn about
+        new._reach.names = None  # unused parameters are this risk's to warn about
         return new
 
     # -- the loop over data -----------------------------------------------------
@@ -496,46 +478,31 @@ class EmpiricalRisk:
         return total().div_(self._denominator(count)).T
 
     def _may_join(self, key: Hashable) -> bool:
-        """Whether batches are several that cost more for overhead than they compute."""
+        """Whether all data may be put into one batch, and that pays."""
         if key in self._joined or not self._may_be_dense(key):
             return False
         if self.progressbar or self.cache != "auto" or self.max_memory is not None:
             return False
         with self._lock:
             batches = list(self._recordings.values())
-            nbytes = sum(n for _, n in self._bytes.values())
+            ledger, nbytes = self._ledger, self._ledger.used()
             complete = self._num_batches == len(batches)
-        if not complete or len(batches) == 1:
-            return False
-        if nbytes > MAX_COLUMN_BYTES or not self._room_for(3 * nbytes):
-            return False
-        if any(batch.size > SMALL or batch.pays_early for batch in batches):
+        if not complete or not joining_pays(batches, nbytes, ledger):
             return False
         return self.model.keeps_to_itself()  # hooks see the user's batches only
 
     def _join(self, body: Body, key: Hashable) -> None:
-        """Put all data into one batch if its product is the sum of the batches'.
-
-        Outputs may depend on which other data are in a batch.
-        """
-        known, batches = self._joined, dict(self._recordings)
+        """Put all data into one batch if that gives the same product."""
+        known, recordings = self._joined, dict(self._recordings)
         known[key] = None
-        title, f = "_join", self.space
-        generator = torch.Generator(f.device).manual_seed(20260101)
-        V = torch.randn(f.dim, 1, dtype=f.dtype, device=f.device, generator=generator)
-        plain = self._mean(body, V, title, key)
-        try:
-            items = [(b.X, b.y) for _, b in sorted(batches.items())]
-            sizes = [self.batch_size(X) for X, _ in items]
-            X = joined([X for X, _ in items], sizes)
-            y = joined([y for _, y in items], sizes, several=True)
-            one = Linearization(self.model, X, y, self._loss_maker(X))
-            total = self._mean(body, V, title, key, one)
-        except Exception:  # whatever a model or a loss raises on another batch
-            return
-        if close(total, plain, rounding(f.dtype, f.device) ** 0.75):
+
+        def multiply(V: Tensor, one: Linearization | None) -> Tensor:
+            return self._mean(body, V, "_join", key, one)
+
+        batches = [batch for _, batch in sorted(recordings.items())]
+        if (one := joined_batch(self, batches, multiply)) is not None:
             known[key] = one
-            self._bytes["joined", key] = one.stage, 3 * one.nbytes
+            self._ledger.enter_other(("joined", key), 3 * one.nbytes)
 
     def _joined_batch(self, key: Hashable) -> Linearization | None:
         """Return the one batch that is multiplied instead of all others."""
@@ -561,29 +528,19 @@ class EmpiricalRisk:
     def _materialised(
         self, key: Hashable, V: Tensor, multiply: Callable[[Tensor], Tensor]
     ) -> Tensor | None:
-        """Return the matrix if its products so far cost more than computing it.
-
-        Costs are counted, not measured, so that the route depends on nothing but the
-        products asked for. The unit is a product with one vector.
-        """
-        P = self.space.dim
-        nbytes = P * P * V.element_size()
-        if not self._may_be_dense(key):
+        """Return the matrix if it is known, or pays from now on."""
+        if self._rehearses or not self._may_be_dense(key):
             return None
+
+        def run(V: Tensor) -> Tensor:
+            return self._session(lambda: multiply(V), key)
+
         with self._lock:
-            if key in self._matrices:
-                return self._matrices[key]
-            spent = self._spent.get(key, 0.0)
-            self._spent[key] = spent + self._cost(key, V.shape[1])
+            if key in self._dense.matrices:
+                return self._dense.matrices[key]
             complete = self._num_batches == len(self._recordings)
-            if not complete or spent < P / 8 or spent < self.cost_of_matrix(key):
-                return None  # none costs less than `P / 8`, which is seen first
-            if not self._room_for(nbytes):
-                return None
-            identity = torch.eye(P, dtype=V.dtype, device=V.device)
-            self._matrices[key] = self._session(lambda: multiply(identity), key)
-            self._bytes["matrix", key] = ((), nbytes)
-            return self._matrices[key]
+            batches = self._multiplied(key)
+            return self._dense.matrix(key, V, batches, complete, run)
 
     def _may_be_dense(self, key: Hashable) -> bool:
         """Whether a product's matrix, or Jacobians, may be kept if that pays."""
@@ -591,111 +548,29 @@ class EmpiricalRisk:
             key is not None
             and not self.plain
             and self._repeats
-            and self.space.dim <= MAX_DENSE_DIM
-            and self.space.dtype.itemsize >= 4
+            and may_be_dense(self.space)
         )
-
-    def _room_for(self, nbytes: int) -> bool:
-        """Whether so many more bytes may be kept."""
-        # Within a bound for all memory, also what it is made from counts.
-        return (nbytes if self.max_memory is None else 3 * nbytes) <= self._room()
-
-    def _room(self) -> float:
-        """Return how many more bytes may be kept."""
-        used = sum(n for _, n in list(self._bytes.values()))
-        return 0 if self._budget is None else self._budget - used
-
-    def cost_of_matrix(self, key: Hashable) -> float:
-        """Return the cost of the products after which a matrix is computed.
-
-        Twice its own, since a product with it costs about half of one without.
-        """
-        return 2 * self._cost(key, self.space.dim)
-
-    def _cost(self, key: Hashable, K: int) -> float:
-        """Return the cost of ``K`` columns in products with a single vector."""
-        if K == 1:
-            return 1.0
-        widths = [self._columns_at_once(key, b) for b in self._multiplied(key)]
-        width = min(widths, default=1)
-        return K if width == 1 else -(-K // width) + K / 16
 
     def _small_jacobians(
         self, key: Hashable
     ) -> list[tuple[Linearization, Tensor]] | None:
         """Return the batches with their Jacobians as matrices if that pays.
 
-        From the second product on, with models so small that computing it costs less
-        than :data:`MAX_JACOBIAN_COST` products.
+        From the second product on.
         """
         if not self._may_be_dense(key):
             return None
         with self._lock:
             # Those of the state that is known to be fresh: later, `_forget` may have
             # replaced both, and nobody looks at these any more.
-            kept, batches = self._jacobians, list(self._recordings.values())
+            dense, batches = self._dense, list(self._recordings.values())
+            kept = dense.jacobians
             complete = self._num_batches == len(batches)
         if kept:
             return kept
-        if not complete or not self._spent.get(key):
+        if not complete or not dense.spent.get(key):
             return None
-        if not self._vectorises.get(_VJPS, True):
-            return None
-        sizes = [b.output_space.dim for b in batches]
-        nbytes = sum(sizes) * self.space.dim * self.space.dtype.itemsize
-        if not (self._jacobians_pay(sizes) and self._room_for(nbytes)):
-            return None
-        jacobians = []
-        for batch in batches:
-            if (J := self._jacobian(batch)) is None:
-                self._vectorises[_VJPS] = False
-                return None
-            jacobians.append((batch, J))
-        with self._lock:
-            kept[:] = jacobians
-            if kept is self._jacobians:
-                self._bytes["jacobians"] = ((), nbytes)
-        return jacobians
-
-    def _jacobians_pay(self, sizes: Iterable[int]) -> bool:
-        """Whether Jacobians with so many rows each cost few products."""
-        return max(self._cost(_VJPS, size) for size in sizes) <= MAX_JACOBIAN_COST
-
-    def _jacobian(self, batch: Linearization) -> Tensor | None:
-        """Return a batch's Jacobian as a matrix if it can be computed at once.
-
-        Datum by datum, where the model allows it: of the rows of one datum, only that
-        datum's part of the batch matters.
-        """
-        if self.model.by_datum:
-            J = jacobian_by_datum(self, batch, self._columns_at_once(_VJPS, batch))
-            if J is not None and self._agrees_with_vjp(J, batch, 0.75):
-                return J
-            self.model.by_datum = False
-        f, M = batch.output_space, batch.output_space.dim
-        identity = torch.eye(M, dtype=f.dtype, device=f.device)
-        width = self._columns_at_once(_VJPS, batch)
-        try:
-            chunks = [
-                self.space.join(batch.vjp(rows.reshape(-1, *f.shapes[0])), leading=1)
-                for rows in identity.split(width)
-            ]
-        except RuntimeError:  # some operation cannot
-            return None
-        J = torch.cat(chunks)
-        return J if self._agrees_with_vjp(J, batch, 0.5) else None
-
-    def _agrees_with_vjp(
-        self, J: Tensor, batch: Linearization, exponent: float
-    ) -> bool:
-        """Whether ``u @ J`` is a product in reverse mode, up to ``eps ** exponent``."""
-        f = batch.output_space
-        generator = torch.Generator(f.device).manual_seed(20260101)
-        u = torch.randn(f.dim, dtype=f.dtype, device=f.device, generator=generator)
-        one = self.space.join(batch.vjp(u.reshape(f.shapes[0])))
-        gap = (u.to(J.dtype) @ J - one).abs().max()
-        eps = rounding(f.dtype, f.device)
-        return bool(gap <= eps**exponent * one.abs().max())
+        return dense.keep_jacobians(self, kept, batches, self._rehearses)
 
     def push_forward(
         self,
@@ -794,14 +669,15 @@ class EmpiricalRisk:
 
         columns, start = U.reshape(len(U), -1).T, 0
         while start < len(U):
-            width = self._width(_VJPS, body, batch, columns, batch.output_space)
+            f = batch.output_space
+            width = self._columns.width(VJPS, body, batch, columns, f, self.plain > 0)
             part = U[start : start + width]
             try:
                 chunk = batch.vjp(part) if len(part) > 1 else batch.vjp(part[0])
             except RuntimeError:
                 if len(part) == 1:
                     raise
-                self._vectorises[_VJPS] = False  # some operation cannot
+                self._columns.refuse(VJPS)
                 continue
             yield chunk if len(part) > 1 else [g.unsqueeze(0) for g in chunk]
             start += len(part)
@@ -865,7 +741,7 @@ class EmpiricalRisk:
         with preserved_rng(self.space.device):
             try:
                 return self.model.run(run)
-            except _CopyLeaksError:
+            except CopyLeaksError:
                 self.model.evaluate_in_place()
                 return self.model.run(run)
 
@@ -885,7 +761,7 @@ class EmpiricalRisk:
 
     def _jacobians_suffice(self) -> bool:
         """Whether kept Jacobians and losses are all that a product needs."""
-        batches = [batch for batch, _ in self._jacobians]
+        batches = [batch for batch, _ in self._dense.jacobians]
         known = self.loss is not None and not self.loss.loss.opaque
         return known and bool(batches) and all("loss" in vars(b) for b in batches)
 
@@ -916,7 +792,7 @@ class EmpiricalRisk:
             raise ValueError("The data is empty: there is no batch to work on.")
         self._num_batches = place + 1
         self._output_shapes = tuple(shapes)
-        self._warn_about_unused()
+        self._reach.warn_about_unused()
 
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
@@ -968,10 +844,9 @@ class EmpiricalRisk:
         if self._repeats and not batch.writes:
             self._unwritten.add(index)
         if not self._known_input:
-            self._check_reach(batch)
+            self._reach.check(self.model, batch)
             self._known_input = True
-        if self._reached is not None:
-            self._reached |= self._names_reached(batch)
+        self._reach.note(self.model, batch)
         return batch
 
     def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
@@ -981,73 +856,6 @@ class EmpiricalRisk:
         size = self._size_or_none(X)
         return partial(self.loss, num_terms=size and size * self.terms_per_datum)
 
-    def _names_reached(self, batch: Linearization) -> set[str]:
-        leaves = {id(leaf) for leaf in graph_leaves(batch.output)}
-        return {n for n, p in self.model.aliases.items() if id(p) in leaves}
-
-    def _names_reached_in_place(self, batch: Linearization) -> set[str]:
-        """Return the parameters that a batch's output depends on, without a copy."""
-        model = Model(self.model_func, self.params)
-        model.evaluate_in_place()
-        output = model.run(lambda: model(cloned(batch.X)))
-        leaves = {id(leaf) for leaf in graph_leaves(output)}
-        return {n for n, p in model.aliases.items() if id(p) in leaves}
-
-    def _names_without_gradient(self, batch: Linearization) -> list[str]:
-        """Return the parameters that the model uses where gradients are off."""
-        model = Model(self.model_func, self.params)  # whose uses nobody records
-        return model.run(lambda: model.used_without_gradient(cloned(batch.X)))
-
-    def _hint(self, unused: Iterable[str]) -> str:
-        """Say which unused parameters are used where gradients are off."""
-        hidden = [name for name in unused if name in self._without_gradient]
-        if not hidden:
-            return ""
-        return (
-            f" The model uses {hidden} where gradients are off: under "
-            "`torch.no_grad()`, or in activation checkpointing with "
-            "`use_reentrant=True` (pass `use_reentrant=False`)."
-        )
-
-    def _check_reach(self, batch: Linearization) -> None:
-        """Raise if the output depends on other tensors than it should."""
-        leaked = self.model.foreign_leaves(batch.output)
-        reached = self._names_reached(batch)
-        copied = isinstance(self.model_func, nn.Module) and self.model._held is None
-        if copied and self.model.uses_frozen(cloned(batch.X)):
-            raise _CopyLeaksError
-        if not leaked and len(reached) == len(self.params):
-            return
-        self._without_gradient = self._names_without_gradient(batch)
-        # Parameters that do not require gradients leave no trace when they leak.
-        if copied and (leaked or self._names_reached_in_place(batch) - reached):
-            raise _CopyLeaksError
-        if not leaked and reached:
-            return
-        if leaked:
-            raise ValueError(
-                f"The model uses {leaked} directly instead of through its `params` "
-                "argument or a module's attribute, so these cannot be replaced."
-            )
-        raise ValueError(
-            "The model's output does not depend on any of the parameters in `params` "
-            "(are they detached, or is the model run under `torch.no_grad()`?)."
-            + self._hint(self.params)
-        )
-
-    def _warn_about_unused(self) -> None:
-        """Warn once about parameters that no batch's output depends on."""
-        if self._reached is None:
-            return
-        unused = [name for name in self.params if name not in self._reached]
-        self._reached = None
-        if unused:
-            warnings.warn(
-                f"The model's output does not depend on {unused} for this data: the "
-                f"corresponding rows and columns are zero.{self._hint(unused)}",
-                stacklevel=2,
-            )
-
     def _record(
         self, recordings: dict[int, Linearization], batch: Linearization
     ) -> None:
@@ -1056,34 +864,27 @@ class EmpiricalRisk:
             return
         stage = batch.stage
         with self._lock:
-            place = batch.place
-            known, _ = self._bytes.get(place, (None, 0))
-            if known == stage or recordings is not self._recordings:
+            place, ledger = batch.place, self._ledger
+            if recordings is not self._recordings or ledger.stage(place) == stage:
                 return
-            if self._budget is None:
-                self._budget = budget_bytes(self.cache, self.space.device)
-            self._bytes[place] = (stage, batch.nbytes)
-            if sum(nbytes for _, nbytes in self._bytes.values()) <= self._budget:
+            ledger.open(self.cache, self.space.device)
+            if ledger.enter(place, stage, batch.nbytes):
                 recordings[place] = batch
-            else:
-                self._full = True
-                del self._bytes[place]
-                if recordings.pop(place, None) is not None:
-                    self._jacobians = []
-                    self._bytes.pop("jacobians", None)
+            elif recordings.pop(place, None) is not None:
+                self._dense.drop_jacobians()
 
     def _may_keep(self, batch: Linearization) -> bool:
         """Whether a batch's graphs may still be of use after a product."""
         if not self._repeats or self.cache == "off":
             return False
-        return not self._full or batch.place in self._recordings
+        return not self._ledger.full or batch.place in self._recordings
 
     def _fit(self, product: Product, K: int) -> None:
         """Choose parts, columns and budget with which a product fits `max_memory`."""
         if self.max_memory is None:
             return
         self._refresh_if_changed()
-        if product.key in self._matrices:
+        if product.key in self._dense.matrices:
             return
         name = product.method, product.key, K
         once = product.key is None and product is not GRADIENT
@@ -1095,24 +896,21 @@ class EmpiricalRisk:
             if fit.entries is not None and fit.entries < (self._entries or inf):
                 self._entries = fit.entries
                 self._recordings, self._num_batches = {}, None
-                self._jacobians = []
-                for place in [k for k in self._bytes if isinstance(k, (int, str))]:
-                    del self._bytes[place]
-            self._most_columns = fit.width
-            if self._cache_bytes is None:
-                self._cache_bytes = budget_bytes(self.cache, self.space.device)
-            budget = min(self._cache_bytes, fit.budget)
-            if budget == self._budget:
-                return
-            self._budget, self._full = budget, False
-            kept = dict(self._recordings)  # another thread may be using these
-            if sum(n for _, n in self._bytes.values()) > budget:
-                self._jacobians = []
-                self._bytes.pop("jacobians", None)
-            while kept and sum(n for _, n in self._bytes.values()) > budget:
-                place, _ = kept.popitem()
-                del self._bytes[place]
-            self._recordings = kept
+                self._ledger.strike_recordings()
+                self._dense.drop_jacobians()
+            self._columns.most = fit.width
+            if self._ledger.limit(fit.budget, self.cache, self.space.device):
+                self._drop_excess()
+
+    def _drop_excess(self) -> None:
+        """Drop Jacobians and recordings until the rest is within the budget."""
+        kept = dict(self._recordings)  # another thread may be using these
+        if self._ledger.exceeded:
+            self._dense.drop_jacobians()
+        while kept and self._ledger.exceeded:
+            place, _ = kept.popitem()
+            self._ledger.strike(place)
+        self._recordings = kept
 
     def _add_product(
         self,
@@ -1139,7 +937,7 @@ class EmpiricalRisk:
     ) -> None:
         """Keep a batch's sensitivities once that pays, if it is kept itself."""
         if key is not None and self._folds and batch.place in self._recordings:
-            batch.fold(key, body, columns, self._room())
+            batch.fold(key, body, columns, self._ledger.room())
 
     def _add_products(
         self,
@@ -1161,7 +959,8 @@ class EmpiricalRisk:
         K = V.shape[1]
         start = 0
         while start < K:
-            width = min(self._width(key, body, batch, V, inputs), K - start)
+            width = self._columns.width(key, body, batch, V, inputs, self.plain > 0)
+            width = min(width, K - start)
             columns: Any = slice(start, start + width) if width > 1 else start
             part = V.T[columns].contiguous()
             # A recording that is made for one product only must pay within it.
@@ -1175,54 +974,11 @@ class EmpiricalRisk:
             except RuntimeError:
                 if width == 1:
                     raise
-                self._vectorises[key] = False  # some operation cannot
+                self._columns.refuse(key)
                 continue
             parts = outputs.split(total()[columns])
             torch._foreach_add_(parts, list(products))  # on a GPU, one launch
             start += width
-
-    def _width(
-        self,
-        key: Hashable,
-        body: Body,
-        batch: Linearization,
-        V: Tensor,
-        inputs: TensorSpace,
-    ) -> int:
-        """Return how many columns to multiply at once."""
-        width = 1 if V.shape[1] == 1 else self._columns_at_once(key, batch)
-        if width == 1:
-            return 1
-        if not self.plain and batch.replays(key):
-            return width  # vectorised, and checked, on its own
-        if key is None or key not in self._vectorises:
-            self._vectorises[key] = self._agrees(body, batch, V, inputs)
-        return width if self._vectorises[key] else 1
-
-    def _columns_at_once(self, key: Hashable, batch: Linearization) -> int:
-        """Return how many columns may be multiplied at once."""
-        itemsize = self.space.dtype.itemsize
-        per_column = batch.nbytes + self.space.dim * itemsize
-        most = column_bytes(self.space.device)
-        width = min(most // per_column, self._most_columns)
-        return width if width >= 4 and self._vectorises.get(key, True) else 1
-
-    def _agrees(
-        self, body: Body, batch: Linearization, V: Tensor, inputs: TensorSpace
-    ) -> bool:
-        """Check a product with two random columns at once against one by one."""
-        generator = torch.Generator(V.device).manual_seed(20260101)
-        columns = torch.randn(
-            2, len(V), dtype=V.dtype, device=V.device, generator=generator
-        )
-        split, join = inputs.split, self.space.join
-        try:
-            both = join(body(batch, split(columns)), leading=1)
-        except RuntimeError:
-            return False
-        each = torch.stack([join(body(batch, split(column))) for column in columns])
-        tolerance = rounding(V.dtype, V.device) ** 0.5 * each.abs().max()
-        return bool((both - each).abs().max() <= tolerance)
 
     def _denominator(self, count: Any) -> Any:
         """Return what the sum over batches is divided by."""
@@ -1269,16 +1025,11 @@ class EmpiricalRisk:
         title = f"{type(self).__name__}.{title}"
         self._fit(GRADIENT, 1)
         recordings, self._recordings = self._recordings, {}
-        full, self._full = self._full, True
+        full, self._ledger.full = self._ledger.full, True
         try:
             yield from self.batches(title)
         finally:
-            self._recordings, self._full = recordings, full
-
-
-def column_bytes(device: torch.device) -> int:
-    """Return how many bytes several columns may take up in one backward pass."""
-    return MAX_COLUMN_BYTES if device.type == "cpu" else MAX_COLUMN_BYTES_ON_GPU
+            self._recordings, self._ledger.full = recordings, full
 
 
 def _checked_bytes(max_memory: int | None) -> int | None:
@@ -1287,7 +1038,3 @@ def _checked_bytes(max_memory: int | None) -> int | None:
     raise ValueError(
         f"`max_memory` must be a number of bytes > 0 or None, got {max_memory!r}."
     )
-
-
-class _CopyLeaksError(Exception):
-    """The private copy of a module reaches tensors outside of it."""

@@ -207,11 +207,11 @@ def test_recording_goes_on_while_an_exception_is_held():
     G = GGNLinearOperator(risk)
     v = torch.ones(G.shape[1], dtype=torch.float64)
     G @ v
-    recordings, full = risk._recordings, risk._full
+    recordings, full = risk._recordings, risk._ledger.full
     with pytest.raises(ValueError, match="No Kronecker-factored form") as held:
         KFACLinearOperator(risk).trace()
     assert risk._recordings is recordings
-    assert risk._full is full
+    assert risk._ledger.full is full
     assert held.value is not None
 
 

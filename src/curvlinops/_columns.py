@@ -1,0 +1,117 @@
+"""How many columns are multiplied at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from curvlinops._linearization import Linearization
+from curvlinops._spaces import TensorSpace, rounding
+
+Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
+
+#: Most columns that one vectorised backward pass takes.
+MAX_COLUMNS = 64
+#: Bytes that its intermediate results may take up, and the graphs of batches that are
+#: multiplied as one. Measured on a CPU: beyond about 1 MiB per column, single passes
+#: are faster (``benchmarks/block_columns.py``).
+MAX_COLUMN_BYTES = 4 << 20
+#: The same on a GPU, where many columns at once are faster as long as they fit.
+MAX_COLUMN_BYTES_ON_GPU = 1 << 30
+#: Key of products with the transposed Jacobian alone.
+VJPS = "vjps"
+
+
+def column_bytes(device: torch.device) -> int:
+    """Return how many bytes several columns may take up in one backward pass."""
+    return MAX_COLUMN_BYTES if device.type == "cpu" else MAX_COLUMN_BYTES_ON_GPU
+
+
+class Columns:
+    """Chooses how many columns of a product are multiplied at once.
+
+    Parameters
+    ----------
+    space : TensorSpace
+        Space of the parameters.
+    """
+
+    def __init__(self, space: TensorSpace) -> None:
+        self._space = space
+        # Whether each product, by key, agrees with itself vectorised.
+        self._vectorises: dict[Hashable, bool] = {}
+        #: Most of them, where a bound for memory says so.
+        self.most: int | None = None
+        #: Chooses for a plan, whose batches are slices of larger ones.
+        self.planned: Callable[[Columns, Hashable, Linearization], int] | None = None
+
+    def width(
+        self,
+        key: Hashable,
+        body: Body,
+        batch: Linearization,
+        V: Tensor,
+        inputs: TensorSpace,
+        plain: bool,
+    ) -> int:
+        """Return how many columns of ``V`` to multiply at once.
+
+        Parameters
+        ----------
+        key, body, batch
+            The product.
+        V : Tensor
+            Its columns, vectors of the space ``inputs``.
+        inputs : TensorSpace
+            That space.
+        plain : bool
+            Whether nothing recorded is used.
+        """
+        width = 1 if V.shape[1] == 1 else self.at_once(key, batch)
+        if width == 1:
+            return 1
+        if not plain and batch.replays(key):
+            return width  # vectorised, and checked, on its own
+        if key is None or key not in self._vectorises:
+            self._vectorises[key] = self._agrees(body, batch, V, inputs)
+        return width if self._vectorises[key] else 1
+
+    def at_once(self, key: Hashable, batch: Linearization) -> int:
+        """Return how many columns may be multiplied at once."""
+        if self.planned is not None:
+            return self.planned(self, key, batch)
+        return self.fitting(key, batch.nbytes)
+
+    def fitting(self, key: Hashable, nbytes: int) -> int:
+        """Return how many may be, with a batch that keeps so many bytes."""
+        per_column = nbytes + self._space.dim * self._space.dtype.itemsize
+        most = MAX_COLUMNS if self.most is None else self.most
+        width = min(column_bytes(self._space.device) // per_column, most)
+        return width if width >= 4 and self.vectorises(key) else 1
+
+    def vectorises(self, key: Hashable) -> bool:
+        """Whether several columns of a product may be multiplied at once."""
+        return self._vectorises.get(key, True)
+
+    def refuse(self, key: Hashable) -> None:
+        """Multiply one by one from now on, since some operation cannot otherwise."""
+        self._vectorises[key] = False
+
+    def _agrees(
+        self, body: Body, batch: Linearization, V: Tensor, inputs: TensorSpace
+    ) -> bool:
+        """Check a product with two random columns at once against one by one."""
+        generator = torch.Generator(V.device).manual_seed(20260101)
+        columns = torch.randn(
+            2, len(V), dtype=V.dtype, device=V.device, generator=generator
+        )
+        split, join = inputs.split, self._space.join
+        try:
+            both = join(body(batch, split(columns)), leading=1)
+        except RuntimeError:
+            return False
+        each = torch.stack([join(body(batch, split(column))) for column in columns])
+        tolerance = rounding(V.dtype, V.device) ** 0.5 * each.abs().max()
+        return bool((both - each).abs().max() <= tolerance)

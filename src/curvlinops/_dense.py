@@ -1,0 +1,190 @@
+"""Matrices that small problems keep, once that costs less than products without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvlinops._columns import VJPS, Columns
+from curvlinops._ledger import Ledger
+from curvlinops._linearization import Linearization
+from curvlinops._parts import jacobian_by_datum
+from curvlinops._spaces import TensorSpace, rounding
+
+if TYPE_CHECKING:
+    from curvlinops.risk import EmpiricalRisk
+
+#: Largest dimension of a matrix that is materialised.
+MAX_DENSE_DIM = 4096
+#: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
+MAX_JACOBIAN_COST = 32
+
+Batches = list[Linearization]
+Jacobians = list[tuple[Linearization, Tensor]]
+
+
+def may_be_dense(space: TensorSpace) -> bool:
+    """Whether matrices with so many columns, of this type, may be kept if that pays."""
+    return space.dim <= MAX_DENSE_DIM and space.dtype.itemsize >= 4
+
+
+class Dense:
+    """A risk's materialised matrices, and its batches' Jacobians.
+
+    Costs are counted, not measured, so that the route depends on nothing but the
+    products asked for. The unit is a product with one vector.
+
+    Parameters
+    ----------
+    space : TensorSpace
+        Space of the parameters.
+    columns : Columns
+        How many columns are multiplied at once.
+    ledger : Ledger
+        Where what is kept is entered.
+    """
+
+    def __init__(self, space: TensorSpace, columns: Columns, ledger: Ledger) -> None:
+        self._space, self._columns, self._ledger = space, columns, ledger
+        self.matrices: dict[Hashable, Tensor] = {}
+        #: Batches with their Jacobians; all of them, or none.
+        self.jacobians: Jacobians = []
+        #: Cost of the products so far, by key.
+        self.spent: dict[Hashable, float] = {}
+
+    def cost(self, key: Hashable, K: int, batches: Batches) -> float:
+        """Return the cost of ``K`` columns in products with a single vector."""
+        if K == 1:
+            return 1.0
+        width = min((self._columns.at_once(key, b) for b in batches), default=1)
+        return K if width == 1 else -(-K // width) + K / 16
+
+    def cost_of_matrix(self, key: Hashable, batches: Batches) -> float:
+        """Return the cost of the products after which a matrix is computed.
+
+        Twice its own, since a product with it costs about half of one without.
+        """
+        return 2 * self.cost(key, self._space.dim, batches)
+
+    def matrix(
+        self,
+        key: Hashable,
+        V: Tensor,
+        batches: Batches,
+        complete: bool,
+        multiply: Callable[[Tensor], Tensor],
+    ) -> Tensor | None:
+        """Return the matrix if its products so far cost more than computing it.
+
+        Parameters
+        ----------
+        key : hashable
+            Names the matrix.
+        V : Tensor
+            Vectors that it is to be multiplied with.
+        batches : list of Linearization
+            What products without it are made of.
+        complete : bool
+            Whether all batches are recorded.
+        multiply : callable
+            Multiplies vectors by these.
+        """
+        P, spent = self._space.dim, self.spent.get(key, 0.0)
+        self.spent[key] = spent + self.cost(key, V.shape[1], batches)
+        if not complete or spent < P / 8 or spent < self.cost_of_matrix(key, batches):
+            return None  # none costs less than `P / 8`, which is seen first
+        nbytes = P * P * V.element_size()
+        if not self._ledger.room_for(nbytes):
+            return None
+        matrix = multiply(torch.eye(P, dtype=V.dtype, device=V.device))
+        self.matrices[key] = matrix
+        self._ledger.enter_other(("matrix", key), nbytes)
+        return matrix
+
+    def jacobians_pay(self, sizes: Iterable[int], batches: Batches) -> bool:
+        """Whether Jacobians with so many rows each cost few products."""
+        return max(self.cost(VJPS, n, batches) for n in sizes) <= MAX_JACOBIAN_COST
+
+    def keep_jacobians(
+        self, risk: EmpiricalRisk, kept: Jacobians, batches: Batches, asked: bool
+    ) -> Jacobians | None:
+        """Compute the batches' Jacobians if that is possible, fits, and pays.
+
+        Parameters
+        ----------
+        risk : EmpiricalRisk
+            The risk.
+        kept : list
+            The empty list of Jacobians, unless it has been replaced since.
+        batches : list of Linearization
+            All the batches that went with it.
+        asked : bool
+            Whether they are kept even if they do not pay.
+        """
+        if not self._columns.vectorises(VJPS):
+            return None
+        sizes = [b.output_space.dim for b in batches]
+        nbytes = sum(sizes) * self._space.dim * self._space.dtype.itemsize
+        if not (asked or self.jacobians_pay(sizes, batches)):
+            return None
+        if not self._ledger.room_for(nbytes):
+            return None
+        jacobians = []
+        for batch in batches:
+            if (J := _jacobian(risk, batch, self._columns)) is None:
+                self._columns.refuse(VJPS)
+                return None
+            jacobians.append((batch, J))
+        with risk._lock:
+            kept[:] = jacobians
+            if kept is self.jacobians:  # not dropped in the meantime
+                self._ledger.enter_other("jacobians", nbytes)
+        return jacobians
+
+    def drop_jacobians(self) -> None:
+        """Keep no Jacobians of the batches up to now."""
+        self.jacobians = []
+        self._ledger.strike_other("jacobians")
+
+
+def _jacobian(
+    risk: EmpiricalRisk, batch: Linearization, columns: Columns
+) -> Tensor | None:
+    """Return a batch's Jacobian as a matrix if it can be computed at once.
+
+    Datum by datum, where the model allows it: of the rows of one datum, only that
+    datum's part of the batch matters.
+    """
+    if risk.model.by_datum:
+        J = jacobian_by_datum(risk, batch, columns.at_once(VJPS, batch))
+        if J is not None and agrees_with_vjp(J, risk.space, batch, 0.75):
+            return J
+        risk.model.by_datum = False
+    f = batch.output_space
+    identity = torch.eye(f.dim, dtype=f.dtype, device=f.device)
+    width = columns.at_once(VJPS, batch)
+    try:
+        chunks = [
+            risk.space.join(batch.vjp(rows.reshape(-1, *f.shapes[0])), leading=1)
+            for rows in identity.split(width)
+        ]
+    except RuntimeError:  # some operation cannot
+        return None
+    J = torch.cat(chunks)
+    return J if agrees_with_vjp(J, risk.space, batch, 0.5) else None
+
+
+def agrees_with_vjp(
+    J: Tensor, space: TensorSpace, batch: Linearization, exponent: float
+) -> bool:
+    """Whether ``u @ J`` is a product in reverse mode, up to ``eps ** exponent``."""
+    f = batch.output_space
+    generator = torch.Generator(f.device).manual_seed(20260101)
+    u = torch.randn(f.dim, dtype=f.dtype, device=f.device, generator=generator)
+    one = space.join(batch.vjp(u.reshape(f.shapes[0])))
+    gap = (u.to(J.dtype) @ J - one).abs().max()
+    eps = rounding(f.dtype, f.device)
+    return bool(gap <= eps**exponent * one.abs().max())

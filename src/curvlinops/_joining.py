@@ -1,0 +1,70 @@
+"""Several small batches, multiplied as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvlinops._columns import MAX_COLUMN_BYTES
+from curvlinops._data import joined
+from curvlinops._determinism import close
+from curvlinops._ledger import Ledger
+from curvlinops._linearization import SMALL, Linearization
+from curvlinops._spaces import TensorSpace, rounding
+
+if TYPE_CHECKING:
+    from curvlinops.risk import EmpiricalRisk
+
+
+def joining_pays(batches: list[Linearization], nbytes: int, ledger: Ledger) -> bool:
+    """Whether batches are several that cost more for overhead than they compute.
+
+    They, and what is made from them, keep ``nbytes``.
+    """
+    return (
+        len(batches) > 1
+        and nbytes <= MAX_COLUMN_BYTES
+        and ledger.room_for(3 * nbytes)
+        and not any(batch.size > SMALL or batch.pays_early for batch in batches)
+    )
+
+
+def joined_batch(
+    risk: EmpiricalRisk,
+    batches: list[Linearization],
+    multiply: Callable[[Tensor, Linearization | None], Tensor],
+) -> Linearization | None:
+    """Return all data as one batch if its product is the sum of the batches'.
+
+    Outputs may depend on which other data are in a batch.
+
+    Parameters
+    ----------
+    risk : EmpiricalRisk
+        The risk.
+    batches : list of Linearization
+        Its batches, in order.
+    multiply : callable
+        Multiplies a vector by the mean over the batches, or over a single one that is
+        given.
+    """
+    V = _random_vector(risk.space)
+    plain = multiply(V, None)
+    try:
+        sizes = [risk.batch_size(b.X) for b in batches]
+        X = joined([b.X for b in batches], sizes)
+        y = joined([b.y for b in batches], sizes, several=True)
+        one = Linearization(risk.model, X, y, risk._loss_maker(X))
+        total = multiply(V, one)
+    except Exception:  # whatever a model or a loss raises on another batch
+        return None
+    tolerance = rounding(V.dtype, V.device) ** 0.75
+    return one if close(total, plain, tolerance) else None
+
+
+def _random_vector(f: TensorSpace) -> Tensor:
+    generator = torch.Generator(f.device).manual_seed(20260101)
+    return torch.randn(f.dim, 1, dtype=f.dtype, device=f.device, generator=generator)

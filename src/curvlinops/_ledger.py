@@ -1,0 +1,99 @@
+"""What is kept between products, in bytes, and how much may be."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+from curvlinops._linearization import budget_bytes
+
+
+class Ledger:
+    """Bytes that recordings, and what is made from them, take up.
+
+    Parameters
+    ----------
+    bounded : bool
+        Whether there is a bound for all memory, which limits the budget.
+
+    Notes
+    -----
+    Recordings are entered and taken out under the risk's lock. Sums read snapshots,
+    hence need none.
+    """
+
+    def __init__(self, bounded: bool) -> None:
+        self._bounded = bounded
+        #: Bytes that may be kept; `None` until something was to be.
+        self.budget: int | None = None
+        self._allowed: int | None = None  # by the setting, within a bound
+        #: Whether some recording did not fit; later ones are not tried then.
+        self.full = False
+        # By place, each with the stage of its batch.
+        self._recordings: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._others: dict[Hashable, int] = {}
+
+    def open(self, cache: str | int, device: torch.device) -> None:
+        """Allow what a setting of ``cache`` does, unless something is allowed."""
+        if self.budget is None:
+            self.budget = budget_bytes(cache, device)
+
+    def limit(self, most: int, cache: str | int, device: torch.device) -> bool:
+        """Allow no more than ``most`` of it; return whether that is a change."""
+        if self._allowed is None:
+            self._allowed = budget_bytes(cache, device)
+        budget = min(self._allowed, most)
+        if budget == self.budget:
+            return False
+        self.budget, self.full = budget, False
+        return True
+
+    def used(self) -> int:
+        """Return how many bytes are kept."""
+        recordings = sum(nbytes for _, nbytes in list(self._recordings.values()))
+        return recordings + sum(list(self._others.values()))
+
+    def room(self) -> float:
+        """Return how many more bytes may be kept."""
+        return 0 if self.budget is None else self.budget - self.used()
+
+    def room_for(self, nbytes: int) -> bool:
+        """Whether so many more bytes may be kept."""
+        # Within a bound for all memory, also what it is made from counts.
+        return (3 * nbytes if self._bounded else nbytes) <= self.room()
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more is kept than may be."""
+        return self.room() < 0
+
+    def stage(self, place: int) -> tuple[int, ...] | None:
+        """Return the stage at which a recording was entered."""
+        stage, _ = self._recordings.get(place, (None, 0))
+        return stage
+
+    def enter(self, place: int, stage: tuple[int, ...], nbytes: int) -> bool:
+        """Enter a recording; return whether it fits. If not, it is left out."""
+        self._recordings[place] = stage, nbytes
+        if not self.exceeded:
+            return True
+        self.full = True
+        del self._recordings[place]
+        return False
+
+    def strike(self, place: int) -> None:
+        """Take out a recording."""
+        del self._recordings[place]
+
+    def strike_recordings(self) -> None:
+        """Take out all recordings."""
+        self._recordings.clear()
+
+    def enter_other(self, key: Hashable, nbytes: int) -> None:
+        """Enter something else that is kept."""
+        self._others[key] = nbytes
+
+    def strike_other(self, key: Hashable) -> None:
+        """Take it out, if it is there."""
+        self._others.pop(key, None)
