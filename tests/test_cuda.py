@@ -296,7 +296,7 @@ def test_single_precision_with_and_without_tf32(monkeypatch, never_dense):
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        eps = rounding(torch.float32, CUDA)
+        eps = rounding(torch.float32, CUDA, True)
         assert eps == (2**-10 if allowed else 2**-23)
         B = ggn(network(torch.float32), batches(torch.float32))
         v = torch.randn(B.shape[1], device=CUDA)

@@ -11,8 +11,10 @@ import references
 from cases import SAMPLES, Problem, _sampled_fisher, problems
 from curvlinops import (
     EFLinearOperator,
+    EmpiricalRisk,
     FisherMCLinearOperator,
     GGNLinearOperator,
+    HessianLinearOperator,
     _folding,
     _linearization,
 )
@@ -244,6 +246,86 @@ def test_a_fixed_route_is_not_folded(always):
         A @ v
     A.fix_route("plain")
     assert torch.equal(A @ v, first)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad]
+)
+def test_folding_needs_no_mode_and_leaves_other_matrices_alone(mode, always):
+    args = perceptron()
+    risk = EmpiricalRisk(*args)
+    G, H = GGNLinearOperator(risk), HessianLinearOperator(risk)
+    plain = HessianLinearOperator(*args, cache="off")
+    v = torch.randn(G.shape[1], dtype=torch.float64)
+    expected = plain @ v
+    for _ in range(12):
+        with mode():
+            G @ v
+        assert_close(H @ v, expected, size=16 * len(v))
+    assert all(folded(G))
+
+
+def test_folding_leaves_the_random_state_alone(always):
+    class Noisy(nn.Module):
+        def forward(self, h):
+            return h + 0 * torch.rand(h.shape)
+
+    args = network(nn.Linear(6, 20), nn.Tanh(), Noisy(), nn.Linear(20, 3))
+    for operator in (GGNLinearOperator, EFLinearOperator):
+        A = operator(*args)
+        v = torch.ones(A.shape[1], dtype=torch.float64)
+        for _ in range(12):
+            before = torch.get_rng_state()
+            A @ v
+            assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tight_budget_keeps_what_it_kept(monkeypatch):
+    def kept(A) -> list[int]:
+        v = torch.ones(A.shape[1], dtype=torch.float64)
+        counts = []
+        for _ in range(12):
+            A @ v
+            counts.append(len(A.risk._recordings))
+        return counts
+
+    monkeypatch.setattr(_folding, "ENTRY_COST", -1)
+    free = EFLinearOperator(*perceptron(n=200))
+    kept(free)
+    most = sum(batch.nbytes for batch in free.risk._recordings.values())
+    monkeypatch.setattr(_folding, "MAX_RANK", 0)
+    unfolded = EFLinearOperator(*perceptron(n=200))
+    monkeypatch.setattr(_linearization, "MAX_RANK", 0)
+    kept(unfolded)
+    least = sum(batch.nbytes for batch in unfolded.risk._recordings.values())
+    monkeypatch.undo()
+    monkeypatch.setattr(_linearization, "RECORD_LATE", 2)
+    monkeypatch.setattr(_folding, "ENTRY_COST", -1)
+    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)
+    for budget in torch.linspace(1.6 * least, 1.6 * max(most, least), 8).tolist():
+        counts = kept(EFLinearOperator(*perceptron(n=200), cache=int(budget)))
+        # no batch is given up for sensitivities, which come with the third product
+        assert counts[1:] == sorted(counts[1:])
+
+
+def test_waiting_for_it_costs_no_evaluations(monkeypatch):
+    monkeypatch.setattr(_linearization, "FOLD_LATE", 3)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 15)).double()
+    shaped = nn.Sequential(net, nn.Unflatten(1, (3, 5)))
+    X, y = torch.rand(8, 6).double(), torch.randint(3, (8, 5))
+    calls: list[int] = []
+    shaped.register_forward_pre_hook(lambda *_: calls.append(1))
+    A = EFLinearOperator(
+        shaped, nn.CrossEntropyLoss(), list(net.parameters()), [(X, y)]
+    )
+    v = torch.ones(A.shape[1], dtype=torch.float64)
+    late = []
+    for _ in range(30):
+        before = len(calls)
+        A @ v
+        late.append(len(calls) - before)
+    assert sum(late[4:]) <= 4  # when it is looked at, and not in between
 
 
 def test_threads_may_fold_together(always):

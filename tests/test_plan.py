@@ -115,7 +115,7 @@ def test_predicted_bytes_are_those_of_products(name, matrix, columns, monkeypatc
     monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)  # a test of its own
     A = MATRICES[matrix](*problem(name, [48, 48, 20]))
     plan, X = A.plan(columns), torch.randn(A.shape[1], columns).double()
-    peak = tracked(A, X)
+    peak = tracked(A, X, 60)  # sensitivities come late
     assert plan.held == pytest.approx(held(A), rel=1e-3)
     assert 0.85 * peak <= plan.peak <= 1.15 * peak
     recordings = A.risk._recordings

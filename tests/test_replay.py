@@ -533,3 +533,22 @@ def test_nothing_is_materialised_without_cache():
         A @ torch.ones(A.shape[1], dtype=torch.float64)
     assert not A.risk._dense.matrices
     assert not A.risk._recordings
+
+
+def test_scalar_outputs_are_multiplied_repeatedly():
+    class Total(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, X):
+            return self.layer(X).sum()
+
+    data = [(torch.rand(4, 3).double(), torch.zeros(()).double())]
+    net = Total().double()
+    args = net, nn.MSELoss(reduction="sum"), list(net.parameters()), data
+    A = GGNLinearOperator(*args, check_deterministic=False)
+    plain = GGNLinearOperator(*args, check_deterministic=False, cache="off")
+    v = torch.randn(A.shape[1], dtype=torch.float64)
+    for _ in range(12):
+        assert_close(A @ v, plain @ v)

@@ -11,6 +11,7 @@ from curvlinops._spaces import (
     TensorSpace,
     numeric_array,
     real_scalar,
+    rounding,
     to_numpy,
 )
 
@@ -183,3 +184,24 @@ def test_arrays_with_strides_that_torch_lacks_are_copied():
     space = TensorSpace.flat(4, torch.float64, "cpu")
     with space.staging.convert(records["a"], space) as tensor:
         assert tensor.tolist() == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def tf32():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    yield backends
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+def test_rounding_knows_tf32(tf32):
+    cuda, (products, convolutions) = torch.device("cuda"), tf32
+    for matmul, cudnn in ((False, True), (False, False), (True, False)):
+        products.allow_tf32, convolutions.allow_tf32 = matmul, cudnn
+        for convolves in (False, True):
+            rough = matmul or (cudnn and convolves)
+            eps = 2.0**-10 if rough else torch.finfo(torch.float32).eps
+            assert rounding(torch.float32, cuda, convolves) == eps
+        assert rounding(torch.float64, cuda, True) == torch.finfo(torch.float64).eps
+        assert rounding(torch.float32, torch.device("cpu"), True) < 1e-6

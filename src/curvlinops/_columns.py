@@ -113,5 +113,6 @@ class Columns:
         except RuntimeError:
             return False
         each = torch.stack([join(body(batch, split(column))) for column in columns])
-        tolerance = rounding(V.dtype, V.device) ** 0.5 * each.abs().max()
+        tolerance = rounding(V.dtype, V.device, batch.convolves) ** 0.5
+        tolerance *= float(each.abs().max())
         return bool((both - each).abs().max() <= tolerance)

@@ -125,11 +125,14 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def ahead(
-    parts: Iterable[tuple[int, Any, Share | None]], device: torch.device
+    parts: Iterable[tuple[int, Any, Share | None]],
+    device: torch.device,
+    known: Iterable[int],
 ) -> Iterator[tuple[int, Any, Share | None]]:
     """Yield batches for a GPU, each copied while the one before is worked on.
 
-    They leave through page-locked memory and arrive beside the current stream.
+    They leave through page-locked memory and arrive beside the current stream. Those
+    at places that are known are left where they are.
     """
     if device.type != "cuda":
         yield from parts
@@ -144,9 +147,10 @@ def ahead(
         return sent
 
     before: tuple[Any, ...] = ()
-    for index, item, share in parts:
+    skipped = set(known)
+    for place, (index, item, share) in enumerate(parts):
         with torch.cuda.stream(aside):
-            item = mapped(send, item)
+            item = item if place in skipped else mapped(send, item)
             arrived = aside.record_event()
         if before:
             stream.wait_event(before[1])

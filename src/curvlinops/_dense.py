@@ -186,5 +186,5 @@ def agrees_with_vjp(
     u = torch.randn(f.dim, dtype=f.dtype, device=f.device, generator=generator)
     one = space.join(batch.vjp(u.reshape(f.shapes[0])))
     gap = (u.to(J.dtype) @ J - one).abs().max()
-    eps = rounding(f.dtype, f.device)
+    eps = rounding(f.dtype, f.device, batch.convolves)
     return bool(gap <= eps**exponent * one.abs().max())

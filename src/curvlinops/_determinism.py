@@ -83,7 +83,8 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
         raise ValueError(
             f"`num_data` is {num_data}, but the data has {first.size} points."
         )
-    tolerance = rounding(risk.space.dtype, risk.space.device) ** 0.5
+    space, convolves = risk.space, risk.model.convolves
+    tolerance = rounding(space.dtype, space.device, convolves) ** 0.5
     same = close(first.loss, second.loss, tolerance) and close(
         first.gradient, second.gradient, tolerance
     )

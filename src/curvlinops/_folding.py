@@ -53,7 +53,9 @@ class Folded(NamedTuple):
     held: list[Tensor]
 
 
-def fold(program: Program, columns: Tensor, room: float) -> Folded | None:
+def fold(
+    program: Program, columns: Tensor, room: float, convolves: bool
+) -> Folded | None:
     r"""Fold a recorded :math:`u \mapsto J^\top u`, if that pays.
 
     Parameters
@@ -65,6 +67,8 @@ def fold(program: Program, columns: Tensor, room: float) -> Folded | None:
         vectors of output space that are used.
     room : float
         Bytes that the sensitivities may take.
+    convolves : bool
+        Whether there are convolutions.
 
     Returns
     -------
@@ -81,7 +85,7 @@ def fold(program: Program, columns: Tensor, room: float) -> Folded | None:
     rank, n = columns.shape[:2]
     if rank > MAX_RANK or any(call.mutates for call in calls):
         return None
-    above, below, cut = _cut(calls, source, outputs, columns)
+    above, below, cut = _cut(calls, source, outputs, columns, convolves)
     entries = rank * sum(s.shape.numel() for s in cut)
     saved = sum(map(_work, above))
     if saved <= ENTRY_COST * entries or entries * columns.element_size() > room:
@@ -126,6 +130,7 @@ def _single(call: Call) -> list[Call]:
     parts = []
     for i in wanted:
         outputs = [out if j == i else None for j, out in enumerate(call.outputs)]
+        # By torch's convention, a mask of the wanted results comes last.
         mask, args = call.args[-1], call.args
         if isinstance(mask, (list, tuple)) and [*map(type, mask)] == [bool] * len(mask):
             args = (*args[:-1], [j == i for j in range(len(mask))])
@@ -134,14 +139,18 @@ def _single(call: Call) -> list[Call]:
 
 
 def _cut(
-    calls: list[Call], source: Slot, outputs: list[Any], columns: Tensor
+    calls: list[Call],
+    source: Slot,
+    outputs: list[Any],
+    columns: Tensor,
+    convolves: bool,
 ) -> tuple[list[Call], list[Call], list[Slot]]:
     """Return the calls above and below a cut through local tensors, and these.
 
     Below is what makes something else of local tensors, and what makes a local tensor
     of those at the cut without a matrix product.
     """
-    local = _local_slots(calls, source, columns)
+    local = _local_slots(calls, source, columns, convolves)
     known, above = {source}, []
     for call in calls:
         made = {slot for slot in call.outputs if slot is not None}
@@ -166,7 +175,9 @@ def _cut(
     return above, below, cut
 
 
-def _local_slots(calls: list[Call], source: Slot, columns: Tensor) -> set[Slot]:
+def _local_slots(
+    calls: list[Call], source: Slot, columns: Tensor, convolves: bool
+) -> set[Slot]:
     """Return the tensors whose rows scale with the weights of the data."""
     n = columns.shape[1]
     generator = torch.Generator().manual_seed(20260101)
@@ -178,7 +189,7 @@ def _local_slots(calls: list[Call], source: Slot, columns: Tensor) -> set[Slot]:
     candidates = [slot for slot in candidates if slot.shape[:1] == (n,)]
     plain = _evaluated(calls, {source: u}, candidates)
     scaled = _evaluated(calls, {source: _by_row(weights, u)}, candidates)
-    tolerance = rounding(columns.dtype, columns.device) ** 0.75
+    tolerance = rounding(columns.dtype, columns.device, convolves) ** 0.75
     return {
         slot
         for slot, rows in plain.items()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import suppress
 from functools import cached_property, partial
 from threading import RLock
 from typing import Any, Self, TypeVar, overload
@@ -44,7 +43,7 @@ from curvlinops.losses import Loss
 AUTO_FRACTION = 0.4
 
 #: Products after the first few before a batch is folded, for every sensitivity.
-FOLD_LATE = 4
+FOLD_LATE = 8
 #: Most entries of parameters and inputs with which operations take little longer than
 #: starting them.
 SMALL = 1 << 14
@@ -319,7 +318,9 @@ class Linearization:
         if key is None:
             return body(self, vectors)
         if (route := self._routes.get(key)) is None:
-            route = self._routes.setdefault(key, Route(self._record_after))
+            route = self._routes.setdefault(
+                key, Route(self._record_after, self.convolves)
+            )
         if route.trusted and all(r.trusted for r in list(self._routes.values())):
             self._drop_graphs()  # nobody has needed them lately
         product: Product = partial(body, self)
@@ -327,8 +328,8 @@ class Linearization:
             product = partial(self._multiply_folded, *folded)
         return route.multiply(product, vectors, several)
 
-    def fold(self, key: Hashable, body: Any, number: int, room: float) -> None:
-        r"""Fold :math:`J^\top M J` once as many products were asked for as that costs.
+    def fold_due(self, key: Hashable, body: Any, number: int) -> bool:
+        """Whether as many products have been asked for as folding would cost.
 
         Parameters
         ----------
@@ -338,27 +339,59 @@ class Linearization:
             What multiplies; only a :class:`Congruence` is folded.
         number : int
             How many products are asked for now.
-        room : float
-            Bytes that may be kept beside what is.
         """
         asked = self._asked[key]
         self._asked[key] += number
         late = RECORD_LATE - 1  # a recording comes next
         if key in self._folded or asked < late:
-            return
-        rank = body.middle.rank(self) if isinstance(body, Congruence) else MAX_RANK + 1
-        if rank <= MAX_RANK and asked < late + FOLD_LATE * (rank - 1):
-            return
-        with self._lock:
+            return False
+        if not isinstance(body, Congruence):
             self._folded[key] = None
-            with suppress(Exception):  # whatever an operation raises on its own
-                if rank <= MAX_RANK and (folded := self._fold(body, room)):
+            return False
+        rank = self.once(("rank", key), lambda: body.middle.rank(self))
+        if rank > MAX_RANK:
+            self._folded[key] = None
+        return rank <= MAX_RANK and asked >= late + FOLD_LATE * (rank - 1)
+
+    def fold(self, key: Hashable, body: Congruence, room: float) -> None:
+        r"""Fold :math:`J^\top M J` if that pays and takes no more than some bytes.
+
+        To be called where the model may be evaluated.
+        """
+        with self._lock:
+            if key in self._folded:
+                return
+            self._folded[key] = None
+            evaluated = "output" in vars(self)
+            try:
+                if (folded := self._fold(body, room)) is not None:
                     route = self._routes.get(key)
                     known = route.program if route else None
                     V = [_ramp(leaf.detach()) for leaf in self._leaves]
                     expected = body(self, V) if known is None else known(V)
-                    if agree(self._multiply_folded(*folded, V), expected, 0.75):
-                        self._folded[key], self._routes[key] = folded, Route()
+                    product = self._multiply_folded(*folded, V)
+                    if agree(product, expected, 0.75, self.convolves):
+                        self._routes[key] = Route(convolves=self.convolves)
+                        self._folded[key] = folded
+            except Exception:  # whatever an operation raises on its own
+                pass
+            finally:
+                if self._folded[key] is not None or not evaluated:
+                    self._drop_graphs()
+
+    def unfold(self) -> bool:
+        """Give up what has been folded; return whether there was anything."""
+        with self._lock:
+            keys = [key for key, folded in self._folded.items() if folded is not None]
+            for key in keys:
+                self._folded[key] = None
+                self._routes[key] = Route(convolves=self.convolves)
+            return bool(keys)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the model has convolutions, as far as that is known."""
+        return self._model.convolves
 
     def _fold(
         self, body: Congruence, room: float
@@ -376,7 +409,7 @@ class Linearization:
             unit = torch.eye(outputs.numel(), dtype=f.dtype, device=f.device)
             columns = unit.view(-1, 1, *outputs).expand(-1, len(f), *outputs)
             middle = body.middle
-        folded = fold(program, columns, room)
+        folded = fold(program, columns, room, self.convolves)
         return folded and (folded, middle)
 
     def _multiply_folded(
@@ -470,7 +503,7 @@ class Linearization:
                 # No product proves nothing, unless there is none with any vector.
                 if bool(w.any()) or not bool(middle(self, _ramp(Jv)).any()):
                     JTw = self.vjp(w)
-                    if _adjoint(Jv, w, V, JTw):
+                    if _adjoint(Jv, w, V, JTw, self.convolves):
                         return JTw
                     self._model.forward_mode = False
         return self.vjp(middle(self, self.jvp(V)))
@@ -575,7 +608,9 @@ def _ramp(like: Tensor) -> Tensor:
     return steps.reshape(like.shape)
 
 
-def _adjoint(Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor]) -> bool:
+def _adjoint(
+    Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor], convolves: bool
+) -> bool:
     r"""Whether :math:`(J v)^\top w = v^\top (J^\top w)` up to rounding.
 
     Rounding errors are taken to be independent among the summed products.
@@ -587,7 +622,7 @@ def _adjoint(Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor]) 
         right += products.sum(dtype=torch.float64)
         spread += torch.linalg.vector_norm(products) ** 2
     gap, size = float((left - right).abs()), float(left.abs() + spread.sqrt())
-    return gap <= rounding(Jv.dtype, Jv.device) ** 0.75 * size
+    return gap <= rounding(Jv.dtype, Jv.device, convolves) ** 0.75 * size
 
 
 def _filled(

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from threading import Lock, RLock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -301,6 +301,10 @@ class Model:
                 self._function = _private_copy(self._module, self.aliases)
             except Exception:  # whatever a user's `__deepcopy__` or attribute raises
                 self.evaluate_in_place()
+        #: Whether there are convolutions, which round differently on a GPU.
+        self.convolves = self._module is None or any(
+            isinstance(part, nn.modules.conv._ConvNd) for part in self._module.modules()
+        )
         #: Whether evaluating all data apart may do and has not failed yet.
         self.by_datum = self.forward_mode and self.keeps_to_itself()
 
@@ -308,8 +312,13 @@ class Model:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
         if self._module is None or self._held is not None:
             return False
-        parts = self._module.modules()
-        return not any(p._forward_hooks or p._forward_pre_hooks for p in parts)
+        return not any(
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            for part in self._module.modules()
+        )
 
     def exclusive(self) -> AbstractContextManager[Any]:
         """Return a context in which no other thread swaps the module's tensors."""
@@ -610,7 +619,7 @@ def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _is_ordinary(kind: type[nn.Module]) -> bool:
     """Whether a class of modules says nothing about how it is copied."""
     own = [base for base in kind.__mro__ if base not in (nn.Module, object)]

@@ -64,7 +64,7 @@ def _composes(
     if risk.loss is not None:
         HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
         pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))
-    tolerance = rounding(f.dtype, f.device) ** 0.5
+    tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
     return all(a.shape == b.shape and close(a, b, tolerance) for a, b in pairs)
 
 

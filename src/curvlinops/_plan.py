@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
-from curvlinops._linearization import budget_bytes
+from curvlinops._linearization import FOLD_LATE, budget_bytes
 from curvlinops._parts import one_by_one
 from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
 from curvlinops._spaces import rounding
@@ -43,7 +43,7 @@ SLICES = 2, 3
 #: Operations, and the bytes alive after each.
 Line = list[tuple[Any, int]]
 #: Most products until a batch's route has settled.
-_MAX_PRODUCTS = RECORD_LATE + MAX_RANK + 4
+_MAX_PRODUCTS = RECORD_LATE + FOLD_LATE * MAX_RANK + 4
 
 
 class Tracker(Watcher):
@@ -428,7 +428,7 @@ class Probe:
         probe._known_input = risk._known_input
         probe._unwritten = risk._unwritten & {0}
         probe._share = share
-        probe._rehearses, probe._folds = True, risk._folds
+        probe._rehearses, probe._may_fold = True, risk._may_fold
 
         def choose(columns: Columns, key: Any, batch: Any) -> int:
             wide = columns.fitting(key, self._enlarged(batch, *sizes))
@@ -663,7 +663,9 @@ def _is_apart(risk: EmpiricalRisk, batch: Any) -> bool:
         (sum(torch.as_tensor(p.count) for p in parts), torch.as_tensor(batch.count)),
         (sum(p.loss.value() for p in parts), batch.loss.value()),
     ]
-    tolerance = rounding(batch.output.dtype, batch.output.device) ** 0.5
+    tolerance = (
+        rounding(batch.output.dtype, batch.output.device, batch.convolves) ** 0.5
+    )
     return all(close(torch.as_tensor(a), b, tolerance) for a, b in pairs)
 
 

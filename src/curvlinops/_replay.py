@@ -9,6 +9,7 @@ everything else is a constant that has been computed already.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
@@ -85,8 +86,10 @@ class Route:
     unseen, hence was taken for constant, would not fit them.
     """
 
-    def __init__(self, record_after: int = RECORD_EARLY) -> None:
-        self._record_after = record_after
+    def __init__(
+        self, record_after: int = RECORD_EARLY, convolves: bool = True
+    ) -> None:
+        self._record_after, self._convolves = record_after, convolves
         #: The recording, once there is a trusted one, ...
         self.program: Program | None = None
         #: ... and the same as CUDA graphs, by the number of columns.
@@ -133,7 +136,7 @@ class Route:
     def _record(
         self, product: Product, vectors: list[Tensor], plain: Sequence[Tensor]
     ) -> None:
-        program = _verified(product, vectors, plain)
+        program = _verified(product, vectors, plain, self._convolves)
         if program is not None:
             self._capture(program, program, vectors, plain)
         # Never taken back, as other threads may rely on it.
@@ -151,7 +154,9 @@ class Route:
         """Keep a CUDA graph of what a program does with so many columns."""
         if program.capturable and all(v.is_cuda for v in vectors):
             graph = captured(run, vectors)
-            if graph is not None and agree(graph(vectors), plain, 0.75):
+            if graph is not None and agree(
+                graph(vectors), plain, 0.75, self._convolves
+            ):
                 self.captured[width] = graph
 
     def _multiply_several(
@@ -166,7 +171,7 @@ class Route:
         if (program := self.program) is None:
             return product(vectors)
         if self._vectorises is None:
-            self._vectorises = _vectorises(program, vectors)
+            self._vectorises = _vectorises(program, vectors, self._convolves)
         if self._vectorises:
             results = program.vectorised(vectors)
             if width in self._widths:  # asked for again
@@ -178,7 +183,7 @@ class Route:
         return [torch.stack(parts) for parts in zip(*columns, strict=True)]
 
 
-def _vectorises(program: Program, vectors: list[Tensor]) -> bool:
+def _vectorises(program: Program, vectors: list[Tensor], convolves: bool) -> bool:
     """Whether a program with several vectors gives what it gives with each."""
     pair = _random_like([v[:1].expand(2, *v.shape[1:]) for v in vectors])
     try:
@@ -186,7 +191,7 @@ def _vectorises(program: Program, vectors: list[Tensor]) -> bool:
     except RuntimeError:  # an operation cannot be vectorised
         return False
     return all(
-        agree([p[k] for p in several], program([v[k] for v in pair]), 0.5)
+        agree([p[k] for p in several], program([v[k] for v in pair]), 0.5, convolves)
         for k in range(2)
     )
 
@@ -201,25 +206,32 @@ def _random_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _verified(
-    product: Product, vectors: list[Tensor], plain: Sequence[Tensor]
+    product: Product, vectors: list[Tensor], plain: Sequence[Tensor], convolves: bool
 ) -> Program | None:
     """Record a product with random vectors; return it if it gives ``plain``."""
     others = _random_like(vectors)
     try:
         recorded, program = record(product, others)
-        same = agree(program(others), recorded, 0.75)
-        return program if same and agree(program(vectors), plain, 0.75) else None
+        same = agree(program(others), recorded, 0.75, convolves)
+        same = same and agree(program(vectors), plain, 0.75, convolves)
+        return program if same else None
     except Exception:  # whatever an operation raises when watched or replayed
         return None
 
 
-def agree(a: Sequence[Tensor], b: Sequence[Tensor], exponent: float) -> bool:
-    """Whether two products agree up to ``eps ** exponent`` of the largest entry."""
+def agree(
+    a: Sequence[Tensor], b: Sequence[Tensor], exponent: float, convolves: bool
+) -> bool:
+    """Whether two products agree up to ``eps ** exponent`` of the largest entry.
+
+    What ``eps`` is depends on whether there are convolutions.
+    """
     scale = max(float(t.abs().max()) for t in b if t.numel())
     gap = max(
         float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()
     )
-    return gap <= rounding(b[0].dtype, b[0].device) ** exponent * scale
+    eps = rounding(b[0].dtype, b[0].device, convolves)
+    return gap <= eps**exponent * scale
 
 
 class Watcher(TorchDispatchMode):
@@ -242,16 +254,18 @@ class _ByTensor(Generic[T]):
         self._entries: dict[int, tuple[ref[Tensor], T]] = {}
 
     def __setitem__(self, tensor: Tensor, value: T) -> None:
-        key, entries = id(tensor), self._entries
-        entries[key] = ref(tensor, lambda _: entries.pop(key, None)), value
+        # No Python code when a tensor goes: an interrupt in there would be lost.
+        gone = partial(self._entries.pop, id(tensor))
+        self._entries[id(tensor)] = ref(tensor, gone), value
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._entries
+        entry = self._entries.get(id(tensor))
+        return entry is not None and entry[0]() is tensor
 
     def get(self, tensor: Tensor) -> T | None:
         """Return a tensor's value."""
         entry = self._entries.get(id(tensor))
-        return None if entry is None else entry[1]
+        return entry[1] if entry is not None and entry[0]() is tensor else None
 
     def pop(self, tensor: Tensor) -> T | None:
         """Return a tensor's value and drop it."""

@@ -221,17 +221,23 @@ def numeric_array(x: Any) -> np.ndarray:
     return array
 
 
-def rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the relative rounding error of matrix products and convolutions.
+def rounding(dtype: torch.dtype, device: torch.device, convolves: bool) -> float:
+    """Return the relative rounding error of matrix products, maybe of convolutions.
 
     On a GPU, torch may round the factors of single-precision products to TF32's ten
     bits; for convolutions that is its default.
     """
-    if device.type == "cuda" and dtype is torch.float32:
-        backends = torch.backends.cuda.matmul, torch.backends.cudnn
-        if any(backend.allow_tf32 for backend in backends):
-            return 2.0**-10
+    if device.type == "cuda" and dtype is torch.float32 and _uses_tf32(convolves):
+        return 2.0**-10
     return torch.finfo(dtype).eps
+
+
+def _uses_tf32(convolves: bool) -> bool:
+    try:
+        products = torch.backends.cuda.matmul.allow_tf32
+        return products or (convolves and torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set by torch's newer names, which the old ones cannot tell
+        return True
 
 
 class Staging(threading.local):

@@ -185,7 +185,7 @@ def verify(A: Any, rng: Rng = 0) -> Report:
 
 
 def _tolerance(A: Any, size: int, exponent: float) -> float:
-    eps = rounding(A.torch_dtype, A.device)
+    eps = rounding(A.torch_dtype, A.device, A.risk.model.convolves)
     return min(32 * math.sqrt(size) * eps**exponent, MAX_TOLERANCE)
 
 

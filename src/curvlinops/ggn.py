@@ -65,8 +65,8 @@ batch_size_fn, **options
     :math:`u \mapsto J_b^\top u`; later products are two backward passes, about 1.2
     times a gradient for a multi-layer perceptron, as long as what is kept fits into
     memory. If data are treated apart and have few outputs, half of this is done once
-    after 8 products and 4 more per output, which takes one backward pass per output and
-    keeps that many gradients of the layers' outputs: 0.9 gradients from then on. One
+    after 8 products per output, which takes one backward pass per output and keeps that
+    many gradients of the layers' outputs: 0.9 gradients from then on. One
     pass over the data, however many columns. Forward mode is compared with reverse mode
     in every product, and dropped where it is missing or differs.
 

@@ -46,7 +46,8 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
     name : str, optional
         What error messages call this operator.
     symmetric : bool, optional
-        Whether all factors are symmetric, and need not be transposed: that is faster.
+        Whether all factors are symmetric, which is not checked: products with one
+        vector then need not transpose them, which is faster.
 
     Raises
     ------

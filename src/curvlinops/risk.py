@@ -262,7 +262,7 @@ class EmpiricalRisk:
         #: Which part of a larger batch the only batch stands for.
         self._share: Share | None = None
         #: Whether sensitivities may be kept, which the plan of a bound leaves out.
-        self._folds = self.max_memory is None
+        self._may_fold = self.max_memory is None
         #: Whether a plan tries out products: nothing changes between them, no matrix
         #: is materialised, and Jacobians are kept as soon as the plan says so.
         self._rehearses = False
@@ -275,9 +275,10 @@ class EmpiricalRisk:
         or the loss, what a callable closes over, the data behind a loader.
         """
         with self.model.exclusive(), self._lock:
-            in_place = self.model._held is not None
+            before = self.model
             self.model = Model(self.model_func, self.params)
-            if in_place:
+            self.model.by_datum &= before.by_datum
+            if before._held is not None:
                 self.model.evaluate_in_place()
             self._forget()
 
@@ -442,7 +443,7 @@ class EmpiricalRisk:
                 rows = V.T if V.shape[1] > 1 else V[:, 0]
                 for batch, J in jacobians:
                     f = batch.output_space
-                    U = (rows @ J.T).reshape(*rows.shape[:-1], *f.shapes[0])
+                    U = (rows @ J.T).reshape((*rows.shape[:-1], *f.shapes[0]))
                     U = middle(batch, U.to(f.dtype)).to(J.dtype)
                     total = total + U.reshape(*rows.shape[:-1], -1) @ J
                     count = count + batch.count
@@ -773,7 +774,7 @@ class EmpiricalRisk:
         known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
         items: Iterable[Any] = known
         if not complete:
-            items = ahead(self._parts(), self.space.device)
+            items = ahead(self._parts(), self.space.device, kept.keys())
         if self.progressbar:
             total = self._num_batches or length_of(self.data)
             items = tqdm(items, f"{title} (on {self.space.device})", total)
@@ -868,7 +869,11 @@ class EmpiricalRisk:
             if recordings is not self._recordings or ledger.stage(place) == stage:
                 return
             ledger.open(self.cache, self.space.device)
-            if ledger.enter(place, stage, batch.nbytes):
+            fits = ledger.enter(place, stage, batch.nbytes)
+            if not fits and place in recordings and batch.unfold():
+                ledger.full = False
+                fits = ledger.enter(place, batch.stage, batch.nbytes)
+            if fits:
                 recordings[place] = batch
             elif recordings.pop(place, None) is not None:
                 self._dense.drop_jacobians()
@@ -935,9 +940,19 @@ class EmpiricalRisk:
     def _fold_if_due(
         self, key: Hashable, body: Body, batch: Linearization, columns: int
     ) -> None:
-        """Keep a batch's sensitivities once that pays, if it is kept itself."""
-        if key is not None and self._folds and batch.place in self._recordings:
-            batch.fold(key, body, columns, self._ledger.room())
+        """Keep a batch's sensitivities once that pays, if it is kept itself.
+
+        The product may be one that only replays, outside of :meth:`session`.
+        """
+        if key is None or not self._may_fold or self.model._held is not None:
+            return
+        if self._recordings.get(batch.place) is not batch:
+            return
+        if batch.fold_due(key, body, columns):
+            assert isinstance(body, Congruence)
+            fold = partial(batch.fold, key, body, self._ledger.room())
+            with preserved_rng(self.space.device):
+                self.model.run(fold)
 
     def _add_products(
         self,
