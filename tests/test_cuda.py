@@ -291,11 +291,11 @@ def test_products_are_never_stale(never_dense):
 # -- precision ----------------------------------------------------------------------
 
 
-def test_single_precision_with_and_without_tf32(monkeypatch, never_dense):
+def test_single_precision_with_and_without_tf32(tf32, never_dense):
     A = ggn().to_dense().cpu()
     for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        for backend in tf32:
+            backend.allow_tf32 = allowed
         eps = rounding(torch.float32, CUDA, True)
         assert eps == (2**-10 if allowed else 2**-23)
         B = ggn(network(torch.float32), batches(torch.float32))

@@ -186,15 +186,6 @@ def test_arrays_with_strides_that_torch_lacks_are_copied():
         assert tensor.tolist() == [1, 2, 3, 4]
 
 
-@pytest.fixture
-def tf32():
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    yield backends
-    for backend, allowed in zip(backends, before, strict=True):
-        backend.allow_tf32 = allowed
-
-
 def test_rounding_knows_tf32(tf32):
     cuda, (products, convolutions) = torch.device("cuda"), tf32
     for matmul, cudnn in ((False, True), (False, False), (True, False)):
