@@ -31,13 +31,16 @@ class Problem:
         Returns model and batches.
     warmup : int
         Products after which every route has settled.
+    settles_by_itself : bool
+        Whether that is seen from the batches' routes. (No matrix comes after these.)
     max_columns : int
         Widest block of columns that is multiplied.
     """
 
     about: str
     build: Callable[..., tuple[nn.Module, Batches]]
-    warmup: int = 12
+    warmup: int = 100
+    settles_by_itself: bool = True
     max_columns: int = 64
 
 
@@ -158,17 +161,20 @@ def gpt() -> tuple[nn.Module, Batches]:
 
 
 PROBLEMS = {
-    "mlp": Problem("784-512-512-10, ReLU, one batch of 512", mlp, 60),
-    "tiny": Problem("8-24-24-4, tanh, one batch of 64", tiny, 150),
-    "tiny8": Problem("8-24-24-4, tanh, 8 batches of 64", lambda: tiny(batches=8), 150),
+    "mlp": Problem("784-512-512-10, ReLU, one batch of 512", mlp),
+    "tiny": Problem("8-24-24-4, tanh, one batch of 64", tiny, 150, False),
+    "tiny8": Problem(
+        "8-24-24-4, tanh, 8 batches of 64", lambda: tiny(batches=8), 150, False
+    ),
     "cnn": Problem(
-        "ResNet18's layout, width 32, eval BatchNorm, 32 images 3x32x32", cnn, 50, 16
+        "ResNet18's layout, width 32, eval BatchNorm, 32 images 3x32x32",
+        cnn,
+        max_columns=16,
     ),
     "gpt": Problem(
         "4 layers, width 256, 8 heads, untied, 4 sequences of 128 of 1000 tokens",
         gpt,
-        12,
-        16,
+        max_columns=16,
     ),
 }
 

@@ -159,14 +159,21 @@ class Products:
         """Return one operator that has multiplied enough, for warm tasks."""
         if self.A is None:
             self.A = self.fresh()
-            for _ in range(self.warmup(self.A)):
-                self.multiply(self.A)
+            self.settle(self.A)
         return self.A
 
-    def warmup(self, A: Any) -> int:
-        """Return after how many products nothing changes any more."""
-        keeps = getattr(getattr(A, "risk", None), "cache", "off") != "off"
-        return self.problem.warmup if keeps else 3
+    def settle(self, A: Any) -> Any:
+        """Multiply until nothing changes any more; return the last product."""
+        risk = getattr(A, "risk", None)
+        keeps = risk is not None and risk.cache != "off"
+        for number in range(self.problem.warmup if keeps else 3):
+            result = self.multiply(A)
+            if number < 2 or not self.problem.settles_by_itself or not keeps:
+                continue
+            batches = risk._recordings.values()
+            if all(b.settled(key) for b in batches for key in b._routes):
+                return self.multiply(A)
+        return result
 
     def multiply(self, A: Any) -> Any:
         return A @ self.contender.operand(A, self.x, self.device)
@@ -241,10 +248,7 @@ class Products:
         return self.time_gradient()
 
     def peakmem_products(self) -> Any:
-        A = self.fresh()
-        for _ in range(self.warmup(A)):
-            result = self.multiply(A)
-        return result
+        return self.settle(self.fresh())
 
     def peakmem_block(self, K: int) -> Any:
         return self.block(K)
