@@ -656,7 +656,8 @@ def eigensolvers_take_it(s: Subject) -> None:
     # of a multiple eigenvalue, it may find a single one
     _close_spectra(s, top[-1:], expected[-1:])
     X = s.block(2).double().numpy().astype(s.A.dtype)
-    tol = 1e-4 * max(1.0, expected[-1])
+    # in single precision it may stall before; an eigenvalue's error is that squared
+    tol = (1e-4 if s.A.dtype == np.float64 else 1e-3) * max(1.0, expected[-1])
     top, _ = lobpcg(s.A, X, largest=True, maxiter=200, tol=tol)
     _close_spectra(s, top[:1], expected[-1:], exponent=0.5)
 

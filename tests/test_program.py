@@ -88,7 +88,7 @@ def test_random_programs_give_what_was_recorded(seed):
 def funcs(product, *shapes):
     """Return the operations that a product is compiled to."""
     _, program = record(product, [torch.randn(shape) for shape in shapes])
-    return [call.func for call in reusing_memory(program._calls, program._outputs)]
+    return [call.func for call in reusing_memory(program.calls, program.outputs)]
 
 
 def test_sums_with_matrix_products_are_one_operation():
