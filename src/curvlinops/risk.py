@@ -177,9 +177,10 @@ class EmpiricalRisk:
     operations of torch use inside, and estimating Kronecker factors, is not counted;
     products in several threads take their bytes each. No sensitivities are kept.
 
-    Several small batches, with a few MiB of graphs in all, are multiplied as one where
-    that gives the same, from the second product on; unless memory is bounded. What
-    this takes is in no :meth:`plan <curvlinops.risk_operator.RiskOperator.plan>`.
+    Several small batches, with a few MiB of graphs in all, are multiplied with the
+    Hessian as one where that gives the same, from the second product on; unless
+    ``cache``, ``max_memory`` or ``progressbar`` is given. What this takes is in no
+    :meth:`plan <curvlinops.risk_operator.RiskOperator.plan>`.
 
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
