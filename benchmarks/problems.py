@@ -164,7 +164,7 @@ PROBLEMS = {
     "mlp": Problem("784-512-512-10, ReLU, one batch of 512", mlp),
     "tiny": Problem("8-24-24-4, tanh, one batch of 64", tiny, 150, False),
     "tiny8": Problem(
-        "8-24-24-4, tanh, 8 batches of 64", lambda: tiny(batches=8), 150, False
+        "8-24-24-4, tanh, 8 batches of 64", lambda: tiny(batches=8), 400, False
     ),
     "cnn": Problem(
         "ResNet18's layout, width 32, eval BatchNorm, 32 images 3x32x32",

@@ -101,7 +101,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "device": device,
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "system": platform.platform(),
+        "system": f"{platform.system()}, {platform.machine()}",
         "load": os.getloadavg(),
         "threads": 1,
     }
