@@ -197,9 +197,9 @@ def watch_eigh():
 def setup_of_ekfac(name, fisher_type, its_problem, inside):
     """Return the CPU time of an EKFAC set-up, and of its decompositions."""
     inside.clear()
+    v = torch.rand(sum(p.numel() for p in its_problem[2]))
     start = time.process_time()
     E = operator(name, "EKFAC", fisher_type, its_problem)
-    v = torch.rand(E.shape[1])
     E @ v
     first = time.process_time() - start
     decompositions = sum(inside)

@@ -3,6 +3,7 @@
 import copy
 import unittest.mock
 import warnings
+from functools import reduce
 
 import pytest
 import torch
@@ -288,8 +289,8 @@ def test_small_matrices_are_materialised_once_that_pays(operator):
     for _ in range(2 * A.shape[1]):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, dense @ v)
-    (matrix,) = A.risk._dense.matrices.values()
-    assert_close(matrix, dense)
+    (factors,) = A.risk._dense.matrices.values()
+    assert_close(reduce(lambda M, factor: factor @ M, factors), dense)
     V = torch.randn(A.shape[1], 3, dtype=torch.float64)
     assert_close(A @ V, dense @ V)
     with torch.no_grad():
@@ -311,6 +312,7 @@ def test_products_with_kept_jacobians_equal_plain_ones(operator, problem):
         V = torch.randn(N, K, generator=generator).to(dtype)
         assert_close(A @ V, plain @ V, dtype, 16 * N)
     assert bool(A.risk._dense.jacobians) == (A.risk._repeats and dtype.itemsize >= 4)
+    assert bool(A.risk._dense.matrices) == bool(A.risk._dense.jacobians)
 
 
 class Single(nn.Linear):

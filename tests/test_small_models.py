@@ -156,6 +156,73 @@ def test_hooks_see_no_single_data():
     assert {tuple(t.shape) for t in seen} == {(4, 5)}
 
 
+# -- factors of the matrix ----------------------------------------------------------
+
+
+def number_of_factors(A):
+    return [len(factors) for factors in A.risk._dense.matrices.values()]
+
+
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+@pytest.mark.parametrize(
+    ("sizes", "final"), [((4,), 2), ((3, 1), 2), ((4, 3, 1), 2), ((8, 9), 1)]
+)
+def test_factors_are_multiplied_unless_the_matrix_is_less_work(operator, sizes, final):
+    A, plain = pair(operator, multilayer(nn.Tanh()), batches(*sizes))
+    assert_products_agree(A, plain, (1, 1))
+    assert number_of_factors(A) == []
+    assert_products_agree(A, plain, (1,))
+    assert number_of_factors(A) == [2]
+    assert_products_agree(A, plain, (3, *(1,) * A.shape[1]))
+    assert number_of_factors(A) == [final]
+    assert_products_agree(A, plain)
+    with torch.no_grad():
+        next(iter(A.risk.params.values())).mul_(2)
+    assert_products_agree(A, plain)
+
+
+def test_large_jacobians_become_factors_later(monkeypatch):
+    monkeypatch.setattr("curvlinops._dense.IMAGE_BYTES", 256)
+    monkeypatch.setattr(
+        "curvlinops._dense.Dense.cost_of_matrix", lambda *args: float("inf")
+    )
+    A, plain = pair(GGNLinearOperator, multilayer(nn.Tanh()), batches(4))
+    assert_products_agree(A, plain, (1, 1, 1, 1, 1))
+    assert A.risk._dense.jacobians
+    assert number_of_factors(A) == []
+    assert_products_agree(A, plain, (1,) * 8)
+    assert number_of_factors(A) == [2]
+
+
+def test_matrices_of_one_risk_share_the_rows_of_factors():
+    A, plain = pair(GGNLinearOperator, multilayer(nn.Tanh()), batches(3, 2))
+    assert_products_agree(A, plain)
+    E = EFLinearOperator(A.risk)
+    assert_products_agree(E, EFLinearOperator(plain.risk))
+    stacked = A.risk._dense._stacked
+    rows = stacked.split([len(J) for _, J in A.risk._dense.jacobians])
+    for (_, J), its in zip(A.risk._dense.jacobians, rows, strict=True):
+        assert J.data_ptr() == its.data_ptr()
+    for _, JT in A.risk._dense.matrices.values():
+        assert JT.data_ptr() == stacked.data_ptr()
+    A.risk._dense.drop_jacobians()
+    assert number_of_factors(A) == []
+    assert not A.risk._ledger._others
+    assert_products_agree(A, plain)
+
+
+def test_factors_are_not_rounded_by_autocast():
+    model = multilayer(nn.Tanh()).float()
+    for sizes, final in (((4, 3), 2), ((4, 4, 9), 1)):
+        data = [(X.float(), y) for X, y in batches(*sizes)]
+        A, plain = pair(GGNLinearOperator, model, data)
+        v = torch.randn(A.shape[1])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(A.shape[1]):
+                assert_close(A @ v, plain @ v, torch.float32, A.shape[1])
+        assert number_of_factors(A) == [final]
+
+
 # -- several batches as one ---------------------------------------------------------
 
 

@@ -1,4 +1,9 @@
-"""Matrices that small problems keep, once that costs less than products without."""
+r"""Matrices that small problems keep, once that costs less than products without.
+
+First the batches' Jacobians, for products :math:`J^\top M J v`. Then :math:`M J`, so
+that a product is two with matrices and nothing else. Last the matrix itself, unless
+that is more work.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +26,14 @@ if TYPE_CHECKING:
 MAX_DENSE_DIM = 4096
 #: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
 MAX_JACOBIAN_COST = 32
+#: Bytes of a batch's Jacobian `J` per product after which `M J` is computed: that takes
+#: time in proportion to these, and saves the same time in every product.
+IMAGE_BYTES = 1 << 17
 
 Batches = list[Linearization]
 Jacobians = list[tuple[Linearization, Tensor]]
+#: Matrices by which a vector is multiplied one after the other.
+Factors = tuple[Tensor, ...]
 
 
 def may_be_dense(space: TensorSpace) -> bool:
@@ -49,9 +59,12 @@ class Dense:
 
     def __init__(self, space: TensorSpace, columns: Columns, ledger: Ledger) -> None:
         self._space, self._columns, self._ledger = space, columns, ledger
-        self.matrices: dict[Hashable, Tensor] = {}
+        #: The matrix by key, alone or as two factors.
+        self.matrices: dict[Hashable, Factors] = {}
         #: Batches with their Jacobians; all of them, or none.
         self.jacobians: Jacobians = []
+        #: All their rows, if some matrix has been made from these.
+        self._stacked: Tensor | None = None
         #: Cost of the products so far, by key.
         self.spent: dict[Hashable, float] = {}
 
@@ -62,12 +75,21 @@ class Dense:
         width = min((self._columns.at_once(key, b) for b in batches), default=1)
         return K if width == 1 else -(-K // width) + K / 16
 
-    def cost_of_matrix(self, key: Hashable, batches: Batches) -> float:
+    def cost_of_matrix(self, key: Hashable, batches: Batches, factored: bool) -> float:
         """Return the cost of the products after which a matrix is computed.
 
-        Twice its own, since a product with it costs about half of one without.
+        Twice its own, since a product with it costs about half of one without. Its own
+        is half as much where it is a product of two factors.
         """
-        return 2 * self.cost(key, self._space.dim, batches)
+        return (1 if factored else 2) * self.cost(key, self._space.dim, batches)
+
+    def cost_of_images(self, nbytes: int, batches: int) -> float:
+        """Return the cost of the products after which Jacobians become factors."""
+        return nbytes / batches / IMAGE_BYTES
+
+    def factors_suffice(self, rows: int) -> bool:
+        """Whether products with Jacobians of so many rows are cheaper than dense."""
+        return 2 * rows <= self._space.dim
 
     def matrix(
         self,
@@ -76,7 +98,8 @@ class Dense:
         batches: Batches,
         complete: bool,
         multiply: Callable[[Tensor], Tensor],
-    ) -> Tensor | None:
+        images: Callable[[Jacobians], Tensor] | None,
+    ) -> Factors | None:
         """Return the matrix if its products so far cost more than computing it.
 
         Parameters
@@ -91,18 +114,55 @@ class Dense:
             Whether all batches are recorded.
         multiply : callable
             Multiplies vectors by these.
+        images : callable or None
+            Multiplies the columns of Jacobians by what products have between these, if
+            that is how the matrix is made.
         """
-        P, spent = self._space.dim, self.spent.get(key, 0.0)
+        P, known = self._space.dim, self.matrices.get(key)
+        if known is not None:
+            first, *others = known
+            if not others or self.factors_suffice(len(first)):
+                return known
+        spent = self.spent.get(key, 0.0)
         self.spent[key] = spent + self.cost(key, V.shape[1], batches)
-        if not complete or spent < P / 8 or spent < self.cost_of_matrix(key, batches):
-            return None  # none costs less than `P / 8`, which is seen first
+        if not complete:
+            return known
+        if known is None and images is not None and self.jacobians:
+            known = self._factors(key, spent, images)
+        if spent < P / 16:  # none costs less
+            return known
+        if spent < self.cost_of_matrix(key, batches, known is not None):
+            return known
         nbytes = P * P * V.element_size()
         if not self._ledger.room_for(nbytes):
-            return None
-        matrix = multiply(torch.eye(P, dtype=V.dtype, device=V.device))
-        self.matrices[key] = matrix
+            return known
+        if known is None:
+            matrix = multiply(torch.eye(P, dtype=V.dtype, device=V.device))
+        else:
+            MJ, JT = known
+            matrix = JT @ MJ
+        self.matrices[key] = (matrix,)
         self._ledger.enter_other(("matrix", key), nbytes)
-        return matrix
+        return self.matrices[key]
+
+    def _factors(
+        self, key: Hashable, spent: float, images: Callable[[Jacobians], Tensor]
+    ) -> Factors | None:
+        r"""Return :math:`M J` and :math:`J^\top` if that pays, and there is room."""
+        parts = [J for _, J in self.jacobians]
+        nbytes = sum(J.nbytes for J in parts)
+        pays = spent >= self.cost_of_images(nbytes, len(parts))
+        if not pays or not self._ledger.room_for(nbytes):
+            return None
+        MJ = images(self.jacobians)
+        if self._stacked is None:
+            self._stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+            rows = self._stacked.split([len(part) for part in parts])
+            batches = [batch for batch, _ in self.jacobians]
+            self.jacobians[:] = zip(batches, rows, strict=True)
+        self.matrices[key] = MJ, self._stacked.T
+        self._ledger.enter_other(("matrix", key), nbytes)
+        return self.matrices[key]
 
     def jacobians_pay(self, sizes: Iterable[int], batches: Batches) -> bool:
         """Whether Jacobians with so many rows each cost few products."""
@@ -146,8 +206,11 @@ class Dense:
 
     def drop_jacobians(self) -> None:
         """Keep no Jacobians of the batches up to now."""
-        self.jacobians = []
+        self.jacobians, self._stacked = [], None
         self._ledger.strike_other("jacobians")
+        for key in [k for k, factors in self.matrices.items() if len(factors) > 1]:
+            del self.matrices[key]
+            self._ledger.strike_other(("matrix", key))
 
 
 def _jacobian(

@@ -267,6 +267,7 @@ class Model:
     ) -> None:
         self.params = params
         self._module = model_func if isinstance(model_func, nn.Module) else None
+        self._lock = nullcontext() if self._module is None else _lock_of(self._module)
         # What is made under `torch.inference_mode()` cannot be differentiated.
         with torch.inference_mode(False), self.exclusive():
             self._start(model_func)
@@ -322,7 +323,7 @@ class Model:
 
     def exclusive(self) -> AbstractContextManager[Any]:
         """Return a context in which no other thread swaps the module's tensors."""
-        return nullcontext() if self._module is None else _lock_of(self._module)
+        return self._lock
 
     def evaluate_in_place(self) -> bool:
         """Give up the private copy; return whether that was possible."""

@@ -129,6 +129,8 @@ class TorchOperator:
         TypeError
             If it holds no numbers, or is a tensor of another floating-point type.
         """
+        if isinstance(x, np.ndarray) and x.ndim:  # solvers' operands, at once
+            return self._product(x)
         if isinstance(x, LinearOperator):
             if isinstance(x, TorchOperator):
                 return Product(self, x)
@@ -196,21 +198,18 @@ class TorchOperator:
             return self._out_space.unpack(self._product(packed, columns, ndim))
         on_torch = torch.is_tensor(x)
         block: Any = x if on_torch else numeric_array(x)
-        N = self.shape[1]
-        wanted = {
-            "(N,)": block.ndim == 1 and ndim != 2,
-            "(N, 1)" if columns == 1 else "(N, K)": block.ndim == 2
-            and columns in (None, block.shape[-1]),
-        }
-        if not any(wanted.values()) or block.shape[0] != N:
+        N, is_vector = self.shape[1], block.ndim == 1
+        fits = is_vector or (block.ndim == 2 and columns in (None, block.shape[1]))
+        if not fits or (is_vector and ndim == 2) or block.shape[0] != N:
+            width = 1 if columns == 1 else "K"
             raise ValueError(
                 f"Dimension mismatch: {self!r} multiplies operands of shape "
-                f"{' or '.join(s.replace('N', str(N)) for s in wanted)}, got "
+                f"{'' if ndim == 2 else f'({N},) or '}({N}, {width}), got "
                 f"{tuple(block.shape)}."
             )
         multiply = self._multiply_torch if on_torch else self._multiply_numpy
-        result = multiply(block.reshape(N, -1) if block.ndim == 1 else block)
-        return result[:, 0] if block.ndim == 1 else result
+        result = multiply(block.reshape(N, 1) if is_vector else block)
+        return result[:, 0] if is_vector else result
 
     def _multiply_numpy(self, X: np.ndarray) -> np.ndarray:
         dtype = np.result_type(self.dtype, X.dtype)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,8 +94,7 @@ def _storages(value: Any) -> list[torch.UntypedStorage]:
 # -- what is multiplied --------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
+class Product(NamedTuple):
     """One of a risk's loops over data.
 
     Parameters
@@ -282,8 +281,8 @@ class Footprint:
         Bytes of sums over batches, which later batches find.
     form : str
         What the last product was made from.
-    dense_after : int or None
-        Number of products after which a small matrix is materialised.
+    matrix : tuple of int, or None
+        Number of products after which a small matrix is kept, and its bytes.
     """
 
     sizes: list[int]
@@ -292,7 +291,7 @@ class Footprint:
     fixed: int
     total: int
     form: str
-    dense_after: int | None
+    matrix: tuple[int, int] | None
 
     def _at(self, values: np.ndarray, n: float) -> int:
         if len(self.sizes) == 1:
@@ -407,7 +406,7 @@ class Probe:
             else "recording"
             if all(probe._replays(p.key) for p in self.products)
             else "graph",
-            self._dense_after(probe),
+            self._matrix(probe, round(rows)),
         )
 
     def _slice(
@@ -494,8 +493,11 @@ class Probe:
         pays = probe._dense.jacobians_pay([rows], list(probe._recordings.values()))
         return pays and nbytes <= self.budget and self.products[0].key is not None
 
-    def _dense_after(self, probe: EmpiricalRisk) -> int | None:
-        """Return the number of products that cost as much as a small matrix."""
+    def _matrix(self, probe: EmpiricalRisk, rows: int) -> tuple[int, int] | None:
+        """Return after how many products a small matrix is kept, and its bytes.
+
+        Or its factors, if the outputs, of which there are ``rows``, are few enough.
+        """
         product, *others = self.products
         if (
             others
@@ -504,8 +506,16 @@ class Probe:
         ):
             return None
         dense, key, batches = probe._dense, product.key, probe._multiplied(product.key)
-        whole = dense.cost_of_matrix(key, batches)
-        return ceil(whole / dense.cost(key, self.K, batches))
+        factored = bool(dense.jacobians) and product.method == "congruence"
+        cost = dense.cost_of_matrix(key, batches, factored)
+        dim, itemsize = probe.space.dim, probe.space.dtype.itemsize
+        nbytes = dim**2 * itemsize
+        if factored and dense.factors_suffice(rows):
+            nbytes = rows * dim * itemsize
+            cost = dense.cost_of_images(nbytes, len(self.data.loads))
+        products = ceil(cost / dense.cost(key, self.K, batches))
+        # Jacobians are computed in the second product.
+        return max(products, 2 if factored else 1), nbytes
 
 
 def _aligned(lines: Sequence[Line]) -> np.ndarray:
@@ -722,7 +732,7 @@ class Plan:
     columns : int
         Columns of the operand.
     held : int
-        Bytes of recordings (or of the matrix, if it is materialised) between products,
+        Bytes of recordings (and of the matrix, if it is materialised) between products,
         once their route has settled.
     peak : int
         Most bytes alive at a time: recordings, operand, result, and what a product
@@ -732,7 +742,8 @@ class Plan:
     max_memory : int or None
         Bound for ``peak``, if there is one.
     dense_after : int or None
-        Number of such products after which a small matrix is materialised.
+        Number of such products after which a small matrix is materialised, if its size
+        is more than twice the number of outputs as a product of two factors.
     """
 
     batches: tuple[BatchPlan, ...]
@@ -806,15 +817,14 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
         batches.append(BatchPlan(size, number, len(kept), form, sum(kept), peak))
         start += number
     total, highest = sum(held.values()), max(peaks)
-    dense_after = prints[0].dense_after
-    square = risk.space.dim**2 * risk.space.dtype.itemsize
-    fits = total + square * (1 if risk.max_memory is None else 2) <= budget
-    if dense_after is None or len(held) < len(loads) or not fits:
+    dense_after, nbytes = prints[0].matrix or (None, 0)
+    fits = total + nbytes * (1 if risk.max_memory is None else 2) <= budget
+    if len(held) < len(loads) or not fits:
         dense_after = None
-    else:
-        total += square
+    if dense_after is not None:
+        total += nbytes
         rooms = [p.room(load) for p, load in zip(prints, loads, strict=True)]
-        highest = max(highest, total + square + max(rooms))
+        highest = max(highest, total + nbytes + max(rooms))
     return Plan(
         tuple(batches), columns, total, highest, budget, risk.max_memory, dense_after
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -251,24 +251,31 @@ class Staging(threading.local):
     def __init__(self) -> None:
         self._free: Tensor | None = None
 
-    @contextmanager
-    def convert(self, array: np.ndarray, space: TensorSpace) -> Iterator[Tensor]:
+    def convert(
+        self, array: np.ndarray, space: TensorSpace
+    ) -> AbstractContextManager[Tensor]:
         """Lend a real NumPy array as a tensor of a space's dtype and device.
 
         Shares the array's memory if possible (CPU, matching dtype, writeable, strides
         that torch has, too). Otherwise the tensor may be valid only within the context.
         """
         if space.device.type == "cuda":
-            yield _to_gpu(array, space)
-            return
+            return nullcontext(_to_gpu(array, space))
         shareable = (
             array.dtype == space.numpy_dtype
             and array.flags.writeable
-            and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+            and (
+                array.flags.c_contiguous
+                or all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+            )
         )
         if shareable:
-            yield torch.from_numpy(array).to(space.dtype)
-            return
+            return nullcontext(_in_dtype(torch.from_numpy(array), space.dtype))
+        return self._lend(array, space)
+
+    @contextmanager
+    def _lend(self, array: np.ndarray, space: TensorSpace) -> Iterator[Tensor]:
+        """Lend the kept buffer, with the array's numbers in it."""
         buffer, self._free = self._free, None  # ours alone, also if we are re-entered
         if buffer is None or buffer.numel() < array.size:
             buffer = torch.empty(array.size, dtype=NUMPY_TORCH[space.dtype])
@@ -289,12 +296,19 @@ def to_torch(array: np.ndarray, space: TensorSpace) -> Tensor:
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """Return a tensor as a NumPy array, sharing memory on the CPU."""
-    tensor = tensor.detach().to(NUMPY_TORCH[tensor.dtype])
+    tensor = _in_dtype(tensor.detach(), NUMPY_TORCH[tensor.dtype])
+    if tensor.is_cpu:
+        return tensor.numpy()
     if not tensor.is_cuda or tensor.ndim == 0:
         return tensor.cpu().numpy()
     if tensor.ndim == 2 and not tensor.is_contiguous():
         return _from_gpu(tensor.T.contiguous()).T
     return _from_gpu(tensor.contiguous())
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert if necessary; `Tensor.to` takes its time also to find that it is not."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 #: Bytes that cross the border of a GPU at a time: while some do, the CPU copies others.

@@ -50,7 +50,7 @@ class Watch:
         tensors = [t for t in self._objects if isinstance(t, Tensor)]
         self._tensors = list({id(t): t for t in tensors}.values())
         self._dense = all(t.layout is torch.strided for t in self._tensors)
-        self._marks: tuple[Any, ...] | None = None
+        self._marks: list[Any] | None = None
 
     def _list(self) -> list[Any]:
         """Return all objects that are looked at, in a fixed order."""
@@ -76,10 +76,10 @@ class Watch:
         if [*map(id, self._list())] != self._ids:
             self._look()
         tensors = self._tensors if self._dense else strided(self._tensors)
-        marks = tuple(
+        marks = [
             (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape)
             for t in tensors
-        )
+        ]
         if marks != self._marks:
             self._checksum = Checksum(tensors)
             self._marks = marks

@@ -39,7 +39,7 @@ from curvlinops._data import (
     shares,
     tensors_in,
 )
-from curvlinops._dense import Dense, may_be_dense
+from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import look, passes_agree
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
@@ -450,8 +450,23 @@ class EmpiricalRisk:
                     count = count + batch.count
                 return (total / self._denominator(count)).reshape(-1, len(V)).T
 
+        def images(jacobians: Jacobians) -> Tensor:
+            return self._session(lambda: self._images(middle, jacobians), key)
+
         self._fit(Product("congruence", middle, title, key), V.shape[1])
-        return self._product(multiply, V, key)
+        return self._product(multiply, V, key, images)
+
+    def _images(self, middle: Middle, jacobians: Jacobians) -> Tensor:
+        r"""Return :math:`M J / D` of all batches, their rows stacked."""
+        sizes = [len(J) for _, J in jacobians]
+        result = jacobians[0][1].new_empty(sum(sizes), self.space.dim)
+        D = self._denominator(sum(batch.count for batch, _ in jacobians))
+        with torch.inference_mode(False), torch.enable_grad():
+            for (batch, J), rows in zip(jacobians, result.split(sizes), strict=True):
+                f = batch.output_space
+                U = middle(batch, J.T.reshape(-1, *f.shapes[0]).to(f.dtype)).detach()
+                torch.div(U.reshape(J.shape[1], -1).T, D, out=rows)
+            return result
 
     def _mean(
         self,
@@ -516,21 +531,34 @@ class EmpiricalRisk:
         return list(self._recordings.values()) if one is None else [one]
 
     def _product(
-        self, multiply: Callable[[Tensor], Tensor], V: Tensor, key: Hashable
+        self,
+        multiply: Callable[[Tensor], Tensor],
+        V: Tensor,
+        key: Hashable,
+        images: Callable[[Jacobians], Tensor] | None = None,
     ) -> Tensor:
         """Return ``multiply(V)``, by its matrix once that is known."""
         self._refresh_if_changed()
-        with self._alone():
-            if (matrix := self._materialised(key, V, multiply)) is None:
+        with self._alone(), without_autocast(self.space.device.type):
+            if (factors := self._materialised(key, V, multiply, images)) is None:
                 return self._session(lambda: multiply(V), key)
-            with without_autocast(self.space.device.type):
-                # The matrix is symmetric; rows are faster to multiply than columns.
-                return (V.T.contiguous() @ matrix).T if V.shape[1] > 1 else matrix @ V
+            if V.shape[1] == 1:
+                for factor in factors:
+                    V = factor @ V
+                return V
+            rows = V.T.contiguous()  # faster to multiply than columns
+            for factor in factors:
+                rows = rows @ factor.T
+            return rows.T
 
     def _materialised(
-        self, key: Hashable, V: Tensor, multiply: Callable[[Tensor], Tensor]
-    ) -> Tensor | None:
-        """Return the matrix if it is known, or pays from now on."""
+        self,
+        key: Hashable,
+        V: Tensor,
+        multiply: Callable[[Tensor], Tensor],
+        images: Callable[[Jacobians], Tensor] | None,
+    ) -> Factors | None:
+        """Return the matrix, or its factors, if known, or paying from now on."""
         if self._rehearses or not self._may_be_dense(key):
             return None
 
@@ -538,11 +566,9 @@ class EmpiricalRisk:
             return self._session(lambda: multiply(V), key)
 
         with self._lock:
-            if key in self._dense.matrices:
-                return self._dense.matrices[key]
             complete = self._num_batches == len(self._recordings)
             batches = self._multiplied(key)
-            return self._dense.matrix(key, V, batches, complete, run)
+            return self._dense.matrix(key, V, batches, complete, run, images)
 
     def _may_be_dense(self, key: Hashable) -> bool:
         """Whether a product's matrix, or Jacobians, may be kept if that pays."""
