@@ -996,6 +996,52 @@ def test_loss_may_not_write_into_the_output_unseen():
     assert_close(H.to_dense(), dense_now(references.hessian, built))
 
 
+# Models that keep parts of their graphs
+
+
+class Normalised(nn.Module):
+    """May compute its weight once, and keep it, with its graph, for later."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(2, 3))
+        self.keeps, self.kept = keeps, []
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.at(self.weight, X)
+
+    def at(self, weight: Tensor, X: Tensor) -> Tensor:
+        if not (self.keeps and self.kept):
+            self.kept = [weight.exp() / weight.exp().sum()]
+        return (X @ self.kept[0].T).tanh()
+
+
+@pytest.mark.parametrize("operator", PAIR)
+@pytest.mark.parametrize("as_function", [False, True])
+def test_graphs_that_a_model_keeps_are_not_freed(operator: type, as_function: bool):
+    torch.manual_seed(0)
+    model = Normalised(keeps=True).double()
+    data = [(torch.rand(n, 3).double(), torch.rand(n, 2).double()) for n in SIZES]
+    params = dict(model.named_parameters())
+    simple = Normalised(keeps=False).double()
+    simple.load_state_dict(model.state_dict())
+    its = dict(simple.named_parameters())
+    reference = DENSE[operator](simple, nn.MSELoss(), its, data)
+
+    def function(params: dict, X: Tensor) -> Tensor:
+        return model.at(params["weight"], X)
+
+    func = function if as_function else model
+    options = {"cache": "off", "check_deterministic": False}
+    A = operator(func, nn.MSELoss(), params, data, **options)
+    for _ in range(3):
+        assert_close(A @ torch.eye(6).double(), reference)
+        v = torch.randn(6).double()
+        assert_close(A @ v, reference @ v)
+    assert not A.risk.model.frees
+    assert bool(model.kept) == as_function
+
+
 # Train mode
 
 

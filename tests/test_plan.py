@@ -176,6 +176,17 @@ def test_small_matrices_are_predicted():
     assert plan.held == pytest.approx(held(G), rel=0.01)
 
 
+def test_graphs_that_nobody_keeps_are_freed_on_the_way():
+    peaks = []
+    for frees in (True, False):
+        A = HessianLinearOperator(*problem("mlp", [300]), cache="off")
+        assert A.risk.model.frees
+        A.risk.model.frees = frees
+        x = torch.randn(A.shape[1], 1).double()
+        peaks.append(tracked(A, x, 2))
+    assert peaks[0] < 0.9 * peaks[1]
+
+
 def test_plan_as_table():
     A = GGNLinearOperator(*problem("mlp", [12, 8]), cache="off")
     assert re.fullmatch(

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlinops._data import Share, cloned, strided, tensors_in
 from curvlinops._folding import MAX_RANK, Folded, fold
@@ -50,9 +51,14 @@ SMALL = 1 << 14
 
 T = TypeVar("T")
 Vectors = list[Tensor]
+Graph = Sequence[Tensor | GradientEdge | None]
 
 #: Attributes of a linearization that hold autograd graphs.
 _GRAPHS = ("output", "loss", "_transposed", "_gradient")
+
+
+class GraphFreedError(RuntimeError):
+    """A graph was gone through for the last time, and is needed again all the same."""
 
 
 class Middle:
@@ -467,7 +473,7 @@ class Linearization:
     def vjp(self, U: Tensor) -> Vectors:
         """Multiply by the Jacobian's transpose; returns tensors in parameter shapes."""
         leading = U.shape[: U.ndim - len(self.output_space.shapes[0])]
-        return self._last([self.output], [U], leading)
+        return self._last("output", [U], leading)
 
     def congruence(
         self, middle: Callable[[Linearization, Tensor], Tensor], V: Sequence[Tensor]
@@ -515,19 +521,24 @@ class Linearization:
     def hvp(self, V: Sequence[Tensor]) -> Vectors:
         """Multiply by the Hessian of the summed loss."""
         leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
-        return self._last(self._gradient, V, leading)
+        return self._last("_gradient", V, leading)
 
     def _last(
-        self,
-        outputs: Sequence[Tensor | None],
-        vectors: Sequence[Tensor],
-        leading: torch.Size,
+        self, name: str, vectors: Sequence[Tensor], leading: torch.Size
     ) -> Vectors:
-        """Go back to the parameters, for the last time if this is the final product."""
-        results = _pull_back(outputs, self._leaves, vectors, leading)
-        if self.final:  # not freed by torch: the model may keep parts of them
+        """Go back to the parameters, for the last time if this is the final product.
+
+        Torch then frees what is saved for it on the way, unless that may be needed
+        again: a model or a loss may keep parts of a graph.
+        """
+        loss = self.__dict__.get("loss")
+        frees = self.final and self._model.frees and not (loss and loss.opaque)
+        graph: Graph = [self.output] if name == "output" else getattr(self, name)
+        if self.final:
+            if frees:  # the values are not needed
+                graph = [_edge(output) for output in graph]
             self._drop_graphs()
-        return results
+        return _pull_back(graph, self._leaves, vectors, leading, not frees)
 
     def _drop_graphs(self) -> None:
         """Forget the graphs, which are built again on demand."""
@@ -544,14 +555,22 @@ class Linearization:
         return _filled(grads, self._leaves, torch.Size())
 
 
+def _edge(output: Tensor | GradientEdge | None) -> GradientEdge | None:
+    """Return where a graph begins, ``None`` if there is none."""
+    if isinstance(output, Tensor):
+        return get_gradient_edge(output) if output.requires_grad else None
+    return output
+
+
 def _grad(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Any],
     inputs: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None],
+    keep: bool = True,
     **options: Any,
 ) -> list[Tensor | None]:
-    """Differentiate, keeping the graph; a missing dependence gives ``None``."""
-    if not any(t.requires_grad for t in outputs):
+    """Differentiate tensors or edges; a missing dependence gives ``None``."""
+    if all(isinstance(t, Tensor) and not t.requires_grad for t in outputs):
         return [None] * len(inputs)
     try:
         return list(
@@ -559,13 +578,15 @@ def _grad(
                 outputs,
                 inputs,
                 grad_outputs,
-                retain_graph=True,
+                retain_graph=keep,
                 allow_unused=True,
                 **options,
             )
         )
     except RuntimeError as error:
-        raise RuntimeError(_explained(str(error))) from error
+        freed = "through the graph a second time" in str(error)
+        kind = GraphFreedError if freed else RuntimeError
+        raise kind(_explained(str(error))) from error
 
 
 def _explained(message: str) -> str:
@@ -581,16 +602,17 @@ def _explained(message: str) -> str:
 
 
 def _pull_back(
-    outputs: Sequence[Tensor | None],
+    outputs: Graph,
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     leading: torch.Size,
+    keep: bool = True,
 ) -> Vectors:
     """Multiply vectors by the transposed derivative of ``outputs`` by ``inputs``."""
     pairs = [
         (out, v)
         for out, v in zip(outputs, vectors, strict=True)
-        if out is not None and out.requires_grad
+        if out is not None and (isinstance(out, GradientEdge) or out.requires_grad)
     ]
     if not pairs:
         return _filled([None] * len(inputs), inputs, leading)
@@ -598,7 +620,7 @@ def _pull_back(
     if leading:
         grads = _grad(outs, inputs, vs, is_grads_batched=True)
     else:
-        grads = _grad(outs, inputs, vs)
+        grads = _grad(outs, inputs, vs, keep)
     return _filled(grads, inputs, leading)
 
 

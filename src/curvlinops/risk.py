@@ -45,6 +45,7 @@ from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import (
     Congruence,
+    GraphFreedError,
     Linearization,
     Middle,
     budget_bytes,
@@ -279,6 +280,7 @@ class EmpiricalRisk:
             before = self.model
             self.model = Model(self.model_func, self.params)
             self.model.by_datum &= before.by_datum
+            self.model.frees &= before.frees
             if before._held is not None:
                 self.model.evaluate_in_place()
             self._forget()
@@ -771,6 +773,12 @@ class EmpiricalRisk:
                 return self.model.run(run)
             except CopyLeaksError:
                 self.model.evaluate_in_place()
+                return self.model.run(run)
+            except GraphFreedError:
+                if not self.model.frees:
+                    raise
+                self.model.frees = False
+                self.refresh()  # the private copy keeps what has been freed
                 return self.model.run(run)
 
     def _replays(self, key: Hashable) -> bool:
