@@ -24,6 +24,11 @@ OPERATIONS = [
     lambda a, b, C: -a.t(),
     lambda a, b, C: torch.bmm(a.view(1, 4, 4), C.view(1, 4, 4))[0] + b,
     lambda a, b, C: a[:2].repeat(2, 1).add_(b),
+    lambda a, b, C: (a.t() + b.t()).t(),
+    lambda a, b, C: a.t() + (C @ b).t(),
+    lambda a, b, C: a[0].view(1, 4).expand(4, 4) + b,
+    lambda a, b, C: C * a[:, 1:2].expand(4, 4),
+    lambda a, b, C: b - a[0].expand(4, 4),
 ]
 
 
@@ -95,6 +100,43 @@ def test_sums_with_matrix_products_are_one_operation():
     C = torch.randn(4, 4)
     names = [f.__name__ for f in funcs(lambda v: [C @ v[0] + v[0] @ C], (4, 4))]
     assert names == ["mm.default", "_add_mm"]
+
+
+def test_sums_of_transposes_are_transposed_once():
+    C, D = torch.randn(4, 4), torch.randn(4, 4)
+
+    def product(vectors):
+        (v,) = vectors
+        return [((C @ v).t() + (v @ D).t()).t()]
+
+    assert [f.__name__ for f in funcs(product, (4, 4))] == ["mm.default", "_add_mm"]
+    (result,), program = record(product, [torch.eye(4)])
+    (again,) = program([torch.eye(4)])
+    assert_close(again, result)
+    assert again.stride() == result.stride()
+
+
+@pytest.mark.parametrize(
+    ("expanded", "count"),
+    [
+        (lambda v: v[0].view(1, 4).expand(3, 4), 0),
+        (lambda v: v[0].expand(3, 4), 0),
+        (lambda v: v[0][:1].expand(4).view(1, 4), 1),
+        (lambda v: v[0].sum().expand(3, 4), 1),  # types are promoted differently
+    ],
+)
+def test_operations_broadcast_what_was_expanded(expanded, count):
+    C = torch.randn(3, 4, dtype=torch.float64)
+
+    def product(vectors):
+        return [C * expanded(vectors)]
+
+    names = [f.__name__ for f in funcs(product, (4,))]
+    assert names.count("expand.default") == count
+    v = torch.randn(4)
+    (result,), program = record(product, [torch.ones(4)])
+    assert_close(program([v])[0], product([v])[0])
+    assert program([v])[0].dtype == result.dtype == torch.float64
 
 
 def test_elementwise_operations_reuse_memory():

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property, lru_cache, partial
+from itertools import count
 from math import inf
 from types import CodeType
 from typing import Any
@@ -38,6 +40,12 @@ class Slot:
         self.number, self.memory = number, memory
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.dense = tensor.layout is torch.strided and tensor.is_contiguous()
+
+    def transpose(self, number: int, dense: bool) -> Slot:
+        """Return a matrix's transpose, which lies in the same memory."""
+        new = copy(self)
+        new.number, new.shape, new.dense = number, self.shape[::-1], dense
+        return new
 
     def __repr__(self) -> str:
         return f"t{self.number}"
@@ -78,6 +86,7 @@ class Program:
         self, inputs: list[Slot], calls: list[Call], outputs: list[Any]
     ) -> None:
         calls, outputs = without_pairs_of_transpositions(calls, outputs)
+        calls = without_expansions(calls)
         self.inputs, self.outputs = inputs, outputs
         #: The calls that contribute.
         self.calls = without_dead_calls(calls, outputs)
@@ -133,9 +142,15 @@ def replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 def without_pairs_of_transpositions(
     calls: list[Call], outputs: list[Any]
 ) -> tuple[list[Call], list[Any]]:
-    """Drop calls that transpose a transposed matrix, a quarter of all."""
-    before: dict[Slot, Slot] = {}
+    """Drop calls that transpose a transposed matrix, a quarter of all.
+
+    Sums of transposes are transposed instead, which makes for more pairs.
+    """
+    before: dict[Any, Slot] = {}
     same: dict[Slot, Slot] = {}
+    numbers = count(
+        1 + max((o.number for c in calls for o in c.outputs if o), default=0)
+    )
 
     def current(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -148,6 +163,13 @@ def without_pairs_of_transpositions(
             options = {key: current(value) for key, value in call.kwargs.items()}
             rest = call.outputs, call.is_sequence
             call = Call(call.func, current(call.args), options, *rest)
+        if call.func is aten.add.Tensor and not call.kwargs:
+            pair = [before[a] for a in call.args if isinstance(a, Slot) and a in before]
+            if len(pair) == 2:
+                (out,) = call.outputs
+                total = out.transpose(next(numbers), all(a.dense for a in pair))
+                kept.append(Call(call.func, tuple(pair), {}, [total], False))
+                call = Call(aten.t.default, (total,), {}, [out], False)
         if call.func is aten.t.default:
             (matrix,), (out,) = call.args, call.outputs
             if matrix in before:
@@ -156,6 +178,42 @@ def without_pairs_of_transpositions(
             before[out] = matrix
         kept.append(call)
     return kept, current(outputs)
+
+
+#: Elementwise operations of two tensors.
+_BROADCASTING = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor}
+
+
+def without_expansions(calls: list[Call]) -> list[Call]:
+    """Pass to operations that broadcast what has been expanded for them, as it was."""
+    origin: dict[Any, Slot] = {}
+    result = []
+    for call in calls:
+        if call.func is aten.expand.default or call.func in _VIEWS:
+            source, (out,) = call.args[0], call.outputs
+            source = origin.get(source, source)
+            if isinstance(source, Slot) and _expands(source, call.func, out):
+                origin[out] = source
+        elif call.func in _BROADCASTING and not call.kwargs:
+            a, b = call.args
+            (out,) = call.outputs
+            if b in origin and getattr(a, "shape", None) == out.shape:
+                b = origin[b]
+            elif a in origin and getattr(b, "shape", None) == out.shape:
+                a = origin[a]
+            call = Call(call.func, (a, b), {}, [out], False)
+        result.append(call)
+    return result
+
+
+def _expands(source: Slot, func: Any, out: Slot) -> bool:
+    """Whether broadcasting gives what an expansion, or a view, does."""
+    if not source.shape:  # types are promoted differently then
+        return False
+    return func is aten.expand.default or out.shape == (
+        *(1,) * (len(out.shape) - len(source.shape)),
+        *source.shape,
+    )
 
 
 def without_dead_calls(calls: list[Call], outputs: list[Any]) -> list[Call]:

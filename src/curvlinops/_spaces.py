@@ -103,18 +103,24 @@ class TensorSpace:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return views of shape ``[*leading, *shape]`` of a ``[*leading, dim]``."""
-        leading = flat.shape[:-1]
+        leading, parts = flat.shape[:-1], flat.split_with_sizes(self.sizes, -1)
         # Faster than a `torch.Size`, or a tuple, as the only argument.
         return [
-            part.reshape(*leading, *shape) if shape else part[..., 0]
-            for part, shape in zip(
-                flat.split_with_sizes(self.sizes, -1), self.shapes, strict=True
-            )
+            part
+            if len(shape) == 1
+            else part.reshape(*leading, *shape)
+            if shape
+            else part[..., 0]
+            for part, shape in zip(parts, self.shapes, strict=True)
         ]
 
     def join(self, tensors: Sequence[Tensor], leading: int = 0) -> Tensor:
         """Concatenate ``[*leading, *shape]`` tensors to a ``[*leading, dim]``."""
-        return torch.cat([t.reshape((*t.shape[:leading], -1)) for t in tensors], dim=-1)
+        flat = [
+            t if t.ndim == leading + 1 else t.reshape((*t.shape[:leading], -1))
+            for t in tensors
+        ]
+        return torch.cat(flat, dim=-1)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Turn a list of ``[*shape]`` or ``[*shape, K]`` into ``(dim,)``/``(dim, K)``.

@@ -483,17 +483,24 @@ class EmpiricalRisk:
         Over ``one`` batch that holds all data, if there is one.
         """
         one = one or self._joined_batch(key)
-        total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
+        batches = self.batches(title) if one is None else [one]
+        count: Any = 0
         if V.shape[1] == 1:
             vectors = self.space.split(V.T[0].contiguous())
-            rows = cache(lambda: self.space.split(total()[0]))
-        count: Any = 0
-        for batch in self.batches(title) if one is None else [one]:
+            first: Any = None
+            for batch in batches:
+                count = count + batch.count
+                products = self._multiplied_once(body, batch, vectors, key)
+                if first is None:
+                    first = self.space.join(products).to(V.dtype)
+                    rows = self.space.split(first)
+                    continue
+                torch._foreach_add_(rows, products)
+            return first.div_(self._denominator(count)).unsqueeze(1)
+        total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
+        for batch in batches:
             count = count + batch.count
-            if V.shape[1] == 1:
-                self._add_product(body, batch, vectors, rows, key)
-            else:
-                self._add_products(body, batch, V, total, key=key)
+            self._add_products(body, batch, V, total, key=key)
         return total().div_(self._denominator(count)).T
 
     def _may_join(self, key: Hashable) -> bool:
@@ -952,25 +959,18 @@ class EmpiricalRisk:
             self._ledger.strike(place)
         self._recordings = kept
 
-    def _add_product(
-        self,
-        body: Body,
-        batch: Linearization,
-        vectors: list[Tensor],
-        total: Callable[[], list[Tensor]],
-        key: Hashable,
-    ) -> None:
-        """Add ``body(batch, vectors)``, with one vector, to ``total()``.
+    def _multiplied_once(
+        self, body: Body, batch: Linearization, vectors: list[Tensor], key: Hashable
+    ) -> list[Tensor]:
+        """Return ``body(batch, vectors)`` for one vector.
 
-        Where nothing is kept, a keyed product drops its graph, and the sum is allocated
-        after that.
+        Where nothing is kept, a keyed product drops its graph.
         """
         batch.multiplied |= self.plain > 0
         batch.final = key is not None and not self._may_keep(batch)
         name = None if self.plain else key
         self._fold_if_due(name, body, batch, 1)
-        products = batch.multiply(name, body, vectors)
-        torch._foreach_add_(total(), list(products))
+        return list(batch.multiply(name, body, vectors))
 
     def _fold_if_due(
         self, key: Hashable, body: Body, batch: Linearization, columns: int
