@@ -176,6 +176,46 @@ def test_small_matrices_are_predicted():
     assert plan.held == pytest.approx(held(G), rel=0.01)
 
 
+@pytest.mark.parametrize("sizes", [[2], [30, 20]])
+def test_factors_of_small_matrices_are_predicted(sizes):
+    model, loss, _, data = problem("mlp", sizes)
+    params = {n: p for n, p in model.named_parameters() if n.startswith("4")}
+    G = GGNLinearOperator(model, loss, params, data)
+    plan = G.plan()
+    x = torch.randn(G.shape[1], 1).double()
+    peak = tracked(G, x, plan.dense_after + 1)
+    (factors,) = G.risk._dense.matrices.values()
+    assert len(factors) == (2 if len(sizes) == 1 else 1)
+    assert plan.held == pytest.approx(held(G), rel=0.01)
+    assert peak <= plan.peak <= 2 * peak
+
+
+def test_batches_that_are_joined_are_predicted():
+    model, loss, _, data = problem("mlp", [6, 5, 4, 6])
+    params = {n: p for n, p in model.named_parameters() if n.startswith("4")}
+    A = HessianLinearOperator(model, loss, params, data)
+    rng, recordings = torch.get_rng_state(), dict(A.risk._recordings)
+    plan = A.plan()
+    assert torch.equal(rng, torch.get_rng_state())
+    assert recordings == A.risk._recordings
+    assert not A.risk._joined
+    assert "multiplied as one" in str(plan)
+    x = torch.randn(A.shape[1], 1).double()
+    tracked(A, x)
+    assert A.risk._joined_batch("hessian") is not None
+    assert plan.joined + sum(b.held for b in plan.batches) == held(A)
+    tracked(A, x, plan.dense_after - SETTLED)
+    assert not A.risk._dense.matrices
+    before = held(A)
+    peak = before + tracked(A, x, 1)
+    assert peak <= plan.peak <= 1.6 * peak
+    assert A.risk._dense.matrices
+    assert plan.held == held(A)
+    for options in ({"cache": "off"}, {"cache": 1 << 30}, {"max_memory": 1 << 30}):
+        other = HessianLinearOperator(model, loss, params, data, **options).plan()
+        assert other.joined == 0
+
+
 def test_graphs_that_nobody_keeps_are_freed_on_the_way():
     peaks = []
     for frees in (True, False):

@@ -154,13 +154,13 @@ class Dense:
         pays = spent >= self.cost_of_images(nbytes, len(parts))
         if not pays or not self._ledger.room_for(nbytes):
             return None
-        MJ = images(self.jacobians)
         if self._stacked is None:
             self._stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
             rows = self._stacked.split([len(part) for part in parts])
             batches = [batch for batch, _ in self.jacobians]
             self.jacobians[:] = zip(batches, rows, strict=True)
-        self.matrices[key] = MJ, self._stacked.T
+        del parts
+        self.matrices[key] = images(self.jacobians), self._stacked.T
         self._ledger.enter_other(("matrix", key), nbytes)
         return self.matrices[key]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from curvlinops._columns import MAX_COLUMN_BYTES, MAX_COLUMNS, Columns
 from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
@@ -33,7 +34,6 @@ from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
-    from curvlinops._columns import Columns
     from curvlinops.risk import EmpiricalRisk
     from curvlinops.risk_operator import RiskOperator
 
@@ -282,7 +282,8 @@ class Footprint:
     form : str
         What the last product was made from.
     matrix : tuple of int, or None
-        Number of products after which a small matrix is kept, and its bytes.
+        Number of products after which a small matrix is kept, its bytes, and those
+        that computing it takes.
     """
 
     sizes: list[int]
@@ -291,7 +292,7 @@ class Footprint:
     fixed: int
     total: int
     form: str
-    matrix: tuple[int, int] | None
+    matrix: tuple[int, int, int] | None
 
     def _at(self, values: np.ndarray, n: float) -> int:
         if len(self.sizes) == 1:
@@ -313,6 +314,27 @@ class Footprint:
         peaks = [self.peak(n, i) for i in range(len(self.series))]
         most = max(p - kept for p, kept in zip(peaks, found, strict=False))
         return most + self.total
+
+
+class Joined(NamedTuple):
+    """What it takes to multiply all data as one batch.
+
+    Parameters
+    ----------
+    batches : list of int
+        Bytes that the batches keep.
+    nbytes : int
+        Bytes that the one batch keeps.
+    peak : int
+        Most bytes alive.
+    matrix : tuple of int, or None
+        As in :class:`Footprint`.
+    """
+
+    batches: list[int]
+    nbytes: int
+    peak: int
+    matrix: tuple[int, int, int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -406,7 +428,7 @@ class Probe:
             else "recording"
             if all(probe._replays(p.key) for p in self.products)
             else "graph",
-            self._matrix(probe, round(rows)),
+            self._matrix(probe, round(rows), load / n),
         )
 
     def _slice(
@@ -419,24 +441,56 @@ class Probe:
         widths: list[int],
     ) -> EmpiricalRisk:
         """Return a risk of a slice that multiplies as the given one a whole batch."""
-        risk = self.risk
-        cache = "off" if risk.cache == "off" else 1 << 62
-        probe = risk.twin(data=[item], cache=cache, max_memory=None, progressbar=False)
-        probe.model = copy.copy(risk.model)
-        probe.model.checked_graphs = set(risk.model.checked_graphs)
-        probe._known_input = risk._known_input
-        probe._unwritten = risk._unwritten & {0}
+        cache = "off" if self.risk.cache == "off" else 1 << 62
+        probe = self._twin([item], cache)
+        probe._unwritten &= {0}
         probe._share = share
-        probe._rehearses, probe._may_fold = True, risk._may_fold
 
         def choose(columns: Columns, key: Any, batch: Any) -> int:
             wide = columns.fitting(key, self._enlarged(batch, *sizes))
             widths.append(next(chosen, wide))
             return widths[-1]
 
-        probe._columns.most = width or risk._columns.most
+        probe._columns.most = width or self.risk._columns.most
         probe._columns.planned = choose
         return probe
+
+    def _twin(self, data: list[Any], cache: str | int) -> EmpiricalRisk:
+        """Return a risk of other data, on which products are tried out."""
+        risk = self.risk
+        twin = risk.twin(data=data, cache=cache, max_memory=None, progressbar=False)
+        twin.model = copy.copy(risk.model)
+        twin.model.checked_graphs = set(risk.model.checked_graphs)
+        twin._known_input = risk._known_input
+        twin._unwritten = set(risk._unwritten)
+        twin._rehearses, twin._may_fold = True, risk._may_fold
+        return twin
+
+    def joined(self, nbytes: int) -> Joined | None:
+        """Multiply all data if products put them into one batch.
+
+        They do with few bytes only: those kept after one product are given.
+        """
+        risk, (product, *others) = self.risk, self.products
+        small = nbytes <= MAX_COLUMN_BYTES and len(self.data.sizes) > 1
+        if others or product.method != "mean" or not small:
+            return None
+        if not risk._may_be_dense(product.key) or not risk._may_put_together():
+            return None
+        with preserved_rng(risk.space.device):
+            twin = self._twin(list(risk.data), risk.cache)
+        with Tracker() as tracker:
+            for number in range(_MAX_PRODUCTS):
+                product.run(twin, self.K)
+                one = twin._joined.get(product.key)
+                if one is None and number > 0:
+                    return None
+                if one is not None and one.settled(product.key):
+                    break
+        held = [twin._recordings[i].nbytes for i in range(len(self.data.sizes))]
+        rows = sum(shape.numel() for shape in twin.output_shapes)
+        matrix = self._matrix(twin, rows, 1.0)
+        return Joined(held, twin._ledger.used() - sum(held), tracker.peak, matrix)
 
     def _enlarged(self, batch: Any, n: float, load: float) -> int:
         """Return what a batch of size ``load`` would keep at the same stage."""
@@ -493,10 +547,14 @@ class Probe:
         pays = probe._dense.jacobians_pay([rows], list(probe._recordings.values()))
         return pays and nbytes <= self.budget and self.products[0].key is not None
 
-    def _matrix(self, probe: EmpiricalRisk, rows: int) -> tuple[int, int] | None:
-        """Return after how many products a small matrix is kept, and its bytes.
+    def _matrix(
+        self, probe: EmpiricalRisk, rows: int, larger: float
+    ) -> tuple[int, int, int] | None:
+        """Return after how many products a small matrix is kept.
 
         Or its factors, if the outputs, of which there are ``rows``, are few enough.
+        Also its bytes, and those that computing it takes beside them. Batches are
+        ``larger`` by a factor than those that have been tried out.
         """
         product, *others = self.products
         if (
@@ -507,15 +565,22 @@ class Probe:
             return None
         dense, key, batches = probe._dense, product.key, probe._multiplied(product.key)
         factored = bool(dense.jacobians) and product.method == "congruence"
+        factored &= self.risk.max_memory is None
         cost = dense.cost_of_matrix(key, batches, factored)
-        dim, itemsize = probe.space.dim, probe.space.dtype.itemsize
-        nbytes = dim**2 * itemsize
+        number, row = len(self.data.loads), probe.space.dim * probe.space.dtype.itemsize
         if factored and dense.factors_suffice(rows):
-            nbytes = rows * dim * itemsize
-            cost = dense.cost_of_images(nbytes, len(self.data.loads))
+            nbytes = rows * row
+            cost, work = dense.cost_of_images(nbytes, number), 3 * nbytes // number
+        elif factored:
+            nbytes, work = probe.space.dim * row, rows * row
+        else:  # columns of the identity, and what they are multiplied to
+            nbytes = probe.space.dim * row
+            graph = larger * max((batch.nbytes for batch in batches), default=0)
+            work = nbytes + 3 * MAX_COLUMNS * row
+            work += int(min(MAX_COLUMNS * graph, MAX_COLUMN_BYTES))
         products = ceil(cost / dense.cost(key, self.K, batches))
         # Jacobians are computed in the second product.
-        return max(products, 2 if factored else 1), nbytes
+        return max(products, 2 if factored else 1), nbytes, work
 
 
 def _aligned(lines: Sequence[Line]) -> np.ndarray:
@@ -736,7 +801,8 @@ class Plan:
         once their route has settled.
     peak : int
         Most bytes alive at a time: recordings, operand, result, and what a product
-        creates and drops. Model, parameters and data are not counted.
+        creates and drops. Model, parameters and data are not counted. If a matrix is
+        materialised, that is a bound for what it takes.
     budget : int
         Bytes that recordings may take up.
     max_memory : int or None
@@ -744,6 +810,8 @@ class Plan:
     dense_after : int or None
         Number of such products after which a small matrix is materialised, if its size
         is more than twice the number of outputs as a product of two factors.
+    joined : int
+        Bytes of the one batch that small ones are put into, zero if they are not.
     """
 
     batches: tuple[BatchPlan, ...]
@@ -753,6 +821,7 @@ class Plan:
     budget: int
     max_memory: int | None
     dense_after: int | None
+    joined: int = 0
 
     def __str__(self) -> str:
         """Return a table."""
@@ -766,6 +835,9 @@ class Plan:
             "  ".join([*map(str.rjust, line[:4], widths), line[4]]).rstrip()
             for line in lines
         ]
+        if self.joined:
+            kept = _bytes(self.joined)
+            table.append(f"All batches are multiplied as one, which keeps {kept}.")
         if self.dense_after is not None:
             table.append(
                 f"The matrix is materialised after {self.dense_after} products."
@@ -796,7 +868,8 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
             probe = Probe(risk, data, products, K, budget)
             at = probe.footprints(data.loads)
         else:
-            fit, at = fitted(Probe(risk, data, products, K), risk.max_memory)
+            probe = Probe(risk, data, products, K)
+            fit, at = fitted(probe, risk.max_memory)
             budget, entries = min(budget, fit.budget), fit.entries
     most = None if entries is None else entries / data.unit
     pairs = list(zip(data.sizes, data.loads, strict=True))
@@ -816,17 +889,34 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
         form, peak = prints[start].form, max(peaks[j] for j in own)
         batches.append(BatchPlan(size, number, len(kept), form, sum(kept), peak))
         start += number
-    total, highest = sum(held.values()), max(peaks)
-    dense_after, nbytes = prints[0].matrix or (None, 0)
+    total, highest, matrix = sum(held.values()), max(peaks), prints[0].matrix
+    joined = None
+    if keeps and risk.max_memory is None:
+        kept_first = sum(p.kept(n, 0) for p, n in zip(prints, loads, strict=True))
+        joined = probe.joined(kept_first)
+    if joined is not None:
+        batches = [
+            replace(b, form="graph", kept=1, held=n)
+            for b, n in zip(batches, joined.batches, strict=True)
+        ]
+        total = sum(joined.batches) + joined.nbytes
+        highest, matrix = joined.peak, joined.matrix
+    dense_after, nbytes, work = matrix or (None, 0, 0)
     fits = total + nbytes * (1 if risk.max_memory is None else 2) <= budget
     if len(held) < len(loads) or not fits:
         dense_after = None
     if dense_after is not None:
         total += nbytes
-        rooms = [p.room(load) for p, load in zip(prints, loads, strict=True)]
-        highest = max(highest, total + nbytes + max(rooms))
+        highest = max(highest, total + work)
     return Plan(
-        tuple(batches), columns, total, highest, budget, risk.max_memory, dense_after
+        tuple(batches),
+        columns,
+        total,
+        highest,
+        budget,
+        risk.max_memory,
+        dense_after,
+        0 if joined is None else joined.nbytes,
     )
 
 

@@ -176,12 +176,12 @@ class EmpiricalRisk:
     columns, again after a change of parameters. Batches are cut only if these data
     contribute apart and the loss is known in closed form or has ``num_terms_fn``. What
     operations of torch use inside, and estimating Kronecker factors, is not counted;
-    products in several threads take their bytes each. No sensitivities are kept.
+    products in several threads take their bytes each. No sensitivities are kept, and no
+    factors of small matrices.
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless
-    ``cache``, ``max_memory`` or ``progressbar`` is given. What this takes is in no
-    :meth:`plan <curvlinops.risk_operator.RiskOperator.plan>`.
+    ``cache``, ``max_memory`` or ``progressbar`` is given.
 
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
@@ -456,7 +456,8 @@ class EmpiricalRisk:
             return self._session(lambda: self._images(middle, jacobians), key)
 
         self._fit(Product("congruence", middle, title, key), V.shape[1])
-        return self._product(multiply, V, key, images)
+        bounded = self.max_memory is not None
+        return self._product(multiply, V, key, None if bounded else images)
 
     def _images(self, middle: Middle, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
@@ -487,16 +488,12 @@ class EmpiricalRisk:
         count: Any = 0
         if V.shape[1] == 1:
             vectors = self.space.split(V.T[0].contiguous())
-            first: Any = None
-            for batch in batches:
+            sum_ = cache(lambda: V.new_empty(len(V)))
+            rows = cache(lambda: self.space.split(sum_()))
+            for number, batch in enumerate(batches):
                 count = count + batch.count
-                products = self._multiplied_once(body, batch, vectors, key)
-                if first is None:
-                    first = self.space.join(products).to(V.dtype)
-                    rows = self.space.split(first)
-                    continue
-                torch._foreach_add_(rows, products)
-            return first.div_(self._denominator(count)).unsqueeze(1)
+                self._add_product(body, batch, vectors, rows, key, number == 0)
+            return sum_().div_(self._denominator(count)).unsqueeze(1)
         total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
         for batch in batches:
             count = count + batch.count
@@ -507,13 +504,17 @@ class EmpiricalRisk:
         """Whether all data may be put into one batch, and that pays."""
         if key in self._joined or not self._may_be_dense(key):
             return False
-        if self.progressbar or self.cache != "auto" or self.max_memory is not None:
+        if not self._may_put_together():
             return False
         with self._lock:
             batches = list(self._recordings.values())
             ledger, nbytes = self._ledger, self._ledger.used()
             complete = self._num_batches == len(batches)
-        if not complete or not joining_pays(batches, nbytes, ledger):
+        return complete and joining_pays(batches, nbytes, ledger)
+
+    def _may_put_together(self) -> bool:
+        """Whether nothing the user has asked for speaks against one batch for all."""
+        if self.progressbar or self.cache != "auto" or self.max_memory is not None:
             return False
         return self.model.keeps_to_itself()  # hooks see the user's batches only
 
@@ -959,18 +960,27 @@ class EmpiricalRisk:
             self._ledger.strike(place)
         self._recordings = kept
 
-    def _multiplied_once(
-        self, body: Body, batch: Linearization, vectors: list[Tensor], key: Hashable
-    ) -> list[Tensor]:
-        """Return ``body(batch, vectors)`` for one vector.
+    def _add_product(
+        self,
+        body: Body,
+        batch: Linearization,
+        vectors: list[Tensor],
+        total: Callable[[], list[Tensor]],
+        key: Hashable,
+        first: bool,
+    ) -> None:
+        """Add ``body(batch, vectors)``, with one vector, to ``total()``.
 
-        Where nothing is kept, a keyed product drops its graph.
+        Or write it there if it is the first. Where nothing is kept, a keyed product
+        drops its graph, and the sum is allocated after that.
         """
         batch.multiplied |= self.plain > 0
         batch.final = key is not None and not self._may_keep(batch)
         name = None if self.plain else key
         self._fold_if_due(name, body, batch, 1)
-        return list(batch.multiply(name, body, vectors))
+        products = list(batch.multiply(name, body, vectors))
+        write = torch._foreach_copy_ if first else torch._foreach_add_
+        write(total(), products)
 
     def _fold_if_due(
         self, key: Hashable, body: Body, batch: Linearization, columns: int
