@@ -223,6 +223,18 @@ def test_factors_are_not_rounded_by_autocast():
         assert number_of_factors(A) == [final]
 
 
+@pytest.mark.parametrize("sizes", [(4,), (4, 4, 9)])
+@pytest.mark.parametrize("operator", [GGNLinearOperator, HessianLinearOperator])
+def test_what_is_kept_outlives_inference_mode(operator, sizes):
+    A, plain = pair(operator, multilayer(nn.Tanh()), batches(*sizes))
+    with torch.inference_mode():
+        assert_products_agree(A, plain, (1,) * A.shape[1])
+    assert A.risk._dense.matrices
+    for factors in A.risk._dense.matrices.values():
+        assert not any(factor.is_inference() for factor in factors)
+    assert_products_agree(A, plain)
+
+
 # -- several batches as one ---------------------------------------------------------
 
 

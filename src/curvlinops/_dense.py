@@ -136,11 +136,12 @@ class Dense:
         nbytes = P * P * V.element_size()
         if not self._ledger.room_for(nbytes):
             return known
-        if known is None:
-            matrix = multiply(torch.eye(P, dtype=V.dtype, device=V.device))
-        else:
-            MJ, JT = known
-            matrix = JT @ MJ
+        with torch.inference_mode(False):  # it may be kept for longer than that mode
+            if known is None:
+                matrix = multiply(torch.eye(P, dtype=V.dtype, device=V.device))
+            else:
+                MJ, JT = known
+                matrix = JT @ MJ
         self.matrices[key] = (matrix,)
         self._ledger.enter_other(("matrix", key), nbytes)
         return self.matrices[key]
@@ -155,7 +156,8 @@ class Dense:
         if not pays or not self._ledger.room_for(nbytes):
             return None
         if self._stacked is None:
-            self._stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+            with torch.inference_mode(False):
+                self._stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
             rows = self._stacked.split([len(part) for part in parts])
             batches = [batch for batch, _ in self.jacobians]
             self.jacobians[:] = zip(batches, rows, strict=True)

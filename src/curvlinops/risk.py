@@ -462,9 +462,9 @@ class EmpiricalRisk:
     def _images(self, middle: Middle, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
         sizes = [len(J) for _, J in jacobians]
-        result = jacobians[0][1].new_empty(sum(sizes), self.space.dim)
         D = self._denominator(sum(batch.count for batch, _ in jacobians))
         with torch.inference_mode(False), torch.enable_grad():
+            result = jacobians[0][1].new_empty(sum(sizes), self.space.dim)
             for (batch, J), rows in zip(jacobians, result.split(sizes), strict=True):
                 f = batch.output_space
                 U = middle(batch, J.T.reshape(-1, *f.shapes[0]).to(f.dtype)).detach()
