@@ -1,10 +1,11 @@
 """How gradients are sent back, what is kept between passes, and what is left out."""
 
 import copy
+import unittest.mock
 
 import pytest
 import torch
-from test_geometry import block_of
+from test_geometry import KNOWN, block_of
 from torch import nn
 
 import references
@@ -15,7 +16,7 @@ from curvlinops import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
-from curvlinops.kfac import _estimation
+from curvlinops.kfac import _corrections, _estimation
 from tolerances import assert_close
 
 FAMILY = KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator
@@ -230,6 +231,43 @@ def test_corrections_with_few_rows(dtype, separate, batches):
     assert (evals[-6:, -6:] > 0).all()
     actual, exact = block(dtype).to_dense(), block(torch.float64).to_dense()
     assert (actual - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("problem", KNOWN)
+@pytest.mark.parametrize("separate", [True, False])
+def test_rotating_gradients_or_their_rows_is_the_same(problem, separate, monkeypatch):
+    args = problem.build()
+    results = []
+    for by_matrix in (True, False):
+        monkeypatch.setattr(
+            _corrections.Basis,
+            "rotates_matrices",
+            lambda *_, by_matrix=by_matrix: by_matrix,
+        )
+        E = EKFACLinearOperator(
+            *args,
+            fisher_type="type-2",
+            separate_weight_and_bias=separate,
+            check_deterministic=False,
+        )
+        results.append(E.to_dense())
+    assert_close(*results, size=10_000)
+
+
+def test_gradients_of_large_images_are_rotated_as_matrices():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+    X, y = torch.rand(4, 3, 8, 8), torch.randint(3, (4,))
+    E = EKFACLinearOperator(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), [(X, y)]
+    )
+    with unittest.mock.patch.object(
+        _corrections.Moments, "_add_matrices", autospec=True
+    ) as spy:
+        E.compute_kronecker_factors()
+        E @ torch.rand(E.shape[1])
+    assert [basis.layer.name for _, basis, _ in (c.args for c in spy.mock_calls)] == [
+        "0.weight"
+    ]
 
 
 def test_rows_that_are_lost_in_rounding():

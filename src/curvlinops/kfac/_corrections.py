@@ -129,6 +129,27 @@ class Basis:
     spectra: tuple[Tensor, Tensor]
     starts: tuple[int, int]
 
+    def rotates_matrices(self, rows: int, vectors: int) -> bool:
+        """Whether rotating a datum's gradients takes less work than rotating its rows.
+
+        The gradients are those for several vectors, each a product of so many rows.
+        """
+        _, m, n = self.layer.layout.size
+        # Sizes after rotation, and whether there is one.
+        p, q = m - self.starts[0], n - self.starts[1]
+        B, A = (Q.ndim == 3 for Q in self.vectors)
+        by_rows = rows * (vectors * (m * p * B + p * q) + n * q * A)
+        return vectors * (rows * m * n + m * n * q * A + m * p * q * B) < by_rows
+
+    def rotated_matrices(self, M: Tensor, sides: Sequence[int] = (0, 1)) -> Tensor:
+        """Return gradients ``[G, N, m, n]`` as :meth:`part` has their squares."""
+        for side in reversed(sides):
+            Q = self.vectors[side]
+            if Q.ndim == 3:
+                Q = Q[..., self.starts[side] :]
+                M = times(M, Q) if side == 1 else Q.mT.unsqueeze(1) @ M.to(Q.dtype)
+        return M
+
     def rotated(self, groups: slice, rows: Tensor, side: int) -> Tensor:
         """Return the components of rows that may not vanish, in fresh memory."""
         Q = self.vectors[side][groups]
@@ -201,14 +222,19 @@ class Moments(Visitor):
         """Add a layer's gradients."""
         if layer.name not in self.bases:
             return
-        basis, N = self.bases[layer.name], batch.size
+        basis, N, parts = self.bases[layer.name], batch.size, parts_of(layer)
+        gs = [layer.outputs(part.use, grads[id(part.use)], N) for part in parts]
+        by_matrix = basis.rotates_matrices(sum(g.shape[3] for g in gs), gs[0].shape[1])
         rows = []
-        for part in parts_of(layer):
-            g = layer.outputs(part.use, grads[id(part.use)], N)
-            g = basis.rotated(part.groups, g, int(part.swapped))
-            a = self._rotated_inputs(layer, part, N)
+        for part, g in zip(parts, gs, strict=True):
+            a = self._inputs_of(layer, part, N, rotate=not by_matrix)
+            if not by_matrix:
+                g = basis.rotated(part.groups, g, int(part.swapped))
             b, a = (a, g) if part.swapped else (g, a)
             rows.append((part.groups, b, a))
+        if by_matrix:
+            self._add_matrices(basis, rows)
+            return
         whole = [b for groups, b, _ in rows if groups == slice(None)]
         if len(rows) == len(whole) == 1 and b.shape[3] == 1 and not part.swapped:
             squares = b.squeeze(3).square_()
@@ -220,33 +246,53 @@ class Moments(Visitor):
         for M in gradients(rows, total.shape):
             _add_squares(total, M)
         if layer.bias is not None:
-            ones = [(groups, b, b.new_ones(*b.shape[:-1], 1)) for groups, b, _ in rows]
             column = basis.part(self.columns[layer.name]).unsqueeze(-1)
-            for M in gradients(ones, column.shape):
+            for M in gradients(_with_ones(rows), column.shape):
                 _add_squares(column, M)
+
+    def _add_matrices(
+        self, basis: Basis, rows: list[tuple[slice, Tensor, Tensor]]
+    ) -> None:
+        """Add gradients that are rotated as matrices, given by their rows."""
+        name, size = basis.layer.name, basis.layer.layout.size
+        total = basis.part(self.evals[name])
+        for M in gradients(rows, size):
+            _add_squares(total, basis.rotated_matrices(M))
+        if basis.layer.bias is not None:
+            column = basis.part(self.columns[name]).unsqueeze(-1)
+            for M in gradients(_with_ones(rows), (*size[:2], 1)):
+                _add_squares(column, basis.rotated_matrices(M, sides=(0,)))
 
     def done(self, batch: Batch, layer: Layer) -> None:
         """Multiply the squares."""
         if (squares := self._squares.pop(layer.name, None)) is not None:
             (part,), basis = parts_of(layer), self.bases[layer.name]
-            a = self._rotated_inputs(layer, part, batch.size)[:, 0, :, 0]
+            a = self._inputs_of(layer, part, batch.size)[:, 0, :, 0]
             basis.part(self.evals[layer.name]).baddbmm_(squares.mT, a.square_())
             if layer.bias is not None:
                 basis.part(self.columns[layer.name]).add_(squares.sum(1))
         for use, _ in layer.uses:
             self._inputs.pop(id(use), None)
 
-    def _rotated_inputs(self, layer: Layer, part: Part, N: int) -> Tensor:
-        """Return a use's rotated inputs ``[G, 1, N, R, n]``, kept if they are small."""
+    def _inputs_of(
+        self, layer: Layer, part: Part, N: int, rotate: bool = True
+    ) -> Tensor:
+        """Return a use's inputs ``[G, 1, N, R, n]``, kept if they are small."""
         basis, key = self.bases[layer.name], id(part.use)
         if key not in self._inputs:
             rows = layer.inputs(part.use, N).unsqueeze(1)
-            rotated = basis.rotated(part.groups, rows, int(not part.swapped))
+            if rotate:
+                rows = basis.rotated(part.groups, rows, int(not part.swapped))
             known = sum(a.nbytes for a in self._inputs.values())
-            if known + rotated.nbytes > CHUNK_BYTES:
+            if known + rows.nbytes > CHUNK_BYTES:
                 self._inputs.clear()
-            self._inputs[key] = rotated
+            self._inputs[key] = rows
         return self._inputs[key]
+
+
+def _with_ones(rows: list[tuple[slice, Tensor, Tensor]]) -> list[Any]:
+    """Return the rows of a bias, whose inputs are ones."""
+    return [(groups, b, b.new_ones(*b.shape[:-1], 1)) for groups, b, _ in rows]
 
 
 def ekfac(estimation: Estimation) -> list[Block]:
