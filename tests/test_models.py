@@ -1038,8 +1038,61 @@ def test_graphs_that_a_model_keeps_are_not_freed(operator: type, as_function: bo
         assert_close(A @ torch.eye(6).double(), reference)
         v = torch.randn(6).double()
         assert_close(A @ v, reference @ v)
-    assert not A.risk.model.frees
+    assert not A.risk.model.may_free
+    assert all(A.risk._columns._vectorises.values())
     assert bool(model.kept) == as_function
+
+
+def keeping(**options: Any) -> tuple[HessianLinearOperator, HessianLinearOperator]:
+    """Return an operator of a model that keeps graphs, and one that never frees any."""
+    torch.manual_seed(0)
+    model = Normalised(keeps=True).double()
+    data = [(torch.rand(5, 3).double(), torch.rand(5, 2).double())]
+    args = model, nn.MSELoss(), dict(model.named_parameters()), data
+    options["check_deterministic"] = False
+    A = HessianLinearOperator(*args, cache="off", **options)
+    return A, HessianLinearOperator(*args, check_deterministic=False)
+
+
+def test_threads_recover_from_freed_graphs_together():
+    A, kept = keeping()
+    v = torch.rand(6).double()
+    expected = kept @ v
+    for _ in range(20):
+        A, _ = keeping()
+        with ThreadPoolExecutor(3) as pool:
+            for result in pool.map(lambda _, A=A: A @ v, range(9)):
+                assert_close(result, expected)
+
+
+def test_bounds_are_kept_when_a_private_copy_is_replaced():
+    A, kept = keeping(max_memory=1 << 20)
+    v = torch.rand(6).double()
+    for _ in range(3):
+        assert_close(A @ v, kept @ v)
+        fits = dict(A.risk._fits)
+        A.risk._replace_copy(A.risk.model)
+        assert A.risk._fits == fits != {}
+
+
+def test_bounded_products_in_threads_do_not_wait_for_each_other():
+    model, loss_func, params, data = build()
+    risk = EmpiricalRisk(model, loss_func, params, data, max_memory=1 << 20)
+    operators = [GGNLinearOperator(risk), HessianLinearOperator(risk)]
+    expected = [cls(*build(), cache="off").to_dense() for cls in PAIR]
+
+    def multiply(number: int) -> None:
+        A, dense = operators[number % 2], expected[number % 2]
+        for K in (1, 2, 3):
+            V = vectors(A, K)
+            assert_close(A @ V, dense @ V)
+
+    pool = ThreadPoolExecutor(3)
+    try:
+        for done in [pool.submit(multiply, number) for number in range(6)]:
+            done.result(timeout=60)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # Train mode

@@ -664,6 +664,13 @@ def test_cast(dtype: torch.dtype, target: Any):
     assert_close((2 * B).H @ np.ones(M, target), 2 * D.sum(0), low, N)
 
 
+def test_single_columns_with_negative_strides():
+    A = dense(torch.float64)
+    x = np.random.default_rng(0).standard_normal((A.shape[1], 1))
+    for operand in (x[:, ::-1], x[::-1], x[::-1, ::-1]):
+        np.testing.assert_allclose(A @ operand, matrix().numpy() @ operand)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 4, 64])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_to_dense(dtype: torch.dtype, block_size: int):

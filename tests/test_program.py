@@ -25,6 +25,7 @@ OPERATIONS = [
     lambda a, b, C: torch.bmm(a.view(1, 4, 4), C.view(1, 4, 4))[0] + b,
     lambda a, b, C: a[:2].repeat(2, 1).add_(b),
     lambda a, b, C: (a.t() + b.t()).t(),
+    lambda a, b, C: a[0].t() + b.t(),
     lambda a, b, C: a.t() + (C @ b).t(),
     lambda a, b, C: a[0].view(1, 4).expand(4, 4) + b,
     lambda a, b, C: C * a[:, 1:2].expand(4, 4),

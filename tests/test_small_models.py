@@ -182,9 +182,9 @@ def test_factors_are_multiplied_unless_the_matrix_is_less_work(operator, sizes, 
 
 
 def test_large_jacobians_become_factors_later(monkeypatch):
-    monkeypatch.setattr("curvlinops._dense.IMAGE_BYTES", 256)
+    monkeypatch.setattr("curvlinops._dense.FACTOR_BYTES", 256)
     monkeypatch.setattr(
-        "curvlinops._dense.Dense.cost_of_matrix", lambda *args: float("inf")
+        "curvlinops._dense.Dense.cost_of_matrix", lambda *_, **__: float("inf")
     )
     A, plain = pair(GGNLinearOperator, multilayer(nn.Tanh()), batches(4))
     assert_products_agree(A, plain, (1, 1, 1, 1, 1))
@@ -232,7 +232,39 @@ def test_what_is_kept_outlives_inference_mode(operator, sizes):
     assert A.risk._dense.matrices
     for factors in A.risk._dense.matrices.values():
         assert not any(factor.is_inference() for factor in factors)
+    with torch.inference_mode():
+        assert not (A @ torch.ones(A.shape[1]).double()).is_inference()
     assert_products_agree(A, plain)
+
+
+class Half(nn.Linear):
+    def forward(self, X):
+        return 1e-3 * super().forward(X).half()
+
+
+def test_outputs_in_half_precision_make_no_factors():
+    torch.manual_seed(0)
+    model, data = Half(3, 4), [(torch.rand(8, 3), torch.rand(8, 4)) for _ in range(50)]
+    args = model, nn.MSELoss(), list(model.parameters()), data
+    options = {"check_deterministic": False}
+    A = GGNLinearOperator(*args, **options)
+    plain = GGNLinearOperator(*args, cache="off", **options)
+    v = torch.rand(A.shape[1])
+    expected = plain @ v
+    for _ in range(6):
+        assert ((A @ v) - expected).norm() <= 2e-3 * expected.norm()
+    assert A.risk._dense.jacobians
+    assert 2 not in number_of_factors(A)
+
+
+def test_a_thread_that_comes_late_keeps_no_jacobians():
+    A, plain = pair(GGNLinearOperator, multilayer(nn.Tanh()), batches(3, 2))
+    assert_products_agree(A, plain, (1, 1, 1))
+    dense, batches_ = A.risk._dense, list(A.risk._recordings.values())
+    before = [id(J) for _, J in dense.jacobians]
+    late = dense.keep_jacobians(A.risk, dense.jacobians, batches_, True)
+    assert [id(J) for _, J in late] == before
+    assert [id(J) for _, J in dense.jacobians] == before
 
 
 # -- several batches as one ---------------------------------------------------------

@@ -28,7 +28,7 @@ MAX_DENSE_DIM = 4096
 MAX_JACOBIAN_COST = 32
 #: Bytes of a batch's Jacobian `J` per product after which `M J` is computed: that takes
 #: time in proportion to these, and saves the same time in every product.
-IMAGE_BYTES = 1 << 17
+FACTOR_BYTES = 1 << 17
 
 Batches = list[Linearization]
 Jacobians = list[tuple[Linearization, Tensor]]
@@ -78,14 +78,20 @@ class Dense:
     def cost_of_matrix(self, key: Hashable, batches: Batches, factored: bool) -> float:
         """Return the cost of the products after which a matrix is computed.
 
-        Twice its own, since a product with it costs about half of one without. Its own
-        is half as much where it is a product of two factors.
+        That of computing it from two factors. Without these computing it costs twice as
+        much; and it is put off twice as long, since a product with it costs about half
+        of one without.
         """
         return (1 if factored else 2) * self.cost(key, self._space.dim, batches)
 
-    def cost_of_images(self, nbytes: int, batches: int) -> float:
+    def cost_of_factors(self, nbytes: int, batches: int) -> float:
         """Return the cost of the products after which Jacobians become factors."""
-        return nbytes / batches / IMAGE_BYTES
+        return nbytes / batches / FACTOR_BYTES
+
+    def has_factors(self) -> bool:
+        """Whether there are Jacobians, which lose no digits in :math:`M J`."""
+        same = (b.output_space.dtype == self._space.dtype for b, _ in self.jacobians)
+        return bool(self.jacobians) and all(same)
 
     def factors_suffice(self, rows: int) -> bool:
         """Whether products with Jacobians of so many rows are cheaper than dense."""
@@ -98,9 +104,9 @@ class Dense:
         batches: Batches,
         complete: bool,
         multiply: Callable[[Tensor], Tensor],
-        images: Callable[[Jacobians], Tensor] | None,
+        left_factor: Callable[[Jacobians], Tensor] | None,
     ) -> Factors | None:
-        """Return the matrix if its products so far cost more than computing it.
+        r"""Return the matrix, or factors of it, if known or paying from now on.
 
         Parameters
         ----------
@@ -113,57 +119,68 @@ class Dense:
         complete : bool
             Whether all batches are recorded.
         multiply : callable
-            Multiplies vectors by these.
-        images : callable or None
-            Multiplies the columns of Jacobians by what products have between these, if
-            that is how the matrix is made.
+            Multiplies vectors by the matrix without knowing it.
+        left_factor : callable or None
+            Maps Jacobians :math:`J` to :math:`M J` if the matrix is their product with
+            :math:`J^\top`.
         """
-        P, known = self._space.dim, self.matrices.get(key)
-        if known is not None:
-            first, *others = known
-            if not others or self.factors_suffice(len(first)):
-                return known
+        known = self.matrices.get(key)
+        if known is not None and (len(known) == 1 or self._suffice(known)):
+            return known
         spent = self.spent.get(key, 0.0)
         self.spent[key] = spent + self.cost(key, V.shape[1], batches)
         if not complete:
             return known
-        if known is None and images is not None and self.jacobians:
-            known = self._factors(key, spent, images)
-        if spent < P / 16:  # none costs less
+        if known is None and left_factor is not None and self.has_factors():
+            known = self._make_factors(key, spent, left_factor)
+        # The cost of a matrix, which takes longer to find, is never below this.
+        if spent < self._space.dim / 16 or spent < self.cost_of_matrix(
+            key, batches, factored=known is not None
+        ):
             return known
-        if spent < self.cost_of_matrix(key, batches, known is not None):
-            return known
-        nbytes = P * P * V.element_size()
-        if not self._ledger.room_for(nbytes):
-            return known
-        with torch.inference_mode(False):  # it may be kept for longer than that mode
-            if known is None:
-                matrix = multiply(torch.eye(P, dtype=V.dtype, device=V.device))
-            else:
-                MJ, JT = known
-                matrix = JT @ MJ
-        self.matrices[key] = (matrix,)
-        self._ledger.enter_other(("matrix", key), nbytes)
-        return self.matrices[key]
+        return self._make_matrix(key, V, known, multiply)
 
-    def _factors(
-        self, key: Hashable, spent: float, images: Callable[[Jacobians], Tensor]
+    def _suffice(self, factors: Factors) -> bool:
+        return self.factors_suffice(len(factors[0]))
+
+    def _make_factors(
+        self, key: Hashable, spent: float, left_factor: Callable[[Jacobians], Tensor]
     ) -> Factors | None:
         r"""Return :math:`M J` and :math:`J^\top` if that pays, and there is room."""
         parts = [J for _, J in self.jacobians]
         nbytes = sum(J.nbytes for J in parts)
-        pays = spent >= self.cost_of_images(nbytes, len(parts))
+        pays = spent >= self.cost_of_factors(nbytes, len(parts))
         if not pays or not self._ledger.room_for(nbytes):
             return None
         if self._stacked is None:
-            with torch.inference_mode(False):
-                self._stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
             rows = self._stacked.split([len(part) for part in parts])
             batches = [batch for batch, _ in self.jacobians]
             self.jacobians[:] = zip(batches, rows, strict=True)
         del parts
-        self.matrices[key] = images(self.jacobians), self._stacked.T
-        self._ledger.enter_other(("matrix", key), nbytes)
+        return self._enter(key, left_factor(self.jacobians), self._stacked.T)
+
+    def _make_matrix(
+        self,
+        key: Hashable,
+        V: Tensor,
+        factors: Factors | None,
+        multiply: Callable[[Tensor], Tensor],
+    ) -> Factors | None:
+        """Return the matrix if there is room."""
+        P = self._space.dim
+        if not self._ledger.room_for(P * P * V.element_size()):
+            return factors
+        if factors is not None:
+            MJ, JT = factors
+            return self._enter(key, JT @ MJ)
+        identity = torch.eye(P, dtype=V.dtype, device=V.device)
+        return self._enter(key, multiply(identity))
+
+    def _enter(self, key: Hashable, first: Tensor, *shared: Tensor) -> Factors:
+        """Keep factors, of which all but the first are counted already."""
+        self.matrices[key] = first, *shared
+        self._ledger.enter_other(("matrix", key), first.nbytes)
         return self.matrices[key]
 
     def jacobians_pay(self, sizes: Iterable[int], batches: Batches) -> bool:
@@ -201,10 +218,11 @@ class Dense:
                 return None
             jacobians.append((batch, J))
         with risk._lock:
-            kept[:] = jacobians
-            if kept is self.jacobians:  # not dropped in the meantime
-                self._ledger.enter_other("jacobians", nbytes)
-        return jacobians
+            if not kept:  # no other thread was faster
+                kept[:] = jacobians
+                if kept is self.jacobians:  # not dropped in the meantime
+                    self._ledger.enter_other("jacobians", nbytes)
+        return kept
 
     def drop_jacobians(self) -> None:
         """Keep no Jacobians of the batches up to now."""

@@ -57,7 +57,7 @@ Graph = Sequence[Tensor | GradientEdge | None]
 _GRAPHS = ("output", "loss", "_transposed", "_gradient")
 
 
-class GraphFreedError(RuntimeError):
+class GraphFreedError(Exception):
     """A graph was gone through for the last time, and is needed again all the same."""
 
 
@@ -532,13 +532,13 @@ class Linearization:
         again: a model or a loss may keep parts of a graph.
         """
         loss = self.__dict__.get("loss")
-        frees = self.final and self._model.frees and not (loss and loss.opaque)
+        frees = self.final and self._model.may_free and not (loss and loss.opaque)
         graph: Graph = [self.output] if name == "output" else getattr(self, name)
         if self.final:
             if frees:  # the values are not needed
                 graph = [_edge(output) for output in graph]
             self._drop_graphs()
-        return _pull_back(graph, self._leaves, vectors, leading, not frees)
+        return _pull_back(graph, self._leaves, vectors, leading, retain_graph=not frees)
 
     def _drop_graphs(self) -> None:
         """Forget the graphs, which are built again on demand."""
@@ -566,7 +566,7 @@ def _grad(
     outputs: Sequence[Any],
     inputs: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None],
-    keep: bool = True,
+    retain_graph: bool = True,
     **options: Any,
 ) -> list[Tensor | None]:
     """Differentiate tensors or edges; a missing dependence gives ``None``."""
@@ -578,15 +578,16 @@ def _grad(
                 outputs,
                 inputs,
                 grad_outputs,
-                retain_graph=keep,
+                retain_graph=retain_graph,
                 allow_unused=True,
                 **options,
             )
         )
     except RuntimeError as error:
-        freed = "through the graph a second time" in str(error)
-        kind = GraphFreedError if freed else RuntimeError
-        raise kind(_explained(str(error))) from error
+        message = _explained(str(error))
+        if "through the graph a second time" in message:
+            raise GraphFreedError(message) from error
+        raise RuntimeError(message) from error
 
 
 def _explained(message: str) -> str:
@@ -606,7 +607,7 @@ def _pull_back(
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     leading: torch.Size,
-    keep: bool = True,
+    retain_graph: bool = True,
 ) -> Vectors:
     """Multiply vectors by the transposed derivative of ``outputs`` by ``inputs``."""
     pairs = [
@@ -620,7 +621,7 @@ def _pull_back(
     if leading:
         grads = _grad(outs, inputs, vs, is_grads_batched=True)
     else:
-        grads = _grad(outs, inputs, vs, keep)
+        grads = _grad(outs, inputs, vs, retain_graph)
     return _filled(grads, inputs, leading)
 
 

@@ -309,7 +309,7 @@ class Model:
         #: Whether evaluating all data apart may do and has not failed yet.
         self.by_datum = self.forward_mode and self.keeps_to_itself()
         #: Whether graphs may be freed, since nothing has been seen to keep parts.
-        self.frees = self.keeps_to_itself()
+        self.may_free = self.keeps_to_itself()
 
     def keeps_to_itself(self) -> bool:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
@@ -332,7 +332,7 @@ class Model:
         if self._module is None or self._held is not None:
             return False
         self._held = self._function = self._module
-        self.by_datum = self.frees = False
+        self.by_datum = self.may_free = False
         return True
 
     def __call__(self, X: Any) -> Any:

@@ -10,7 +10,7 @@ from torch.func import vjp, vmap
 
 from curvlinops._data import cut, mapped, tensors_in
 from curvlinops._determinism import close
-from curvlinops._linearization import Linearization
+from curvlinops._linearization import GraphFreedError, Linearization
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def one_by_one(risk: EmpiricalRisk, batch: Linearization) -> list[Linearization]
     try:
         parts = [_part(risk, batch, i, size) for i in range(size)]
         return parts if _composes(risk, batch, parts) else [batch]
+    except GraphFreedError:
+        raise
     except Exception:  # whatever the user's model or loss raises on a part
         return [batch]
 

@@ -94,7 +94,8 @@ def _storages(value: Any) -> list[torch.UntypedStorage]:
 # -- what is multiplied --------------------------------------------------------------
 
 
-class Product(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Product:
     """One of a risk's loops over data.
 
     Parameters
@@ -281,9 +282,8 @@ class Footprint:
         Bytes of sums over batches, which later batches find.
     form : str
         What the last product was made from.
-    matrix : tuple of int, or None
-        Number of products after which a small matrix is kept, its bytes, and those
-        that computing it takes.
+    matrix : Kept or None
+        What is kept if it is small.
     """
 
     sizes: list[int]
@@ -292,7 +292,7 @@ class Footprint:
     fixed: int
     total: int
     form: str
-    matrix: tuple[int, int, int] | None
+    matrix: Kept | None
 
     def _at(self, values: np.ndarray, n: float) -> int:
         if len(self.sizes) == 1:
@@ -316,6 +316,24 @@ class Footprint:
         return most + self.total
 
 
+class Kept(NamedTuple):
+    """A small matrix, or its factors.
+
+    Parameters
+    ----------
+    after : int
+        Number of products after which it is kept.
+    nbytes : int
+        Bytes that it takes.
+    work : int
+        Bytes that computing it takes beside these.
+    """
+
+    after: int
+    nbytes: int
+    work: int
+
+
 class Joined(NamedTuple):
     """What it takes to multiply all data as one batch.
 
@@ -327,14 +345,14 @@ class Joined(NamedTuple):
         Bytes that the one batch keeps.
     peak : int
         Most bytes alive.
-    matrix : tuple of int, or None
+    matrix : Kept or None
         As in :class:`Footprint`.
     """
 
     batches: list[int]
     nbytes: int
     peak: int
-    matrix: tuple[int, int, int] | None
+    matrix: Kept | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -547,14 +565,11 @@ class Probe:
         pays = probe._dense.jacobians_pay([rows], list(probe._recordings.values()))
         return pays and nbytes <= self.budget and self.products[0].key is not None
 
-    def _matrix(
-        self, probe: EmpiricalRisk, rows: int, larger: float
-    ) -> tuple[int, int, int] | None:
-        """Return after how many products a small matrix is kept.
+    def _matrix(self, probe: EmpiricalRisk, rows: int, larger: float) -> Kept | None:
+        """Return when a small matrix is kept.
 
         Or its factors, if the outputs, of which there are ``rows``, are few enough.
-        Also its bytes, and those that computing it takes beside them. Batches are
-        ``larger`` by a factor than those that have been tried out.
+        Batches are ``larger`` by a factor than those that have been tried out.
         """
         product, *others = self.products
         if (
@@ -564,13 +579,13 @@ class Probe:
         ):
             return None
         dense, key, batches = probe._dense, product.key, probe._multiplied(product.key)
-        factored = bool(dense.jacobians) and product.method == "congruence"
+        factored = product.method == "congruence" and dense.has_factors()
         factored &= self.risk.max_memory is None
         cost = dense.cost_of_matrix(key, batches, factored)
         number, row = len(self.data.loads), probe.space.dim * probe.space.dtype.itemsize
         if factored and dense.factors_suffice(rows):
             nbytes = rows * row
-            cost, work = dense.cost_of_images(nbytes, number), 3 * nbytes // number
+            cost, work = dense.cost_of_factors(nbytes, number), 3 * nbytes // number
         elif factored:
             nbytes, work = probe.space.dim * row, rows * row
         else:  # columns of the identity, and what they are multiplied to
@@ -580,7 +595,7 @@ class Probe:
             work += int(min(MAX_COLUMNS * graph, MAX_COLUMN_BYTES))
         products = ceil(cost / dense.cost(key, self.K, batches))
         # Jacobians are computed in the second product.
-        return max(products, 2 if factored else 1), nbytes, work
+        return Kept(max(products, 2 if factored else 1), nbytes, work)
 
 
 def _aligned(lines: Sequence[Line]) -> np.ndarray:
@@ -808,8 +823,8 @@ class Plan:
     max_memory : int or None
         Bound for ``peak``, if there is one.
     dense_after : int or None
-        Number of such products after which a small matrix is materialised, if its size
-        is more than twice the number of outputs as a product of two factors.
+        Number of such products after which a small matrix is materialised. If there are
+        fewer than half as many outputs as rows, it is kept as a product of two factors.
     joined : int
         Bytes of the one batch that small ones are put into, zero if they are not.
     """
@@ -840,7 +855,7 @@ class Plan:
             table.append(f"All batches are multiplied as one, which keeps {kept}.")
         if self.dense_after is not None:
             table.append(
-                f"The matrix is materialised after {self.dense_after} products."
+                f"The matrix or its factors are kept after {self.dense_after} products."
             )
         return "\n".join(table)
 

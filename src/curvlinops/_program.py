@@ -85,6 +85,7 @@ class Program:
     def __init__(
         self, inputs: list[Slot], calls: list[Call], outputs: list[Any]
     ) -> None:
+        calls = with_transposed_sums(calls)
         calls, outputs = without_pairs_of_transpositions(calls, outputs)
         calls = without_expansions(calls)
         self.inputs, self.outputs = inputs, outputs
@@ -139,18 +140,33 @@ def replaced(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     return value
 
 
+def with_transposed_sums(calls: list[Call]) -> list[Call]:
+    """Transpose sums of matrices, not the matrices: that makes for pairs to drop."""
+    before: dict[Any, Slot] = {}
+    known = [out.number for call in calls for out in call.outputs if out is not None]
+    numbers = count(max(known, default=0) + 1)
+    result = []
+    for call in calls:
+        if call.func is aten.add.Tensor and not call.kwargs:
+            pair = [before[a] for a in call.args if isinstance(a, Slot) and a in before]
+            if len(pair) == 2 and pair[0].shape == pair[1].shape:
+                (out,) = call.outputs
+                total = out.transpose(next(numbers), all(a.dense for a in pair))
+                result.append(Call(call.func, tuple(pair), {}, [total], False))
+                call = Call(aten.t.default, (total,), {}, [out], False)
+        if call.func is aten.t.default and len(call.args[0].shape) == 2:
+            (matrix,), (out,) = call.args, call.outputs
+            before[out] = matrix
+        result.append(call)
+    return result
+
+
 def without_pairs_of_transpositions(
     calls: list[Call], outputs: list[Any]
 ) -> tuple[list[Call], list[Any]]:
-    """Drop calls that transpose a transposed matrix, a quarter of all.
-
-    Sums of transposes are transposed instead, which makes for more pairs.
-    """
-    before: dict[Any, Slot] = {}
+    """Drop calls that transpose a transposed matrix, a quarter of all."""
+    before: dict[Slot, Slot] = {}
     same: dict[Slot, Slot] = {}
-    numbers = count(
-        1 + max((o.number for c in calls for o in c.outputs if o), default=0)
-    )
 
     def current(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -163,13 +179,6 @@ def without_pairs_of_transpositions(
             options = {key: current(value) for key, value in call.kwargs.items()}
             rest = call.outputs, call.is_sequence
             call = Call(call.func, current(call.args), options, *rest)
-        if call.func is aten.add.Tensor and not call.kwargs:
-            pair = [before[a] for a in call.args if isinstance(a, Slot) and a in before]
-            if len(pair) == 2:
-                (out,) = call.outputs
-                total = out.transpose(next(numbers), all(a.dense for a in pair))
-                kept.append(Call(call.func, tuple(pair), {}, [total], False))
-                call = Call(aten.t.default, (total,), {}, [out], False)
         if call.func is aten.t.default:
             (matrix,), (out,) = call.args, call.outputs
             if matrix in before:

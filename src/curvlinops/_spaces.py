@@ -270,10 +270,7 @@ class Staging(threading.local):
         shareable = (
             array.dtype == space.numpy_dtype
             and array.flags.writeable
-            and (
-                array.flags.c_contiguous
-                or all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
-            )
+            and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
         )
         if shareable:
             return nullcontext(_in_dtype(torch.from_numpy(array), space.dtype))

@@ -280,7 +280,7 @@ class EmpiricalRisk:
             before = self.model
             self.model = Model(self.model_func, self.params)
             self.model.by_datum &= before.by_datum
-            self.model.frees &= before.frees
+            self.model.may_free &= before.may_free
             if before._held is not None:
                 self.model.evaluate_in_place()
             self._forget()
@@ -410,7 +410,8 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
-        self._fit(Product("mean", body, title, key), V.shape[1])
+        if self.max_memory is not None:
+            self._fit(Product("mean", body, title, key), V.shape[1])
 
         def multiply(V: Tensor) -> Tensor:
             if self._may_join(key):
@@ -452,23 +453,24 @@ class EmpiricalRisk:
                     count = count + batch.count
                 return (total / self._denominator(count)).reshape(-1, len(V)).T
 
-        def images(jacobians: Jacobians) -> Tensor:
-            return self._session(lambda: self._images(middle, jacobians), key)
+        def left_factor(jacobians: Jacobians) -> Tensor:
+            return self._session(lambda: self._left_factor(middle, jacobians), key)
 
-        self._fit(Product("congruence", middle, title, key), V.shape[1])
-        bounded = self.max_memory is not None
-        return self._product(multiply, V, key, None if bounded else images)
+        if self.max_memory is not None:
+            self._fit(Product("congruence", middle, title, key), V.shape[1])
+            return self._product(multiply, V, key)
+        return self._product(multiply, V, key, left_factor)
 
-    def _images(self, middle: Middle, jacobians: Jacobians) -> Tensor:
+    def _left_factor(self, middle: Middle, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
         sizes = [len(J) for _, J in jacobians]
         D = self._denominator(sum(batch.count for batch, _ in jacobians))
         with torch.inference_mode(False), torch.enable_grad():
             result = jacobians[0][1].new_empty(sum(sizes), self.space.dim)
-            for (batch, J), rows in zip(jacobians, result.split(sizes), strict=True):
-                f = batch.output_space
-                U = middle(batch, J.T.reshape(-1, *f.shapes[0]).to(f.dtype)).detach()
-                torch.div(U.reshape(J.shape[1], -1).T, D, out=rows)
+            for (batch, J), part in zip(jacobians, result.split(sizes), strict=True):
+                U = J.T.reshape(-1, *batch.output_space.shapes[0])
+                U = middle(batch, U).detach().reshape(J.shape[1], -1)
+                torch.div(U.T, D, out=part)
             return result
 
     def _mean(
@@ -545,12 +547,13 @@ class EmpiricalRisk:
         multiply: Callable[[Tensor], Tensor],
         V: Tensor,
         key: Hashable,
-        images: Callable[[Jacobians], Tensor] | None = None,
+        left_factor: Callable[[Jacobians], Tensor] | None = None,
     ) -> Tensor:
         """Return ``multiply(V)``, by its matrix once that is known."""
         self._refresh_if_changed()
-        with self._alone(), without_autocast(self.space.device.type):
-            if (factors := self._materialised(key, V, multiply, images)) is None:
+        device = self.space.device.type
+        with self._alone(), without_autocast(device), torch.inference_mode(False):
+            if (factors := self._materialised(key, V, multiply, left_factor)) is None:
                 return self._session(lambda: multiply(V), key)
             if V.shape[1] == 1:
                 for factor in factors:
@@ -566,7 +569,7 @@ class EmpiricalRisk:
         key: Hashable,
         V: Tensor,
         multiply: Callable[[Tensor], Tensor],
-        images: Callable[[Jacobians], Tensor] | None,
+        left_factor: Callable[[Jacobians], Tensor] | None,
     ) -> Factors | None:
         """Return the matrix, or its factors, if known, or paying from now on."""
         if self._rehearses or not self._may_be_dense(key):
@@ -578,7 +581,7 @@ class EmpiricalRisk:
         with self._lock:
             complete = self._num_batches == len(self._recordings)
             batches = self._multiplied(key)
-            return self._dense.matrix(key, V, batches, complete, run, images)
+            return self._dense.matrix(key, V, batches, complete, run, left_factor)
 
     def _may_be_dense(self, key: Hashable) -> bool:
         """Whether a product's matrix, or Jacobians, may be kept if that pays."""
@@ -589,9 +592,7 @@ class EmpiricalRisk:
             and may_be_dense(self.space)
         )
 
-    def _small_jacobians(
-        self, key: Hashable
-    ) -> list[tuple[Linearization, Tensor]] | None:
+    def _small_jacobians(self, key: Hashable) -> Jacobians | None:
         """Return the batches with their Jacobians as matrices if that pays.
 
         From the second product on.
@@ -649,7 +650,8 @@ class EmpiricalRisk:
                 self._add_products(body, batch, V, part, spaces, key)
             return total.T
 
-        self._fit(Product("push_forward", body, title, key), V.shape[1])
+        if self.max_memory is not None:
+            self._fit(Product("push_forward", body, title, key), V.shape[1])
         return self.session(run, key)
 
     def pull_back(
@@ -690,7 +692,8 @@ class EmpiricalRisk:
             return total().div_(self._denominator(count) if mean else 1).T
 
         options = (("mean", mean),)
-        self._fit(Product("pull_back", body, title, key, options), U.shape[1])
+        if self.max_memory is not None:
+            self._fit(Product("pull_back", body, title, key, options), U.shape[1])
         return self.session(run, key)
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
@@ -776,18 +779,36 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
+        model, may_free = self.model, self.model.may_free
         with preserved_rng(self.space.device):
             try:
-                return self.model.run(run)
+                return model.run(run)
             except CopyLeaksError:
-                self.model.evaluate_in_place()
-                return self.model.run(run)
-            except GraphFreedError:
-                if not self.model.frees:
-                    raise
-                self.model.frees = False
-                self.refresh()  # the private copy keeps what has been freed
-                return self.model.run(run)
+                model.evaluate_in_place()
+            except GraphFreedError as error:
+                if not may_free:  # it is none of ours
+                    raise RuntimeError(str(error)) from error
+                self._replace_copy(model)
+            return self.model.run(run)
+
+    def _replace_copy(self, model: Model) -> None:
+        """Give up a private copy that keeps parts of graphs, which have been freed.
+
+        With it go its recordings, but no bounds.
+        """
+        with model.exclusive(), self._lock:
+            model.may_free = False
+            if self.model is not model:  # another thread was faster
+                return
+            self.model = Model(self.model_func, self.params)
+            self.model.may_free = False
+            self.model.by_datum &= model.by_datum
+            self._recordings, self._num_batches = {}, None
+            self._ledger.strike_recordings()
+            self._dense.drop_jacobians()
+            for key in self._joined:
+                self._ledger.strike_other(("joined", key))
+            self._joined = {}
 
     def _replays(self, key: Hashable) -> bool:
         """Whether all batches' products need nothing but a recording."""
@@ -936,7 +957,7 @@ class EmpiricalRisk:
             return
         name = product.method, product.key, K
         once = product.key is None and product is not GRADIENT
-        with self._alone(), self._lock:
+        with self.model.exclusive(), self._lock:
             fit = self._fits.get(name)
             if fit is None or once:
                 probe = Probe(self, Data.of(self), [product], K)
