@@ -2,6 +2,7 @@
 
 import copy
 import random
+import signal
 import sys
 import threading
 from _thread import interrupt_main
@@ -368,12 +369,17 @@ def interrupt(function: Callable[[], None], position: int, body: Callable) -> bo
         return trace
 
     before = sys.gettrace()
-    with suppress(KeyboardInterrupt):
-        try:
-            sys.settrace(trace)
-            function()
-        finally:
-            sys.settrace(before)
+    # Shells let what runs in the background ignore interrupts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            try:
+                sys.settrace(trace)
+                function()
+            finally:
+                sys.settrace(before)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return count >= position
 
 
