@@ -97,6 +97,15 @@ class Dense:
         """Whether products with Jacobians of so many rows are cheaper than dense."""
         return 2 * rows <= self._space.dim
 
+    def settled(self, key: Hashable) -> Factors | None:
+        """Return the matrix, or its factors, if they are what is kept for good."""
+        known = self.matrices.get(key)
+        if known is None or (
+            len(known) > 1 and not self.factors_suffice(len(known[0]))
+        ):
+            return None
+        return known
+
     def matrix(
         self,
         key: Hashable,
@@ -107,6 +116,8 @@ class Dense:
         left_factor: Callable[[Jacobians], Tensor] | None,
     ) -> Factors | None:
         r"""Return the matrix, or factors of it, if known or paying from now on.
+
+        Unless what is kept is :meth:`settled`.
 
         Parameters
         ----------
@@ -125,8 +136,6 @@ class Dense:
             :math:`J^\top`.
         """
         known = self.matrices.get(key)
-        if known is not None and (len(known) == 1 or self._suffice(known)):
-            return known
         spent = self.spent.get(key, 0.0)
         self.spent[key] = spent + self.cost(key, V.shape[1], batches)
         if not complete:
@@ -139,9 +148,6 @@ class Dense:
         ):
             return known
         return self._make_matrix(key, V, known, multiply)
-
-    def _suffice(self, factors: Factors) -> bool:
-        return self.factors_suffice(len(factors[0]))
 
     def _make_factors(
         self, key: Hashable, spent: float, left_factor: Callable[[Jacobians], Tensor]

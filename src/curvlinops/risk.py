@@ -410,8 +410,7 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
-        if self.max_memory is not None:
-            self._fit(Product("mean", body, title, key), V.shape[1])
+        self._fit(Product("mean", body, title, key), V.shape[1])
 
         def multiply(V: Tensor) -> Tensor:
             if self._may_join(key):
@@ -465,7 +464,7 @@ class EmpiricalRisk:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
         sizes = [len(J) for _, J in jacobians]
         D = self._denominator(sum(batch.count for batch, _ in jacobians))
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             result = jacobians[0][1].new_empty(sum(sizes), self.space.dim)
             for (batch, J), part in zip(jacobians, result.split(sizes), strict=True):
                 U = J.T.reshape(-1, *batch.output_space.shapes[0])
@@ -579,6 +578,8 @@ class EmpiricalRisk:
             return self._session(lambda: multiply(V), key)
 
         with self._lock:
+            if (factors := self._dense.settled(key)) is not None:
+                return factors
             complete = self._num_batches == len(self._recordings)
             batches = self._multiplied(key)
             return self._dense.matrix(key, V, batches, complete, run, left_factor)
@@ -650,8 +651,7 @@ class EmpiricalRisk:
                 self._add_products(body, batch, V, part, spaces, key)
             return total.T
 
-        if self.max_memory is not None:
-            self._fit(Product("push_forward", body, title, key), V.shape[1])
+        self._fit(Product("push_forward", body, title, key), V.shape[1])
         return self.session(run, key)
 
     def pull_back(
@@ -692,8 +692,7 @@ class EmpiricalRisk:
             return total().div_(self._denominator(count) if mean else 1).T
 
         options = (("mean", mean),)
-        if self.max_memory is not None:
-            self._fit(Product("pull_back", body, title, key, options), U.shape[1])
+        self._fit(Product("pull_back", body, title, key, options), U.shape[1])
         return self.session(run, key)
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
@@ -803,12 +802,16 @@ class EmpiricalRisk:
             self.model = Model(self.model_func, self.params)
             self.model.may_free = False
             self.model.by_datum &= model.by_datum
-            self._recordings, self._num_batches = {}, None
-            self._ledger.strike_recordings()
-            self._dense.drop_jacobians()
+            self._drop_recordings()
             for key in self._joined:
                 self._ledger.strike_other(("joined", key))
             self._joined = {}
+
+    def _drop_recordings(self) -> None:
+        """Drop the batches' recordings, and what is made from these."""
+        self._recordings, self._num_batches = {}, None
+        self._ledger.strike_recordings()
+        self._dense.drop_jacobians()
 
     def _replays(self, key: Hashable) -> bool:
         """Whether all batches' products need nothing but a recording."""
@@ -964,9 +967,7 @@ class EmpiricalRisk:
                 self._fits[name] = fit = fitted(probe, self.max_memory)[0]
             if fit.entries is not None and fit.entries < (self._entries or inf):
                 self._entries = fit.entries
-                self._recordings, self._num_batches = {}, None
-                self._ledger.strike_recordings()
-                self._dense.drop_jacobians()
+                self._drop_recordings()
             self._columns.most = fit.width
             if self._ledger.limit(fit.budget, self.cache, self.space.device):
                 self._drop_excess()
