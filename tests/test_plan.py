@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -329,6 +330,22 @@ def test_bounded_products_are_the_same(name, matrix, columns):
         assert tracked(B, X, 3) <= limit
         assert B.shape == A.shape
         assert [*B.in_shapes, *B.out_shapes] == [*A.in_shapes, *A.out_shapes]
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "hessian", "ef"])
+@pytest.mark.parametrize("columns", [1, 6, 20])
+def test_what_fits_is_found_within_the_bound(matrix, columns):
+    model, loss, params, _ = problem("mlp", [1])
+    data = [(torch.randn(8, 40).double(), torch.randn(8, 5).double())]
+    make = partial(MATRICES[matrix], model, loss, params, data)
+    X = torch.randn(make().shape[1], columns).double()
+    with pytest.raises(MemoryError) as caught:
+        make(check_deterministic=False, max_memory=X.nbytes) @ X
+    needed = cure(caught)
+    for limit in (needed, needed * 5 // 4, 2 * needed):
+        with Tracker() as tracker:
+            make(check_deterministic=False, max_memory=limit) @ X
+        assert tracker.peak + X.nbytes <= limit
 
 
 def test_refusal_says_what_would_do():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -112,7 +113,10 @@ class Columns:
             both = join(body(batch, split(columns)), leading=1)
         except RuntimeError:
             return False
-        each = torch.stack([join(body(batch, split(column))) for column in columns])
         tolerance = rounding(V.dtype, V.device, batch.convolves) ** 0.5
-        tolerance *= float(each.abs().max())
-        return bool((both - each).abs().max() <= tolerance)
+        tolerance *= float(torch.linalg.vector_norm(both, inf))
+        gaps = (
+            torch.linalg.vector_norm(join(body(batch, split(column))) - result, inf)
+            for column, result in zip(columns, both, strict=True)
+        )
+        return all(bool(gap <= tolerance) for gap in gaps)

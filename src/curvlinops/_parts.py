@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,17 +57,18 @@ def _composes(
     generator = torch.Generator().manual_seed(batch.index)
     U = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
     us = U.split(len(U) // len(parts))
-    gradient = risk.space.join(batch.vjp(U))
-    total = torch.zeros_like(gradient)
+    tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
+    rest = risk.space.join(batch.vjp(U))
+    largest = torch.linalg.vector_norm(rest, inf)
     for part, u in zip(parts, us, strict=True):
-        for row, g in zip(risk.space.split(total), part.vjp(u), strict=True):
-            row.add_(g)
-    outputs = torch.cat([part.output.detach() for part in parts])
-    pairs = [(outputs, f), (total, gradient)]
+        for row, g in zip(risk.space.split(rest), part.vjp(u), strict=True):
+            row.sub_(g)
+    if not bool(torch.linalg.vector_norm(rest, inf) <= tolerance * largest):
+        return False
+    pairs = [(torch.cat([part.output.detach() for part in parts]), f)]
     if risk.loss is not None:
         HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
         pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))
-    tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
     return all(a.shape == b.shape and close(a, b, tolerance) for a, b in pairs)
 
 

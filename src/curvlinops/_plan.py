@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from curvlinops._columns import MAX_COLUMN_BYTES, MAX_COLUMNS, Columns
+from curvlinops._columns import (
+    MAX_COLUMN_BYTES,
+    MAX_COLUMNS,
+    Columns,
+    column_bytes,
+)
 from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
@@ -61,6 +67,9 @@ class Tracker(Watcher):
         #: Bytes alive now, and after every operation since the list was emptied.
         self.nbytes = 0
         self.series: Line = []
+        #: With more bytes alive, an operation raises; and whether one has.
+        self.limit = inf
+        self.exceeded = False
 
     @property
     def peak(self) -> int:
@@ -83,7 +92,14 @@ class Tracker(Watcher):
                 self._alive[storage._cdata] = StorageWeakRef(storage), nbytes
                 self.nbytes += nbytes
         self.series.append((func, self.nbytes))
+        if self.nbytes > self.limit:
+            self.exceeded = True
+            raise LimitExceededError
         return result
+
+
+class LimitExceededError(Exception):
+    """Raised by an operation with which more bytes are alive than may be."""
 
 
 def _storages(value: Any) -> list[torch.UntypedStorage]:
@@ -113,21 +129,26 @@ class Product:
     key: Any = None
     options: tuple[tuple[str, Any], ...] = ()
 
-    def run(self, risk: EmpiricalRisk, K: int) -> None:
-        """Multiply ``K`` random vectors."""
+    def run(self, risk: EmpiricalRisk, V: Tensor) -> None:
+        """Multiply vectors, see :meth:`operand`."""
         if self.method == "gradient_and_loss":
             risk.gradient_and_loss()
             return
         rows = sum(shape.numel() for shape in risk.output_shapes)
-        length, _ = self.lengths(rows, risk.space.dim)
-        generator = torch.Generator().manual_seed(20260101)
-        V = torch.randn(length, K, generator=generator).to(
-            risk.space.device, risk.space.dtype
-        )
         place = (rows,) if self.method == "push_forward" else ()
         getattr(risk, self.method)(
             self.body, V, *place, title=self.title, key=self.key, **dict(self.options)
         )
+
+    def operand(self, risk: EmpiricalRisk, V: Tensor | None, K: int) -> Tensor:
+        """Return ``K`` vectors: those of ``V``, or a random one many times."""
+        rows = sum(shape.numel() for shape in risk.output_shapes)
+        length, _ = self.lengths(rows, risk.space.dim)
+        if V is None:
+            generator = torch.Generator().manual_seed(20260101)
+            V = torch.randn(length, min(K, 2), generator=generator)
+            V = V.to(risk.space.device, risk.space.dtype)[:, :1].expand(-1, K)
+        return V[:length, :K]
 
     def lengths(self, rows: int, dim: int) -> tuple[int, int]:
         """Return the length of the vectors and of the results."""
@@ -280,6 +301,9 @@ class Footprint:
         Bytes of vectors and results, which are not in the others.
     total : int
         Bytes of sums over batches, which later batches find.
+    exceeds : bool
+        Whether products that keep something take more than the bound, and have not been
+        measured.
     form : str
         What the last product was made from.
     matrix : Kept or None
@@ -291,6 +315,7 @@ class Footprint:
     held: list[np.ndarray]
     fixed: int
     total: int
+    exceeds: bool
     form: str
     matrix: Kept | None
 
@@ -308,8 +333,10 @@ class Footprint:
         """Return the bytes kept after a product, if they may be."""
         return self._at(self.held[product], n)
 
-    def room(self, n: float) -> int:
+    def room(self, n: float) -> float:
         """Return the bytes that any product takes beyond what was kept before it."""
+        if self.exceeds:
+            return inf
         found = [0, *(self.kept(n, i) for i in range(len(self.held)))]
         peaks = [self.peak(n, i) for i in range(len(self.series))]
         most = max(p - kept for p, kept in zip(peaks, found, strict=False))
@@ -371,6 +398,11 @@ class Probe:
         Number of columns.
     budget : int, optional
         Bytes that Jacobians may take up.
+    limit : int, optional
+        Bytes that are not to be exceeded, the user's operand included: products that
+        keep something stop before.
+    operand : Tensor, optional
+        The user's operand.
     """
 
     risk: EmpiricalRisk
@@ -378,6 +410,8 @@ class Probe:
     products: Sequence[Product]
     K: int
     budget: int = 0
+    limit: float = inf
+    operand: Tensor | None = None
     _kept: dict[Any, dict[float, int]] = field(default_factory=dict)
 
     def footprints(
@@ -426,21 +460,24 @@ class Probe:
         items = [(part_of(self.data.first, Share(0, n, size)), n) for n in slices]
         runs: list[Any] = []
         widths: list[int] = []
+        probe: Any = None
         for item, n in reversed(items or [(self.data.first, size)]):
+            probe = None  # with what it keeps
             share = Share(0, n, size) if part else None
             chosen = iter([*widths])  # all slices are multiplied like the largest
             make = partial(self._slice, item, share, (n, load), width, chosen, widths)
-            series, held, probe = self._run(make, load / n)
-            runs.insert(0, (n, series, held))
+            series, held, probe, exceeds = self._run(make, load / n)
+            runs.insert(0, (n, series, held, exceeds))
         rows = probe.output_shapes[0].numel() * sum(self.data.loads) / n
         lengths = [p.lengths(round(rows), dim) for p in self.products]
         itemsize = self.risk.space.dtype.itemsize
         return Footprint(
             [n for n, *_ in runs],
-            [_aligned(parts) for parts in zip(*(s for _, s, _ in runs), strict=False)],
-            [_aligned(parts) for parts in zip(*(h for *_, h in runs), strict=False)],
+            [_aligned(p) for p in zip(*(s for _, s, *_ in runs), strict=False)],
+            [_aligned(p) for p in zip(*(h for *_, h, _ in runs), strict=False)],
             sum(map(sum, lengths)) * self.K * itemsize,
             max(out for _, out in lengths) * self.K * itemsize,
+            any(exceeds for *_, exceeds in runs),
             "Jacobian"
             if probe._dense.jacobians
             else "recording"
@@ -498,8 +535,9 @@ class Probe:
         with preserved_rng(risk.space.device):
             twin = self._twin(list(risk.data), risk.cache)
         with Tracker() as tracker:
+            V = product.operand(twin, None, self.K)
             for number in range(_MAX_PRODUCTS):
-                product.run(twin, self.K)
+                product.run(twin, V)
                 one = twin._joined.get(product.key)
                 if one is None and number > 0:
                     return None
@@ -521,33 +559,35 @@ class Probe:
 
     def _run(
         self, make: Callable[[], EmpiricalRisk], factor: float
-    ) -> tuple[list[Line], list[Line], EmpiricalRisk]:
-        """Multiply until the route has settled; return bytes alive, and bytes kept."""
-        look, K = make(), min(self.K, RECORD_EARLY + 3)
-        shapes = look.output_shapes
-        key = self.products[0].key
-        if self.K > 1:
-            batches = list(look._recordings.values())
-            widths = [look._columns.at_once(key, b) for b in batches]
-            K = min(self.K, max([K, *widths]))
-        pays = self._jacobians_pay(look, factor)
-        for product in (*self.products, *self.products):
-            product.run(look, 1)  # what is made once in a process comes first
-        probe = make()
+    ) -> tuple[list[Line], list[Line], EmpiricalRisk, bool]:
+        """Multiply until the route has settled, or the limit is reached.
+
+        Return bytes alive, bytes kept, the risk, and whether it was.
+        """
+        shapes, K, pays = self._look(make(), factor)
+        key, probe = self.products[0].key, make()
         probe._output_shapes = shapes
         keeps = self.risk._repeats and self.risk.cache != "off"
-        itemsize = self.risk.space.dtype.itemsize
+        operands = [p.operand(probe, self.operand, K) for p in self.products]
+        rows, dim = shapes[0].numel(), self.risk.space.dim
+        results = [K * p.lengths(rows, dim)[1] for p in self.products]
         all_series: list[Line] = []
         held: list[Line] = []
         with Tracker() as tracker:
             while len(held) < (_MAX_PRODUCTS if keeps else 1):
                 all_series.append([])
-                for product in self.products:
+                for product, V, result in zip(
+                    self.products, operands, results, strict=True
+                ):
                     tracker.series = []
-                    product.run(probe, K)
-                    lengths = product.lengths(shapes[0].numel(), self.risk.space.dim)
-                    fixed = K * sum(lengths) * itemsize
+                    with suppress(LimitExceededError):
+                        product.run(probe, V)
+                    fixed = result * self.risk.space.dtype.itemsize
                     all_series[-1] += [(f, n - fixed) for f, n in tracker.series]
+                if tracker.exceeded:
+                    del all_series[-1]
+                    break
+                tracker.limit = self._allowed(operands)
                 probe._dense.spent[key] = float(pays)
                 held.append([(None, probe._ledger.used())])
                 same = held[-1:] == held[-2:-1]
@@ -555,7 +595,38 @@ class Probe:
                     recorded = probe._recordings.values()
                     if all(b.settled(p.key) for b in recorded for p in self.products):
                         break
-        return all_series, held, probe
+        return all_series, held, probe, tracker.exceeded
+
+    def _allowed(self, operands: Iterable[Tensor]) -> float:
+        """Return the limit for what is alive after an operation of a product.
+
+        Before it is noticed, a recording may allocate two vectors more.
+        """
+        given = self.K * sum(len(V) for V in operands)
+        margin = 2 * self.risk.space.dim
+        return self.limit - (given + margin) * self.risk.space.dtype.itemsize
+
+    def _look(
+        self, look: EmpiricalRisk, factor: float
+    ) -> tuple[tuple[torch.Size, ...], int, bool]:
+        """Multiply single vectors, which makes what is made once in a process.
+
+        Return shapes of outputs, how many columns to multiply, and whether Jacobians
+        are kept as matrices.
+        """
+        shapes, K = look.output_shapes, min(self.K, RECORD_EARLY + 3)
+        if self.K > 1:
+            key, batches = self.products[0].key, look._recordings.values()
+            widths = [look._columns.at_once(key, b) for b in batches]
+            K = min(self.K, max([K, *widths]))
+        pays = self._jacobians_pay(look, factor)
+        operands = [p.operand(look, self.operand, 1) for p in self.products]
+        with Tracker() as tracker, suppress(LimitExceededError):
+            for _ in range(2):
+                for product, V in zip(self.products, operands, strict=True):
+                    product.run(look, V)
+                tracker.limit = self._allowed(operands)
+        return shapes, K, pays
 
     def _jacobians_pay(self, probe: EmpiricalRisk, factor: float) -> bool:
         """Whether batches' Jacobians are kept as matrices, after a first product."""
@@ -650,15 +721,15 @@ def number_of_parts(size: int | None, load: float, most: float | None) -> int:
     return ceil(size / max(1, int(most * size / load)))
 
 
-def fitted(probe: Probe, limit: int) -> tuple[Fit, Callable[[float], Footprint]]:
-    """Fit products into a number of bytes.
+def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
+    """Fit products into the limit.
 
     Raises
     ------
     MemoryError
         If they do not fit; the message says how many bytes would do.
     """
-    data, risk = probe.data, probe.risk
+    data, risk, limit = probe.data, probe.risk, probe.limit
     with Tracker() as tracker:
         risk._watch.state()  # compared before every product
     load, most = max(data.loads), None
@@ -676,22 +747,52 @@ def fitted(probe: Probe, limit: int) -> tuple[Fit, Callable[[float], Footprint]]
             print_ = probe.footprint(one, 1, part=True)
             needed = peak(one)
         if needed > limit:
-            raise MemoryError(_refusal(probe, needed, limit, cause))
+            raise MemoryError(_refusal(probe, needed, cause))
         most = one * _largest(lambda k: peak(k * one) <= limit, ceil(load / one))
         parts = [number_of_parts(*p, most) for p in zip(sizes, data.loads, strict=True)]
         loads = [
             n * ceil(size / number) / size
             for n, size, number in zip(data.loads, sizes, parts, strict=True)
         ]
-    width, at = 1, lambda _: print_
-    for wider in (64, 16, 4) if probe.K > 1 else ():
-        trial = probe.footprints(loads, wider, part=most is not None)
-        if max(trial(n).peak(n) + trial(n).total for n in loads) <= limit:
-            width, at = wider, trial
-            break
+    width, at = _widest(probe, loads, most is not None, print_)
     room = max(tracker.peak, *(at(n).room(n) for n in loads))
     entries = None if most is None else most * data.unit
-    return Fit(entries, width, max(0, limit - room)), at
+    return Fit(entries, width, int(max(0, limit - room))), at
+
+
+def _widest(
+    probe: Probe, loads: list[float], part: bool, narrow: Footprint
+) -> tuple[int, Callable[[float], Footprint]]:
+    """Return how many columns may be multiplied at once, and what that takes.
+
+    What more columns take is estimated before it is tried, since trying takes it.
+    """
+    space, limit = probe.risk.space, probe.limit
+    most = column_bytes(space.device) // (space.dim * space.dtype.itemsize)
+    if probe.K == 1 or most < 4:
+        return 1, lambda _: narrow
+
+    def tried(width: int) -> tuple[Callable[[float], Footprint], int]:
+        at = probe.footprints(loads, width, part)
+        return at, max(at(n).peak(n) + at(n).total for n in loads)
+
+    one = max(narrow.peak(n) + narrow.total for n in loads)
+    more = min(4, probe.K) - 1
+    # A column and its product are there at least.
+    each: float = 2 * space.dim * space.dtype.itemsize
+    if one + more * each > limit:
+        return 1, lambda _: narrow
+    few, four = tried(4)
+    if four > limit:
+        return 1, lambda _: narrow
+    each = max(each, (four - one) / more)
+    for width in (64, 16):
+        more = min(width, most, probe.K) - 4
+        if more > 0 and four + more * each <= limit:
+            many, nbytes = tried(width)
+            if nbytes <= limit:
+                return width, many
+    return 4, few
 
 
 def _largest(holds: Callable[[int], bool], stop: int) -> int:
@@ -703,12 +804,12 @@ def _largest(holds: Callable[[int], bool], stop: int) -> int:
     return low
 
 
-def _refusal(probe: Probe, needed: int, limit: int, cause: str | None) -> str:
+def _refusal(probe: Probe, needed: int, cause: str | None) -> str:
     title, enough = probe.products[0].title, ceil(1.02 * needed)
     what = "even with one datum at a time" if cause is None else "as batches stay whole"
     return (
         f"{title} with {probe.K} column{'s' * (probe.K > 1)} needs {needed} bytes, "
-        f"{what}, but `max_memory` is {limit}."
+        f"{what}, but `max_memory` is {probe.limit}."
         + (f" {cause}" if cause else "")
         + f" Pass `max_memory={enough}` or more, "
         + ("smaller batches, " if cause else "")
@@ -883,8 +984,8 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
             probe = Probe(risk, data, products, K, budget)
             at = probe.footprints(data.loads)
         else:
-            probe = Probe(risk, data, products, K)
-            fit, at = fitted(probe, risk.max_memory)
+            probe = Probe(risk, data, products, K, limit=risk.max_memory)
+            fit, at = fitted(probe)
             budget, entries = min(budget, fit.budget), fit.entries
     most = None if entries is None else entries / data.unit
     pairs = list(zip(data.sizes, data.loads, strict=True))

@@ -173,11 +173,12 @@ class EmpiricalRisk:
 
     What fits into ``max_memory`` is predicted from products with two and three data
     of the first batch, made before the first product of each kind and number of
-    columns, again after a change of parameters. Batches are cut only if these data
-    contribute apart and the loss is known in closed form or has ``num_terms_fn``. What
-    operations of torch use inside, and estimating Kronecker factors, is not counted;
-    products in several threads take their bytes each. No sensitivities are kept, and no
-    factors of small matrices.
+    columns, again after a change of parameters. Trying them takes what they take, which
+    is less than the bound unless all batches are about as small. Batches are cut only
+    if these data contribute apart and the loss is known in closed form or has
+    ``num_terms_fn``. What operations of torch use inside, and estimating Kronecker
+    factors, is not counted; products in several threads take their bytes each. No
+    sensitivities are kept, and no factors of small matrices.
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless
@@ -244,7 +245,7 @@ class EmpiricalRisk:
         if cache != "auto":
             budget_bytes(cache, self.space.device)  # raises on a wrong setting
         if check_deterministic:
-            self._fit(GRADIENT, 1)
+            self._fit(GRADIENT)
             same_batches = passes_agree(self, num_data)
             self._repeats = self._repeats or same_batches
             self._shuffled = not same_batches
@@ -410,7 +411,7 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
-        self._fit(Product("mean", body, title, key), V.shape[1])
+        self._fit(Product("mean", body, title, key), V)
 
         def multiply(V: Tensor) -> Tensor:
             if self._may_join(key):
@@ -456,7 +457,7 @@ class EmpiricalRisk:
             return self._session(lambda: self._left_factor(middle, jacobians), key)
 
         if self.max_memory is not None:
-            self._fit(Product("congruence", middle, title, key), V.shape[1])
+            self._fit(Product("congruence", middle, title, key), V)
             return self._product(multiply, V, key)
         return self._product(multiply, V, key, left_factor)
 
@@ -651,7 +652,7 @@ class EmpiricalRisk:
                 self._add_products(body, batch, V, part, spaces, key)
             return total.T
 
-        self._fit(Product("push_forward", body, title, key), V.shape[1])
+        self._fit(Product("push_forward", body, title, key), V)
         return self.session(run, key)
 
     def pull_back(
@@ -692,7 +693,7 @@ class EmpiricalRisk:
             return total().div_(self._denominator(count) if mean else 1).T
 
         options = (("mean", mean),)
-        self._fit(Product("pull_back", body, title, key, options), U.shape[1])
+        self._fit(Product("pull_back", body, title, key, options), U)
         return self.session(run, key)
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
@@ -746,14 +747,14 @@ class EmpiricalRisk:
         Known from the check for determinism, else from one forward pass.
         """
         if self._output_shapes is None:
-            self._fit(GRADIENT, 1)
+            self._fit(GRADIENT)
             self.session(lambda: [None for _ in self.batches("output_shapes")])
         assert self._output_shapes is not None
         return self._output_shapes
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Return gradient (in parameter shapes) and loss of the whole data."""
-        self._fit(GRADIENT, 1)
+        self._fit(GRADIENT)
         seen = self.session(lambda: look(self, self.batches("gradient_and_loss")))
         return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
 
@@ -951,20 +952,25 @@ class EmpiricalRisk:
             return False
         return not self._ledger.full or batch.place in self._recordings
 
-    def _fit(self, product: Product, K: int) -> None:
-        """Choose parts, columns and budget with which a product fits `max_memory`."""
+    def _fit(self, product: Product, V: Tensor | None = None) -> None:
+        """Choose parts, columns and budget with which a product fits `max_memory`.
+
+        Its operand is ``V``.
+        """
         if self.max_memory is None:
             return
         self._refresh_if_changed()
         if product.key in self._dense.matrices:
             return
+        K = 1 if V is None else V.shape[1]
         name = product.method, product.key, K
         once = product.key is None and product is not GRADIENT
         with self.model.exclusive(), self._lock:
             fit = self._fits.get(name)
             if fit is None or once:
-                probe = Probe(self, Data.of(self), [product], K)
-                self._fits[name] = fit = fitted(probe, self.max_memory)[0]
+                bound = self.max_memory
+                probe = Probe(self, Data.of(self), [product], K, 0, bound, V)
+                self._fits[name] = fit = fitted(probe)[0]
             if fit.entries is not None and fit.entries < (self._entries or inf):
                 self._entries = fit.entries
                 self._drop_recordings()
@@ -1105,7 +1111,7 @@ class EmpiricalRisk:
     def _fresh_batches(self, title: str) -> Iterator[Linearization]:
         """Yield batches that are evaluated now, whatever is recorded."""
         title = f"{type(self).__name__}.{title}"
-        self._fit(GRADIENT, 1)
+        self._fit(GRADIENT)
         recordings, self._recordings = self._recordings, {}
         full, self._ledger.full = self._ledger.full, True
         try:
