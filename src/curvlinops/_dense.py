@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 MAX_DENSE_DIM = 4096
 #: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
 MAX_JACOBIAN_COST = 32
-#: Bytes of a batch's Jacobian `J` per product after which `M J` is computed: that takes
-#: time in proportion to these, and saves the same time in every product.
-FACTOR_BYTES = 1 << 17
+#: Bytes of a batch's Jacobian `J` per product after which `M J` is computed. That takes
+#: what four times as many products save: done early, since solvers make dozens.
+FACTOR_BYTES = 1 << 19
 
 Batches = list[Linearization]
 Jacobians = list[tuple[Linearization, Tensor]]

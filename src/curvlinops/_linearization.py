@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from threading import RLock
 from typing import Any, Self, TypeVar, overload
 
@@ -198,6 +198,12 @@ class Linearization:
             or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
         )
         return output
+
+    @_kept
+    def reached(self) -> set[int]:
+        """The ``id`` of every leaf of the model that the output depends on."""
+        ours = set(map(id, self._leaves))
+        return ours.intersection(map(id, graph_leaves(self.output)))
 
     @_kept
     def loss(self) -> Loss:
@@ -498,10 +504,8 @@ class Linearization:
         again = self.multiplied
         self.multiplied = again or not self.pays_early
         if self._model.forward_mode and not (again or several or recording()):
-            ours = set(map(id, self._leaves))
-            reached = ours.intersection(map(id, graph_leaves(self.output)))
             try:
-                Jv = self._model.directional(self.fresh_input(), V, reached)
+                Jv = self._model.directional(self.fresh_input(), V, self.reached)
             except Exception:  # whatever a model or an operation raises there
                 Jv, self._model.forward_mode = None, False
             if Jv is not None:
@@ -704,37 +708,30 @@ def graph_bytes(roots: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> int:
 def _saved(node: Any) -> list[Any]:
     """Return what a node of an autograd graph saved for its backward pass."""
     values: list[Any] = []
-    for name in _saved_names(type(node)):
+    for raw_name, name in _saved_names(node.__class__):
         try:
-            raw = getattr(node, name)
+            raw = getattr(node, raw_name)
             packed = raw if isinstance(raw, (tuple, list)) else [raw]
             # Behind a hook (activation checkpointing) the value is not kept but
             # computed on access.
             if any(getattr(one, "unpack_hook", None) is not None for one in packed):
                 continue
-            value = getattr(node, _value_name(node, name))
+            value = getattr(node, name)
         except RuntimeError:  # already freed
             continue
         values += value if isinstance(value, (tuple, list)) else [value]
     return values
 
 
-def _value_name(node: Any, raw_name: str) -> str:
-    """Return the attribute that gives the value of a raw saved tensor."""
-    name = raw_name.removeprefix("_raw")
-    return name if hasattr(type(node), name) else name.removeprefix("_")
-
-
-_SAVED_NAMES: dict[type, list[str]] = {}
-
-
-def _saved_names(node_type: type) -> list[str]:
-    """Return the names of the raw saved tensors of a node type."""
-    if node_type not in _SAVED_NAMES:
-        _SAVED_NAMES[node_type] = [
-            name for name in dir(node_type) if name.startswith("_raw_saved_")
-        ]
-    return _SAVED_NAMES[node_type]
+@cache
+def _saved_names(node_type: type) -> list[tuple[str, str]]:
+    """Return the attributes of saved tensors of a node type, raw and as they are."""
+    raw_names = [name for name in dir(node_type) if name.startswith("_raw_saved_")]
+    names = [name.removeprefix("_raw") for name in raw_names]
+    return [
+        (raw, name if hasattr(node_type, name) else name.removeprefix("_"))
+        for raw, name in zip(raw_names, names, strict=True)
+    ]
 
 
 def free_memory(device: torch.device) -> int:

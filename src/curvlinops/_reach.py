@@ -47,7 +47,7 @@ class Reach:
             If the user's model is.
         """
         leaked = model.foreign_leaves(batch.output)
-        reached = _names(model, batch.output)
+        reached = _names(model, batch.reached)
         copied = isinstance(self._model_func, nn.Module) and model._held is None
         if copied and model.uses_frozen(cloned(batch.X)):
             raise CopyLeaksError
@@ -73,7 +73,7 @@ class Reach:
     def note(self, model: Model, batch: Linearization) -> None:
         """Take down which parameters a batch's output depends on."""
         if self.names is not None:
-            self.names |= _names(model, batch.output)
+            self.names |= _names(model, batch.reached)
 
     def warn_about_unused(self) -> None:
         """Warn once about parameters that no batch's output depends on."""
@@ -92,7 +92,8 @@ class Reach:
         """Return the parameters that a batch's output depends on, without a copy."""
         model = Model(self._model_func, self._params)
         model.evaluate_in_place()
-        return _names(model, model.run(lambda: model(cloned(batch.X))))
+        output = model.run(lambda: model(cloned(batch.X)))
+        return _names(model, set(map(id, graph_leaves(output))))
 
     def _used_without_gradient(self, batch: Linearization) -> list[str]:
         """Return the parameters that the model uses where gradients are off."""
@@ -111,6 +112,5 @@ class Reach:
         )
 
 
-def _names(model: Model, output: Tensor) -> set[str]:
-    leaves = {id(leaf) for leaf in graph_leaves(output)}
-    return {name for name, p in model.aliases.items() if id(p) in leaves}
+def _names(model: Model, reached: set[int]) -> set[str]:
+    return {name for name, p in model.aliases.items() if id(p) in reached}
