@@ -468,8 +468,8 @@ class Probe:
             make = partial(self._slice, item, share, (n, load), width, chosen, widths)
             series, held, probe, exceeds = self._run(make, load / n)
             runs.insert(0, (n, series, held, exceeds))
-        rows = probe.output_shapes[0].numel() * sum(self.data.loads) / n
-        lengths = [p.lengths(round(rows), dim) for p in self.products]
+        outputs = round(probe.output_shapes[0].numel() * sum(self.data.loads) / n)
+        lengths = [p.lengths(outputs, dim) for p in self.products]
         itemsize = self.risk.space.dtype.itemsize
         return Footprint(
             [n for n, *_ in runs],
@@ -483,7 +483,7 @@ class Probe:
             else "recording"
             if all(probe._replays(p.key) for p in self.products)
             else "graph",
-            self._matrix(probe, round(rows), load / n),
+            self._matrix(probe, outputs, load / n),
         )
 
     def _slice(
@@ -544,8 +544,8 @@ class Probe:
                 if one is not None and one.settled(product.key):
                     break
         held = [twin._recordings[i].nbytes for i in range(len(self.data.sizes))]
-        rows = sum(shape.numel() for shape in twin.output_shapes)
-        matrix = self._matrix(twin, rows, 1.0)
+        outputs = sum(shape.numel() for shape in twin.output_shapes)
+        matrix = self._matrix(twin, outputs, 1.0)
         return Joined(held, twin._ledger.used() - sum(held), tracker.peak, matrix)
 
     def _enlarged(self, batch: Any, n: float, load: float) -> int:
@@ -636,10 +636,9 @@ class Probe:
         pays = probe._dense.jacobians_pay([rows], list(probe._recordings.values()))
         return pays and nbytes <= self.budget and self.products[0].key is not None
 
-    def _matrix(self, probe: EmpiricalRisk, rows: int, larger: float) -> Kept | None:
-        """Return when a small matrix is kept.
+    def _matrix(self, probe: EmpiricalRisk, outputs: int, larger: float) -> Kept | None:
+        """Return when a small matrix is kept, or its factors if outputs are few enough.
 
-        Or its factors, if the outputs, of which there are ``rows``, are few enough.
         Batches are ``larger`` by a factor than those that have been tried out.
         """
         product, *others = self.products
@@ -654,11 +653,11 @@ class Probe:
         factored &= self.risk.max_memory is None
         cost = dense.cost_of_matrix(key, batches, factored)
         number, row = len(self.data.loads), probe.space.dim * probe.space.dtype.itemsize
-        if factored and dense.factors_suffice(rows):
-            nbytes = rows * row
+        if factored and dense.factors_suffice(outputs):
+            nbytes = outputs * row
             cost, work = dense.cost_of_factors(nbytes, number), 3 * nbytes // number
         elif factored:
-            nbytes, work = probe.space.dim * row, rows * row
+            nbytes, work = probe.space.dim * row, outputs * row
         else:  # columns of the identity, and what they are multiplied to
             nbytes = probe.space.dim * row
             graph = larger * max((batch.nbytes for batch in batches), default=0)

@@ -103,16 +103,16 @@ class TensorSpace:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return views of shape ``[*leading, *shape]`` of a ``[*leading, dim]``."""
-        leading, parts = flat.shape[:-1], flat.split_with_sizes(self.sizes, -1)
-        # Faster than a `torch.Size`, or a tuple, as the only argument.
-        return [
-            part
-            if len(shape) == 1
-            else part.reshape(*leading, *shape)
-            if shape
-            else part[..., 0]
-            for part, shape in zip(parts, self.shapes, strict=True)
-        ]
+        leading = flat.shape[:-1]
+
+        def shaped(part: Tensor, shape: torch.Size) -> Tensor:
+            if len(shape) < 2:
+                return part if shape else part[..., 0]
+            # Faster than a `torch.Size`, or a tuple, as the only argument.
+            return part.reshape(*leading, *shape)
+
+        parts = flat.split_with_sizes(self.sizes, -1)
+        return list(map(shaped, parts, self.shapes))
 
     def join(self, tensors: Sequence[Tensor], leading: int = 0) -> Tensor:
         """Concatenate ``[*leading, *shape]`` tensors to a ``[*leading, dim]``."""
