@@ -230,3 +230,15 @@ def test_eigendecomposed():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("damping", [float("nan"), float("inf"), "1", [0.1, 0.2]])
+@pytest.mark.parametrize("exact", [False, True])
+def test_dampings_that_are_no_numbers(damping, exact):
+    A = KroneckerProductLinearOperator(*(torch.eye(n).double() for n in (2, 3)))
+    with pytest.raises(ValueError, match="must be a finite number"):
+        A.inverse(damping, use_exact_damping=exact)
+    with pytest.raises(ValueError, match="must be a finite number"):
+        A.eigh().inverse(damping)
+    with pytest.raises(ValueError, match="from zero"):
+        A.inverse(-0.1, use_heuristic_damping=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -257,7 +257,8 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         ------
         ValueError
             If both ways of damping are asked for, or the exact one with several
-            numbers; or if there is not one number for each factor.
+            numbers; if there is not one number for each factor; if one is not finite,
+            or negative under the heuristic.
         numpy.linalg.LinAlgError
             If a damped factor is not positive definite: increase ``damping``.
 
@@ -268,6 +269,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         """
         self._check_square("inverse")
         several = isinstance(damping, tuple)
+        checked_damping(damping)
         if use_exact_damping and (use_heuristic_damping or several):
             raise ValueError(
                 "Exact damping adds one number to the diagonal of the product: leave "
@@ -297,6 +299,11 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         )
 
     def _heuristic(self, damping: float, least: float) -> list[Tensor]:
+        if damping < 0:
+            raise ValueError(
+                f"The heuristic needs `damping` from zero, got {damping}: its square "
+                "root is taken."
+            )
         first, second = (_diagonal(f).mean(-1) for f in self.factors)
         pi = (second / first).sqrt()
         pi = torch.where(pi.isfinite() & (pi > 0), pi, torch.ones_like(pi))
@@ -465,10 +472,13 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
 
         Raises
         ------
+        ValueError
+            If the damping is not a finite number.
         numpy.linalg.LinAlgError
             If a damped eigenvalue is zero, or it is zero up to rounding and not
             damped: increase ``damping``.
         """
+        checked_damping(damping)
         damped = self.evals + damping if damping else self._without_rounding()
         if zeros := int((damped == 0).sum()):
             raise LinAlgError(
@@ -535,6 +545,17 @@ def eigh(
     # Of a positive semi-definite matrix, the diagonal bounds all entries.
     look_at = _diagonal(factor) if upper else factor
     return _retried(decompose, factor, name, retry, "eigendecomposition", look_at)
+
+
+def checked_damping(damping: Any) -> None:
+    """Raise unless a damping is a finite number, or a tuple of these."""
+    for number in damping if isinstance(damping, tuple) else (damping,):
+        value = real_scalar(number)
+        if value is None or not isfinite(value):
+            raise ValueError(
+                "`damping` must be a finite number, or a tuple of one for each factor, "
+                f"got {damping!r}."
+            )
 
 
 def _damped_inverse(
@@ -615,24 +636,34 @@ def _retried(
     try:
         return decompose(factor)
     except RuntimeError as error:
+        if _lacks_memory(error):
+            raise
         if not retry or factor.dtype == torch.float64:
             raise _failed(what, factor, name) from error
     try:
         result = decompose(factor.double())
     except RuntimeError as error:
+        if _lacks_memory(error):
+            raise
         raise _failed(what, factor, name) from error
     if torch.is_tensor(result):
         return result.to(factor.dtype)
     return tuple(part.to(factor.dtype) for part in result)
 
 
+def _lacks_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, which no other precision cures."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
+
+
 def _failed(what: str, factor: Tensor, name: str, finite: bool = True) -> LinAlgError:
     shape = tuple(factor.shape[1:])
-    cause = (
-        "is not positive definite: pass a larger `damping`"
-        if finite
-        else "has entries that are not finite: look at the parameters and the data"
-    )
+    if not finite:
+        cause = "has entries that are not finite: look at the parameters and the data"
+    elif what == "eigendecomposition":
+        cause = "did not converge: scale the loss, or use float64 or another device"
+    else:
+        cause = "is not positive definite: pass a larger `damping`"
     where = f" of {name}" if name else ""
     return LinAlgError(
         f"The {what} of a factor of shape {shape}{where} failed. It {cause}."

@@ -289,18 +289,30 @@ def test_load_refuses_mismatches(A, tmp_path):
     path = tmp_path / "factors.npz"
     A.save(path)
     for name, what in (("mlp-no-bias", "names"), ("linear", "names")):
-        other = KFACLinearOperator(*find(name).build())
+        other = type(A)(*find(name).build())
         with pytest.raises(ValueError, match=f"with the {what}"):
             other.load(path)
     problem = find("mlp-tanh-mse").build()
     model, loss, params, data = references.convert(*problem, dtype=torch.float32)
     with pytest.raises(ValueError, match="with the dtype"):
-        KFACLinearOperator(model, loss, params, data).load(path)
+        type(A)(model, loss, params, data).load(path)
     wider = mlp(4, 6, 4, 3)
     X, y = torch.rand(6, 4), torch.rand(6, 3)
-    other = KFACLinearOperator(wider, loss, list(wider.parameters()), split(X, y))
+    other = type(A)(wider, loss, list(wider.parameters()), split(X, y))
     with pytest.raises(ValueError, match="with the shapes"):
         other.load(path)
+    for cls in FAMILY:
+        if cls is not type(A):
+            with pytest.raises(ValueError, match=f"holds .*{type(A).__name__}"):
+                cls(*problem).load(path)
+    joint = type(A)(*problem, separate_weight_and_bias=False)
+    with pytest.raises(ValueError, match="'biases': 'joint'"):
+        joint.load(path)
+    (tmp_path / "text").write_text("no factors")
+    with pytest.raises(ValueError, match="no npz file"):
+        joint.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError):
+        joint.load(tmp_path / "missing")
     np.savez(tmp_path / "other.npz", a=np.ones(2))
     with pytest.raises(ValueError, match="no header"):
         load(tmp_path / "other.npz")

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -276,8 +278,16 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
 
     # -- files ------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write everything to an ``npz`` file that :func:`load` reads."""
+    def save(self, path: str | PathLike[str], **kind: str) -> None:
+        """Write everything to an ``npz`` file that :func:`load` reads.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+        **kind : str
+            What else it is to say about itself.
+        """
         arrays: dict[str, np.ndarray] = {}
         described = []
         for i, (layout, block) in enumerate(
@@ -294,7 +304,8 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
             described.append([counts, block.name, *vars(layout).values()])
         space = self._in_space
         header = {
-            "format": "curvlinops-blocks-2",
+            "format": "curvlinops-blocks-3",
+            "kind": kind,
             "names": space.names,
             "shapes": space.shapes,
             "dtype": str(space.dtype).removeprefix("torch."),
@@ -312,7 +323,7 @@ def _kronecker(block: Block) -> KroneckerProductLinearOperator:
 
 
 def load(
-    path: str | PathLike[str], device: torch.device | str = "cpu"
+    path: str | PathLike[str], device: torch.device | str = "cpu", **kind: str
 ) -> BlockwiseLinearOperator:
     """Read the blocks that were saved in a file.
 
@@ -322,6 +333,8 @@ def load(
         A file that ``save`` of a Kronecker-factored operator has written.
     device : torch.device or str, optional
         Where the result lives.
+    **kind : str
+        What the file must say about itself.
 
     Returns
     -------
@@ -330,17 +343,23 @@ def load(
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such file.
     ValueError
         If the file is of another kind.
     """
+    if Path(path).exists() and not is_zipfile(path):
+        raise ValueError(f"{path!r} holds no Kronecker factors: it is no npz file.")
     with np.load(path, allow_pickle=False) as file:
         if "header" not in file:
             raise ValueError(f"{path!r} holds no Kronecker factors: it has no header.")
         header = json.loads(str(file["header"]))
-        if header.get("format") != "curvlinops-blocks-2":
+        if header.get("format") != "curvlinops-blocks-3":
             raise ValueError(
                 f"{path!r} has an unknown format {header.get('format')!r}."
             )
+        if kind and header["kind"] != kind:
+            raise ValueError(f"{path!r} holds {header['kind']}, not {kind}.")
         layouts, blocks = [], []
         for i, (counts, name, names, shapes, *rest) in enumerate(header["blocks"]):
             view, order, size = map(tuple, rest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +19,10 @@ from curvlinops.kfac._layers import (
     Gradients,
     Layer,
     Receiver,
-    batches,
+    of_rows,
 )
+from curvlinops.kfac._rows import CHUNK_BYTES
+from curvlinops.kfac._trial import Findings, batches
 from curvlinops.kfac._uses import Layout
 from curvlinops.kronecker import (
     KroneckerProductLinearOperator,
@@ -36,8 +37,6 @@ KEPT_BYTES = 1 << 23
 #: Vectors are sent back together if the layers' results take no more bytes than this:
 #: it saves overhead, while a large model computes several vectors no faster than one.
 TOGETHER_BYTES = 1 << 18
-#: Bytes of intermediate tensors that are computed at once.
-CHUNK_BYTES = 1 << 24
 #: How many vectors are sent back together, at most.
 MAX_TOGETHER = 64
 
@@ -130,6 +129,8 @@ class Estimation:
         self._reuse = reuse
         self._may_send_together = True
         self._is_checked = False
+        self._findings: list[Findings] = []
+        self._without_layer: set[str] = set()
 
     def sweep(self, visitor: Visitor, diagonals: bool = False) -> None:
         """Go through the data once, with as few backward passes as possible."""
@@ -143,9 +144,8 @@ class Estimation:
             count: Any = 0
             kept: Any = []
             budget: int | None = None
-            source = batches(
-                self.risk, self.settings.bias, self.settings.unsupported, self.title
-            )
+            bias, unsupported = self.settings.bias, self.settings.unsupported
+            source = batches(self.risk, bias, unsupported, self.title, self._findings)
             # Closed also while an exception holds on to it: recording goes on then.
             with closing(source):
                 for batch in source:
@@ -246,24 +246,30 @@ class Estimation:
 
     def _register(self, batch: Batch) -> None:
         """Check that every batch uses the parameters in the same way."""
+        differ = []
         for layer in batch.layers:
             known = self.layers.setdefault(layer.name, replace(layer, uses=[]))
             if (known.layout, known.bias) != (layer.layout, layer.bias):
-                raise ValueError(
-                    f"The parameter {layer.name!r} is used in several ways by different"
-                    " batches. Use `unsupported='diagonal'`, or one way only."
-                )
+                differ.append(layer.name)
+        self._without_layer.update(batch.diagonal)
+        names = {name for layer in self.layers.values() for name in _names(layer)}
+        differ += sorted(names & self._without_layer)
+        if differ:
+            raise ValueError(
+                f"Different batches use {differ} in different ways, and not all of them"
+                " have the same Kronecker-factored form. Use these parameters in one "
+                "way only, or leave them out of `params`."
+            )
 
     def _add_diagonals(self, batch: Batch, U: Tensor) -> None:
         """Add the squares of every datum's gradient, one backward pass per datum."""
         aliases = self.risk.model.aliases
         leaves = [aliases[name] for name in batch.diagonal]
-        rows = batch.loss.num_rows
-        index = torch.arange(rows, device=U.device).reshape(batch.loss.row_shape)
-        axis = batch.loss.class_axis
-        index = index if axis is None else index.unsqueeze(axis)
-        for n in range(batch.size):
-            mine = index * batch.size // rows == n
+        rows, N = batch.loss.num_rows, batch.size
+        index = torch.arange(rows, device=U.device)
+        datum = index % N if batch.interleaved else index * N // rows
+        for n in range(N):
+            mine = of_rows(batch.loss, datum == n)
             grads = torch.autograd.grad(
                 batch.linearization.output,
                 leaves,
@@ -338,14 +344,3 @@ def product(
     return KroneckerProductLinearOperator(
         *factors, grouped=True, name=called, symmetric=symmetric
     )
-
-
-def slots(layer: Layer, swapped: bool) -> Iterator[tuple[slice, list[Any]]]:
-    """Yield the ranges of groups that uses fill, and these uses."""
-    by_slot: dict[int | None, list[Any]] = defaultdict(list)
-    for use, is_swapped in layer.uses:
-        if is_swapped == swapped:
-            slot = use.options.get("slot")
-            by_slot[None if slot is None else slot[0]].append(use)
-    for slot, uses in by_slot.items():
-        yield slice(None) if slot is None else slice(slot, slot + 1), uses

@@ -33,9 +33,9 @@ from curvlinops.kfac._estimation import (
     Sums,
     Visitor,
     product,
-    slots,
 )
 from curvlinops.kfac._layers import Batch, Gradients, Layer
+from curvlinops.kfac._rows import slots
 from curvlinops.kfac._uses import token_ids
 
 

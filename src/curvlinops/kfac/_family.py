@@ -201,9 +201,13 @@ class KroneckerFactored(Represented, RiskOperator):
 
     # -- files ------------------------------------------------------------------------
 
+    @property
+    def _kind(self) -> dict[str, str]:
+        return {"class": type(self).__name__, "biases": self.settings.bias}
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the factors, with the parameters' names and shapes, to an npz file."""
-        self.representation.save(path)
+        self.representation.save(path, **self._kind)
 
     def load(self, path: str | PathLike[str]) -> None:
         """Read factors that were saved, for the same parameters, on any device.
@@ -211,9 +215,10 @@ class KroneckerFactored(Represented, RiskOperator):
         Raises
         ------
         ValueError
-            If names, shapes or dtype of the parameters differ.
+            If the class of the operator, how it treats biases, or names, shapes or
+            dtype of the parameters differ.
         """
-        matrix = load(path, self.device)
+        matrix = load(path, self.device, **self._kind)
         mine, its = self._in_space, matrix._in_space
         for what in ("names", "shapes", "dtype"):
             if getattr(mine, what) != getattr(its, what):
@@ -268,6 +273,8 @@ def checked_settings(
             f"`mc_samples` must be positive, got {mc_samples}. The exact matrix has "
             "`fisher_type='type-2'`."
         )
+    if max_factor < 1:
+        raise ValueError(f"`max_factor` must be positive, got {max_factor}.")
     fisher = Fisher(str(fisher_type), mc_samples, seed)
     return Settings(
         fisher, kfac_approx == KFACType.REDUCE, bias, unsupported, max_factor

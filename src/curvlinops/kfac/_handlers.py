@@ -86,7 +86,23 @@ def _embedding(
     return recorder.note("embedding", weight, input, y, **options)
 
 
-def _transpose(recorder: Recorder, _: Any, tensor: Tensor, *args: Any) -> Any:
+def _two(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a handler of two operands see those given by name, too."""
+
+    def by_place(recorder: Recorder, func: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [n for n in ("input", "self", "other", "mat2") if n in kwargs]
+        operands = [*args, *(kwargs.pop(name) for name in names)]
+        if kwargs or len(operands) != 2:
+            return NotImplemented
+        return handler(recorder, func, *operands)
+
+    return by_place
+
+
+def _transpose(
+    recorder: Recorder, _: Any, tensor: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    args += tuple(kwargs.values())
     if not recorder.name(tensor) or tensor.ndim != 2:
         return NotImplemented
     if args and set(args) not in ({0, 1}, {-1, -2}):
@@ -139,8 +155,8 @@ def _shift(
 def _binary(note: Callable[..., Any], swapped_sign: int = 1) -> Callable[..., Any]:
     """Handle ``func(a, b)`` with a parameter as one of two operands."""
 
-    def handler(recorder: Recorder, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-        if kwargs or (recorder.owner(a) and recorder.owner(b)):
+    def handler(recorder: Recorder, func: Any, a: Any, b: Any) -> Any:
+        if recorder.owner(a) and recorder.owner(b):
             return NotImplemented
         if recorder.name(b):
             extra = {"sign": swapped_sign} if note is _shift else {}
@@ -149,7 +165,7 @@ def _binary(note: Callable[..., Any], swapped_sign: int = 1) -> Callable[..., An
             return note(recorder, lambda x, p: func(p, x), b, a)
         return NotImplemented
 
-    return handler
+    return _two(handler)
 
 
 def _expand(
@@ -283,7 +299,10 @@ for _d in (1, 2, 3):
 for _functions, _handler in (
     ((Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t), _transpose),  # type: ignore[attr-defined]
     ((Tensor.transpose, torch.transpose, Tensor.swapaxes), _transpose),
-    ((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
+    (
+        (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__),
+        _two(_matmul),
+    ),
     ((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _binary(_scale)),
     ((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _binary(_shift)),
     ((torch.sub, Tensor.sub, Tensor.__sub__), _binary(_shift, swapped_sign=-1)),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, vmap
 
-from curvlinops._data import strided, tensors_in
 from curvlinops._parts import data_gradients
-from curvlinops.kfac._handlers import HANDLERS
-from curvlinops.kfac._recording import Recorder, Use
+from curvlinops.kfac._recording import Use
 from curvlinops.kfac._uses import KINDS, Layout, applies_elementwise
 from curvlinops.losses import Loss
 from curvlinops.risk import EmpiricalRisk
@@ -85,6 +83,8 @@ class Batch:
     layers: list[Layer]
     diagonal: list[str]
     size: int
+    #: Whether the output's rows are sorted by terms first, by data second.
+    interleaved: bool = False
 
     @property
     def loss(self) -> Loss:
@@ -203,42 +203,6 @@ def _nodes_before(output: Tensor, wanted: Iterable[Any]) -> set[Any]:
     return {node for node, is_before in before.items() if is_before}
 
 
-def batches(
-    risk: EmpiricalRisk, bias: str, unsupported: str, title: str
-) -> Generator[Batch]:
-    """Yield every batch with its layers (within ``risk.session``)."""
-    source: Any = risk._fresh_batches(title)
-    with closing(source):
-        yield from _batches(risk, source, bias, unsupported)
-
-
-def _batches(
-    risk: EmpiricalRisk, source: Iterator[Any], bias: str, unsupported: str
-) -> Iterator[Batch]:
-    recorder = Recorder(risk.model.aliases, HANDLERS)
-    while True:
-        recorder.clear()
-        with recorder:
-            batch = next(source, None)
-        if batch is None:
-            return
-        recorder.check_complete(batch.output)
-        data = strided(tensors_in(batch.X))
-        for use in recorder.uses:
-            use.take_from(data)
-        size = risk._size_or_none(batch.X) or len(batch.output)
-        shapes = {name: tuple(p.shape) for name, p in risk.model.aliases.items()}
-        layers, unknown = resolve(recorder.uses, recorder.unknown, shapes, size, bias)
-        if unknown and unsupported != "diagonal":
-            listing = "; ".join(f"{n!r} in `{use}`" for n, use in unknown.items())
-            raise ValueError(
-                f"No Kronecker-factored form is known for the use of {listing}. Leave "
-                "these parameters out of `params`, or approximate their blocks by the "
-                "diagonal of the matrix with `unsupported='diagonal'`."
-            )
-        yield Batch(risk, batch, layers, list(unknown), size)
-
-
 def resolve(
     uses: list[Use],
     unknown: Mapping[str, str],
@@ -317,6 +281,8 @@ def _layer(
     layout = Layout((name,), (shape,), view, order, (G, m, n))
     if bias is None:
         return Layer(layout, placed, elementwise=elementwise)
+    if prod(shapes[bias]) != G * m:  # it is broadcast
+        return None
     column = Layout((bias,), (shapes[bias],), (G, m, 1), (0, 1, 2), (G, m, 1))
     if not joint:
         return Layer(layout, placed, bias=column)
@@ -374,7 +340,7 @@ class Fisher:
         if self.fisher_type == "empirical" and loss.opaque:
             yield data_gradients(batch.risk, batch.linearization)
             return
-        masks = _term_masks(loss, batch.size)
+        masks = _term_masks(batch)
         if self.fisher_type == "empirical":
             gradient = loss.gradient()
             yield from (gradient if mask is None else gradient * mask for mask in masks)
@@ -384,16 +350,21 @@ class Fisher:
                 yield column if mask is None else column * mask
 
 
-def _term_masks(loss: Loss, N: int) -> list[Tensor | None]:
+def _term_masks(batch: Batch) -> list[Tensor | None]:
     """Return masks that select the ``t``-th term of every datum."""
+    loss, N = batch.loss, batch.size
     T = loss.num_rows // N if loss.num_rows % N == 0 else loss.num_rows
     if T <= 1:
         return [None]
-    index = torch.arange(loss.num_rows, device=loss.output.device) % T
-    index = index.reshape(loss.row_shape)
-    if loss.class_axis is not None:
-        index = index.unsqueeze(loss.class_axis)
-    return [index == t for t in range(T)]
+    index = torch.arange(loss.num_rows, device=loss.output.device)
+    term = index // N if batch.interleaved else index % T
+    return [of_rows(loss, term == t) for t in range(T)]
+
+
+def of_rows(loss: Loss, values: Tensor) -> Tensor:
+    """Shape values of every row to be multiplied with a loss's output."""
+    values = values.reshape(loss.row_shape)
+    return values if loss.class_axis is None else values.unsqueeze(loss.class_axis)
 
 
 def _factor_columns(loss: Loss) -> Iterator[Tensor]:

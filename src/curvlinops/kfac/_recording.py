@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class Use:
         The result's shape.
     options : dict
         What else the geometry depends on.
+    axis : int or None
+        The axis of the result that counts data, if that was found out.
+    counted : tuple of str
+        The parameters that an autograd graph of the result leads to because of it.
     """
 
     kind: str
@@ -51,6 +56,8 @@ class Use:
     edge: Any
     shape: torch.Size
     options: dict[str, Any] = field(default_factory=dict)
+    axis: int | None = None
+    counted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Remember the version of the input's content."""
@@ -116,7 +123,6 @@ class Recorder(TorchFunctionMode):
         """Forget what was seen."""
         self.uses: list[Use] = []
         self.unknown: dict[str, str] = {}
-        self._calls: Counter[str] = Counter()
         self._transposed: dict[int, tuple[Tensor, str]] = {}
 
     def __torch_function__(
@@ -128,7 +134,7 @@ class Recorder(TorchFunctionMode):
         if not touched or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         handler = self._handlers.get(func)
-        if handler is not None:
+        if handler is not None and _fits(handler, args, kwargs):
             result = handler(self, func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -154,7 +160,6 @@ class Recorder(TorchFunctionMode):
         result, name = weight.T, self.name(weight)
         assert name is not None
         self._transposed[id(result)] = result, name
-        self._calls[name] += 1
         return result
 
     def note(
@@ -171,31 +176,49 @@ class Recorder(TorchFunctionMode):
         """Note a use with input ``x`` and result ``y``; return the result."""
         name, added = self.owner(weight), self.name(bias)
         assert name is not None
-        self.uses.append(
-            Use(kind, name, added, x.detach(), get_gradient_edge(y), y.shape, options)
-        )
-        if counted and id(weight) not in self._transposed:
-            self._calls[name] += 1
-        if counted and added is not None:
-            self._calls[added] += 1
+        names = [] if id(weight) in self._transposed else [name]
+        names += [] if added is None else [added]
+        use = Use(kind, name, added, x.detach(), get_gradient_edge(y), y.shape, options)
+        use.counted = tuple(names) if counted else ()
+        self.uses.append(use)
         return y
 
     def check_complete(self, output: Tensor) -> None:
         """Note as unknown what the graph says reaches a parameter, but was not seen.
 
-        Custom autograd functions, for example, are no torch functions.
+        Custom autograd functions, for example, are no torch functions. And a view of a
+        result that is changed in place is no longer where it was in the graph.
         """
         reached: Counter[str] = Counter()
         users: dict[str, str] = {}
+        nodes = set()
         for node in graph_nodes(output):
+            nodes.add(node)
             for following, _ in node.next_functions:
                 name = self.name(getattr(following, "variable", None))
                 if name is not None:
                     reached[name] += 1
                     users[name] = node.name()
+        transposed = self._transposed.values()
+        seen = Counter(name for W, name in transposed if W.grad_fn in nodes)
+        for use in self.uses:
+            if use.edge.node in nodes:
+                seen.update(use.counted)
+            elif use.weight not in use.counted:  # a part of a weight, or its transpose
+                seen[use.weight] -= 1
         for name, count in reached.items():
-            if count > self._calls[name]:
+            if count > seen[name]:
                 self.unknown.setdefault(name, users[name])
+
+
+def _fits(handler: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a handler takes such arguments, and sees tensors as they are."""
+    try:
+        signature(handler).bind(None, None, *args, **kwargs)
+    except TypeError:  # unusual keywords
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(map(wrapped, _tensors((args, *kwargs.values()))))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -101,27 +101,42 @@ class Kind:
     inputs, outputs : callable
         Map use and number of data (the latter also the gradient by the result) to rows
         ``[G, N, R, n]`` and ``[G, N, R, m]``.
+    axes : callable
+        Maps use and number of data to the axes that may count these, the likeliest
+        first.
     """
 
     layout: Callable[[Shape, Use], tuple[Shape, Shape, Shape]]
     inputs: Callable[[Use, int], Tensor]
     outputs: Callable[[Use, Tensor, int], Tensor]
+    axes: Callable[[Use, int], list[int]]
 
 
-def data_first(x: Tensor, N: int, name: str) -> Tensor:
-    """Reshape ``[*leading, d]`` to ``[N, R, d]``, with the data's axis in front.
-
-    That is axis 0, or else the first axis of length ``N``, or else axis 0 split.
-    """
-    lead = x.shape[:-1]
-    if lead and lead[0] != N and N in lead:
-        x = x.movedim(lead.index(N), 0)
-    elif not lead or lead[0] % N:
+def _axis(use: Use, N: int, candidates: list[int]) -> int:
+    """Return the axis that counts data: the one found out, or the likeliest."""
+    if use.axis is not None:
+        candidates = [use.axis] if use.axis in candidates else []
+    if not candidates:
         raise ValueError(
-            f"The layer with parameter {name!r} sees a tensor of shape {tuple(x.shape)}"
-            f", in which no axis counts the batch's {N} data points. Keep the data on "
-            "axis 0, or pass `batch_size_fn`; or use `unsupported='diagonal'`."
+            f"The layer with parameter {use.weight!r} has a result of shape "
+            f"{tuple(use.shape)}, in which no axis counts the batch's {N} data points. "
+            "Keep the data on axis 0, or pass `batch_size_fn`; or use "
+            "`unsupported='diagonal'`."
         )
+    return candidates[0]
+
+
+def _that_count(lengths: Shape, N: int) -> list[int]:
+    """Return axes that may count ``N`` data, or, in front, blocks of their rows."""
+    exact = [i for i, length in enumerate(lengths) if length == N]
+    blocks = lengths[:1] and lengths[0] % N == 0 and 0 not in exact
+    return [*exact, 0] if blocks else exact
+
+
+def data_first(x: Tensor, N: int, use: Use) -> Tensor:
+    """Reshape ``[*leading, d]`` to ``[N, R, d]``, with the data's axis in front."""
+    if N > 1:
+        x = x.movedim(_axis(use, N, _that_count(tuple(x.shape[:-1]), N)), 0)
     return x.reshape(N, -1, x.shape[-1])
 
 
@@ -145,11 +160,26 @@ def _columns(use: Use, x: Tensor) -> Tensor:
 
 def _matrix_inputs(use: Use, N: int) -> Tensor:
     x = _columns(use, use.checked_input())
-    return data_first(x, N, use.weight).unsqueeze(0)
+    return data_first(x, N, use).unsqueeze(0)
 
 
 def _matrix_outputs(use: Use, g: Tensor, N: int) -> Tensor:
-    return data_first(_columns(use, g), N, use.weight).unsqueeze(0)
+    return data_first(_columns(use, g), N, use).unsqueeze(0)
+
+
+def _matrix_axes(use: Use, N: int) -> list[int]:
+    return _that_count(lengths(use)[:-1], N)
+
+
+def lengths(use: Use) -> Shape:
+    """Return the lengths of a result's axes, those of a matrix's columns last."""
+    return tuple(_columns(use, torch.empty(use.shape, device="meta")).shape)
+
+
+def first_rows(use: Use, number: int) -> Tensor:
+    """Return what so many rows in front are computed from, if that is data."""
+    x = use.checked_input()
+    return (_columns(use, x) if use.kind.startswith("linear") else x)[:number]
 
 
 # -- embeddings ---------------------------------------------------------------------
@@ -158,14 +188,16 @@ def _matrix_outputs(use: Use, g: Tensor, N: int) -> Tensor:
 def token_ids(use: Use, N: int) -> Tensor:
     """Return an embedding's tokens, of shape ``[N, R]``."""
     ids = use.checked_input().unsqueeze(-1).long()
-    return data_first(ids, N, use.weight)[..., 0]
+    return data_first(ids, N, use)[..., 0]
 
 
 def _embedding_inputs(use: Use, N: int) -> Tensor:
-    units = F.one_hot(token_ids(use, N), use.options["size"])
+    ids, V = token_ids(use, N), use.options["size"]
+    units = torch.zeros(*ids.shape, V, dtype=use.options["dtype"], device=ids.device)
+    units.scatter_(-1, ids.unsqueeze(-1), 1)
     if (padding := use.options["padding"]) is not None:
         units[..., padding] = 0
-    return units.unsqueeze(0).to(use.options["dtype"])
+    return units.unsqueeze(0)
 
 
 def _embedding_outputs(use: Use, g: Tensor, N: int) -> Tensor:
@@ -297,6 +329,10 @@ def _convolution_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     return _split(columns.permute(0, 2, 3, 1), N)
 
 
+def _image_axes(use: Use, N: int) -> list[int]:
+    return [0]
+
+
 def _split(rows: Tensor, N: int) -> Tensor:
     """Reshape ``[G, M, R, d]`` to ``[G, N, M / N * R, d]``."""
     G, M, _, d = rows.shape
@@ -311,11 +347,21 @@ def _split(rows: Tensor, N: int) -> Tensor:
 # -- scales and shifts --------------------------------------------------------------
 
 
+def _broadcast_axes(use: Use) -> list[int]:
+    """Return the axes of a use's result along which its parameter is the same."""
+    size, missing = use.options["size"], len(use.shape) - len(use.options["size"])
+    ones = [missing + i for i, length in enumerate(size) if length == 1]
+    return [*range(missing), *ones]
+
+
+def _elementwise_axes(use: Use, N: int) -> list[int]:
+    broadcast = _broadcast_axes(use)
+    return [i for i in _that_count(tuple(use.shape), N) if i in broadcast]
+
+
 def applies_elementwise(use: Use, N: int) -> bool:
-    """Whether a parameter is broadcast along the axis that counts data."""
-    size, shape = use.options["size"], use.shape
-    alone = len(size) < len(shape) or (len(size) > 0 and size[0] == 1)
-    return alone and len(shape) > 0 and shape[0] > 0 and shape[0] % N == 0
+    """Whether a parameter is broadcast along an axis that may count data."""
+    return bool(_elementwise_axes(use, N))
 
 
 def _elementwise_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
@@ -331,12 +377,13 @@ def _elementwise_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     """Return every datum's gradient by the parameter, ``[1, N, 1, m]``."""
     if use.input.ndim or use.input != 1:
         g = g * use.checked_input()
-    g = g.reshape(N, -1, *g.shape[1:])
-    size = use.options["size"]
-    missing = g.ndim - 1 - len(size)
-    axes = [1 + i for i in range(missing)]
-    axes += [1 + missing + i for i, s in enumerate(size) if s == 1]
-    rows = (g.sum(axes) if axes else g).reshape(1, N, 1, -1)
+    broadcast, data = _broadcast_axes(use), _axis(use, N, _elementwise_axes(use, N))
+    kept = [i for i in range(g.ndim) if i == data or i not in broadcast]
+    rest = [i for i in broadcast if i != data]
+    rows = (g.sum(rest) if rest else g).movedim(kept.index(data), 0)
+    if len(rows) != N:
+        rows = rows.reshape(N, -1, *rows.shape[1:]).sum(1)
+    rows = rows.reshape(1, N, 1, -1)
     if (part := use.options.get("part")) is None:
         return rows
     i, parts = part
@@ -344,12 +391,23 @@ def _elementwise_outputs(use: Use, g: Tensor, N: int) -> Tensor:
 
 
 KINDS: dict[str, Kind] = {
-    "linear": Kind(_matrix_layout, _matrix_inputs, _matrix_outputs),
-    "linear-transposed": Kind(_flipped_layout, _matrix_inputs, _matrix_outputs),
-    "embedding": Kind(_flipped_layout, _embedding_inputs, _embedding_outputs),
-    "convolution": Kind(_convolution_layout, _convolution_inputs, _convolution_outputs),
-    "transposed-convolution": Kind(
-        _transposed_layout, _transposed_inputs, _convolution_outputs
+    "linear": Kind(_matrix_layout, _matrix_inputs, _matrix_outputs, _matrix_axes),
+    "linear-transposed": Kind(
+        _flipped_layout, _matrix_inputs, _matrix_outputs, _matrix_axes
     ),
-    "elementwise": Kind(_elementwise_layout, _elementwise_inputs, _elementwise_outputs),
+    "embedding": Kind(
+        _flipped_layout, _embedding_inputs, _embedding_outputs, _matrix_axes
+    ),
+    "convolution": Kind(
+        _convolution_layout, _convolution_inputs, _convolution_outputs, _image_axes
+    ),
+    "transposed-convolution": Kind(
+        _transposed_layout, _transposed_inputs, _convolution_outputs, _image_axes
+    ),
+    "elementwise": Kind(
+        _elementwise_layout,
+        _elementwise_inputs,
+        _elementwise_outputs,
+        _elementwise_axes,
+    ),
 }

@@ -466,6 +466,8 @@ unsupported, max_factor, **options
             batch_size_fn=batch_size_fn,
             **options,
         )
+        if max_iter < 1:
+            raise ValueError(f"`max_iter` must be positive, got {max_iter}.")
         self.max_iter, self.tolerance = max_iter, tolerance
 
     def _estimate(self, title: str) -> list[Any]:
