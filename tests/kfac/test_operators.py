@@ -470,3 +470,17 @@ def test_seed():
     a, b, c = (KFACLinearOperator(*problem, seed=seed).to_dense() for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_scalars_of_an_inverse(A):
+    inverse = KFACInverseLinearOperator(A, damping=0.1, use_exact_damping=True)
+    dense = inverse.to_dense()
+    assert_close(inverse.trace(), dense.trace())
+    assert_close(inverse.logdet(), torch.logdet(dense), size=1000)
+    assert_close(inverse.frobenius_norm(), dense.norm())
+    assert_close(inverse.diagonal(), dense.diagonal(), size=100)
+    assert_close(inverse.eigenvalues(), torch.linalg.eigvalsh(dense), size=100)
+    assert_close((inverse**-1).to_dense(), torch.linalg.inv(dense), size=1000)
+    name = next(iter(A.risk.params))
+    block = inverse.block_of(name).to_dense()
+    assert_close(block, dense[: len(block), : len(block)])

@@ -58,6 +58,40 @@ class Represented(TorchOperator):
             return self.representation._product(x, columns, ndim)
         return super()._product(x, columns, ndim)
 
+    def block_of(self, name: str) -> Block:
+        """Return the block that a parameter is in, as an operator of its own."""
+        return self.representation.block_of(name)
+
+    # -- algebra ----------------------------------------------------------------------
+
+    def trace(self) -> Tensor:
+        """Return the trace."""
+        return self.representation.trace()
+
+    def det(self) -> Tensor:
+        """Return the determinant."""
+        return self.representation.det()
+
+    def logdet(self) -> Tensor:
+        """Return the determinant's logarithm."""
+        return self.representation.logdet()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        return self.representation.frobenius_norm()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, of shape ``(P,)``."""
+        return self.representation.diagonal()
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order."""
+        return self.representation.eigenvalues()
+
+    def __pow__(self, p: Any) -> Any:
+        """Return the power with a real exponent, e.g. ``-0.5``."""
+        return self.representation**p
+
 
 class KroneckerFactored(Represented, RiskOperator):
     """What KFAC, EKFAC and KFOC share: a block-diagonal matrix computed at first use.
@@ -164,40 +198,6 @@ class KroneckerFactored(Represented, RiskOperator):
                 if name == weight or (prefix == layer and name.endswith("bias")):
                     mapping.setdefault(layer, {})[last] = places.index(name)
         return mapping
-
-    def block_of(self, name: str) -> Block:
-        """Return the block that a parameter is in, as an operator of its own."""
-        return self.representation.block_of(name)
-
-    # -- algebra ----------------------------------------------------------------------
-
-    def trace(self) -> Tensor:
-        """Return the trace."""
-        return self.representation.trace()
-
-    def det(self) -> Tensor:
-        """Return the determinant."""
-        return self.representation.det()
-
-    def logdet(self) -> Tensor:
-        """Return the determinant's logarithm."""
-        return self.representation.logdet()
-
-    def frobenius_norm(self) -> Tensor:
-        """Return the Frobenius norm."""
-        return self.representation.frobenius_norm()
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal, of shape ``(P,)``."""
-        return self.representation.diagonal()
-
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues in ascending order."""
-        return self.representation.eigenvalues()
-
-    def __pow__(self, p: Any) -> Any:
-        """Return the power with a real exponent, e.g. ``-0.5``."""
-        return self.representation**p
 
     # -- files ------------------------------------------------------------------------
 

@@ -71,7 +71,9 @@ num_per_example_loss_terms, batch_size_fn, **options
         in a way that has no known factors. It costs a backward pass per datum.
     max_factor : int, optional
         Of a larger factor only the diagonal is kept, with a warning. (The input factor
-        of an embedding is diagonal anyway under ``"expand"``.)
+        of an embedding is diagonal anyway under ``"expand"``. Under ``"reduce"``, and
+        for EKFAC and KFOC, an embedding's inputs are unit vectors: as many numbers per
+        token of a batch as there are kinds of tokens.)
 
     Raises
     ------
@@ -96,8 +98,11 @@ num_per_example_loss_terms, batch_size_fn, **options
     weights or, under ``"reduce"``, have equal inputs; and for every weight of a deep
     linear network with square loss.
 
-    The data's axis is axis 0 of a layer's input, or else the first one that has the
-    batch's length.
+    Which axis of a layer's result counts data is found by evaluating the first datum
+    alone: it is the one that gets shorter. Where there is none (a position embedding of
+    ``arange(T)`` that is only broadcast to the batch later), no factors are known:
+    expand its input to the batch. Where the model cannot be evaluated so, it is axis 0,
+    or else the first one that has the batch's length.
 
     Cost: factors are computed at the first use and kept until :meth:`refresh` or
     :meth:`compute_kronecker_factors`: one pass over the data, with one forward pass and
@@ -508,7 +513,7 @@ retry_double_precision
     Notes
     -----
     The same as ``A.inverse(...)``, except that it follows ``A`` when its factors are
-    computed anew.
+    computed anew. As a preconditioner of ``A + damping I``, damp exactly.
 
     Examples
     --------
