@@ -5,6 +5,7 @@ import pickle
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -462,3 +463,79 @@ def test_loaders_are_cut_too():
     A, x = limited(model, loss, params, loader)
     assert {b.parts for b in A.plan().batches} != {1}
     assert_close(A @ x, HessianLinearOperator(model, loss, params, data) @ x, size=1e4)
+
+
+class Initialised(nn.Module):
+    """Subtracts the mean of the first data that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = None
+
+    def forward(self, X):
+        if self.mean is None:
+            self.mean = X.detach().mean(0)
+        return X - self.mean
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_what_a_model_keeps_is_not_that_of_tries(bounded):
+    X, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3, 2).double(), torch.randn(8).double()
+
+    def product(**options):
+        model = nn.Sequential(Initialised(), linear)
+        A = GGNLinearOperator(
+            *(model, nn.MSELoss(), list(model.parameters()), [(X, y)]),
+            check_deterministic=False,
+            **options,
+        )
+        if not (bounded or options):
+            A.plan()
+        return A @ x
+
+    inputs = X - X.mean(0)
+    J = torch.cat([torch.kron(torch.eye(2).double(), inputs), torch.zeros(16, 2)], 1)
+    J = J.double()
+    J[:8, 6], J[8:, 7] = 1, 1
+    expected = J.T @ (J @ x) * 2 / y.numel()
+    assert_close(product(max_memory=10**8) if bounded else product(), expected)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_first_data_without_targets(empty):
+    model, loss = nn.Linear(3, 4).double(), nn.CrossEntropyLoss(ignore_index=0)
+    X, y = torch.randn(64, 3).double(), torch.randint(1, 4, (64,))
+    y[:3] = 0
+    first = (X[:0], y[:0]) if empty else (X[:3], y[:3])
+    arguments = model, loss, list(model.parameters())
+    x = torch.randn(16).double()
+    for data in ([first, (X, y)], [(X, y)]):
+        A = GGNLinearOperator(*arguments, data)
+        assert A.plan().peak > 0
+        bounded = GGNLinearOperator(*arguments, data, max_memory=10**6)
+        assert_close(bounded @ x, A @ x)
+
+
+def test_numbers_of_numpy():
+    arguments = problem("mlp", [3])
+    A = GGNLinearOperator(*arguments, max_memory=np.int64(10**8))
+    assert A.risk.max_memory == 10**8
+    assert A.plan(np.int64(2)) == A.plan(2)
+    with pytest.raises(ValueError, match="number of bytes"):
+        GGNLinearOperator(*arguments, max_memory=True)
+    with pytest.raises(TypeError, match="integer"):
+        A.plan(True)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_bound_does_not_depend_on_values(value):
+    model, loss, params, data = problem("mlp", [8])
+    make = partial(GGNLinearOperator, model, loss, params, data)
+    x = torch.randn(make().shape[1]).double()
+    with pytest.raises(MemoryError) as caught:
+        make(check_deterministic=False, max_memory=1) @ x
+    A = make(check_deterministic=False, max_memory=cure(caught))
+    result = A @ torch.full_like(x, value)
+    assert torch.equal(result.isfinite(), x * value == 0)

@@ -311,6 +311,15 @@ class Model:
         #: Whether graphs may be freed, since nothing has been seen to keep parts.
         self.may_free = self.keeps_to_itself()
 
+    def behave_like(self, other: Model) -> None:
+        """Take over what has been found out about the same module."""
+        self.checked_graphs = set(other.checked_graphs)
+        self.forward_mode &= other.forward_mode
+        self.by_datum &= other.by_datum
+        self.may_free &= other.may_free
+        if other._held is not None:
+            self.evaluate_in_place()
+
     def keeps_to_itself(self) -> bool:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
         if self._module is None or self._held is not None:

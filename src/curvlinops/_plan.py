@@ -11,7 +11,6 @@ whose coefficients follow from two small slices of a batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -140,15 +139,13 @@ class Product:
             self.body, V, *place, title=self.title, key=self.key, **dict(self.options)
         )
 
-    def operand(self, risk: EmpiricalRisk, V: Tensor | None, K: int) -> Tensor:
-        """Return ``K`` vectors: those of ``V``, or a random one many times."""
+    def operand(self, risk: EmpiricalRisk, K: int) -> Tensor:
+        """Return a random vector ``K`` times, in the memory of one or two."""
         rows = sum(shape.numel() for shape in risk.output_shapes)
         length, _ = self.lengths(rows, risk.space.dim)
-        if V is None:
-            generator = torch.Generator().manual_seed(20260101)
-            V = torch.randn(length, min(K, 2), generator=generator)
-            V = V.to(risk.space.device, risk.space.dtype)[:, :1].expand(-1, K)
-        return V[:length, :K]
+        generator = torch.Generator().manual_seed(20260101)
+        V = torch.randn(length, min(K, 2), generator=generator)
+        return V.to(risk.space.device, risk.space.dtype)[:, :1].expand(-1, K)
 
     def lengths(self, rows: int, dim: int) -> tuple[int, int]:
         """Return the length of the vectors and of the results."""
@@ -242,7 +239,9 @@ class Data:
     Parameters
     ----------
     first : tuple
-        The first batch.
+        The first batch with any data.
+    size : int or None
+        Its number of data.
     sizes : list of int or None
         Numbers of data.
     unit : float
@@ -255,6 +254,7 @@ class Data:
     """
 
     first: tuple[Any, Any]
+    size: int | None
     sizes: list[int | None]
     unit: float
     loads: list[float]
@@ -268,15 +268,18 @@ class Data:
         entries: list[int] = []
         with preserved_rng(risk.space.device):
             for X, y in risk.data:
-                first = first or (X, y)
                 sizes.append(risk._size_or_none(X))
                 entries.append(numel(X))
-        unit = entries[0] / (sizes[0] or 1)
+                if first is None and sizes[-1] != 0:
+                    first, place = (X, y), len(sizes) - 1
+        if first is None:
+            raise ValueError("The data is empty: there is no batch to work on.")
+        unit = entries[place] / (sizes[place] or 1)
         loads = [n / unit for n in entries]
         listed, device = isinstance(risk.data, (list, tuple)), risk.space.device
         held = [t for t in strided(tensors_in(list(first))) if t.device == device]
-        nbytes = listed * sum(t.numel() * t.element_size() for t in held) / loads[0]
-        return cls(first, sizes, unit, loads, nbytes)
+        nbytes = listed * sum(t.numel() * t.element_size() for t in held)
+        return cls(first, sizes[place], sizes, unit, loads, nbytes / loads[place])
 
 
 def numel(X: Any) -> int:
@@ -301,6 +304,8 @@ class Footprint:
         Bytes of vectors and results, which are not in the others.
     total : int
         Bytes of sums over batches, which later batches find.
+    spare : int
+        Bytes of what is multiplied to measure this, beside the user's operand.
     exceeds : bool
         Whether products that keep something take more than the bound, and have not been
         measured.
@@ -315,6 +320,7 @@ class Footprint:
     held: list[np.ndarray]
     fixed: int
     total: int
+    spare: int
     exceeds: bool
     form: str
     matrix: Kept | None
@@ -401,8 +407,6 @@ class Probe:
     limit : int, optional
         Bytes that are not to be exceeded, the user's operand included: products that
         keep something stop before.
-    operand : Tensor, optional
-        The user's operand.
     """
 
     risk: EmpiricalRisk
@@ -411,7 +415,6 @@ class Probe:
     K: int
     budget: int = 0
     limit: float = inf
-    operand: Tensor | None = None
     _kept: dict[Any, dict[float, int]] = field(default_factory=dict)
 
     def footprints(
@@ -443,7 +446,7 @@ class Probe:
         part : bool, optional
             Whether the batches are parts of larger ones.
         """
-        size = self.data.sizes[0]
+        size = self.data.size
         slices = [n for n in SLICES if size and n <= size]
         slices = [1, 2] if size == 2 else slices
         try:
@@ -456,7 +459,7 @@ class Probe:
     def _footprint(
         self, slices: list[int], load: float, width: int | None, part: bool
     ) -> Footprint:
-        size, dim = self.data.sizes[0] or 1, self.risk.space.dim
+        size, dim = self.data.size or 1, self.risk.space.dim
         items = [(part_of(self.data.first, Share(0, n, size)), n) for n in slices]
         runs: list[Any] = []
         widths: list[int] = []
@@ -477,6 +480,7 @@ class Probe:
             [_aligned(p) for p in zip(*(h for *_, h, _ in runs), strict=False)],
             sum(map(sum, lengths)) * self.K * itemsize,
             max(out for _, out in lengths) * self.K * itemsize,
+            max(length for length, _ in lengths) * min(self.K, 2) * itemsize,
             any(exceeds for *_, exceeds in runs),
             "Jacobian"
             if probe._dense.jacobians
@@ -514,8 +518,7 @@ class Probe:
         """Return a risk of other data, on which products are tried out."""
         risk = self.risk
         twin = risk.twin(data=data, cache=cache, max_memory=None, progressbar=False)
-        twin.model = copy.copy(risk.model)
-        twin.model.checked_graphs = set(risk.model.checked_graphs)
+        twin.model.behave_like(risk.model)
         twin._known_input = risk._known_input
         twin._unwritten = set(risk._unwritten)
         twin._rehearses, twin._may_fold = True, risk._may_fold
@@ -535,7 +538,7 @@ class Probe:
         with preserved_rng(risk.space.device):
             twin = self._twin(list(risk.data), risk.cache)
         with Tracker() as tracker:
-            V = product.operand(twin, None, self.K)
+            V = product.operand(twin, self.K)
             for number in range(_MAX_PRODUCTS):
                 product.run(twin, V)
                 one = twin._joined.get(product.key)
@@ -568,7 +571,7 @@ class Probe:
         key, probe = self.products[0].key, make()
         probe._output_shapes = shapes
         keeps = self.risk._repeats and self.risk.cache != "off"
-        operands = [p.operand(probe, self.operand, K) for p in self.products]
+        operands = [p.operand(probe, K) for p in self.products]
         rows, dim = shapes[0].numel(), self.risk.space.dim
         results = [K * p.lengths(rows, dim)[1] for p in self.products]
         all_series: list[Line] = []
@@ -602,7 +605,7 @@ class Probe:
 
         Before it is noticed, a recording may allocate two vectors more.
         """
-        given = self.K * sum(len(V) for V in operands)
+        given = (self.K + min(self.K, 2)) * sum(len(V) for V in operands)
         margin = 2 * self.risk.space.dim
         return self.limit - (given + margin) * self.risk.space.dtype.itemsize
 
@@ -618,9 +621,9 @@ class Probe:
         if self.K > 1:
             key, batches = self.products[0].key, look._recordings.values()
             widths = [look._columns.at_once(key, b) for b in batches]
-            K = min(self.K, max([K, *widths]))
+            K = min(self.K, max([K, *(widths or [MAX_COLUMNS])]))
         pays = self._jacobians_pay(look, factor)
-        operands = [p.operand(look, self.operand, 1) for p in self.products]
+        operands = [p.operand(look, 1) for p in self.products]
         with Tracker() as tracker, suppress(LimitExceededError):
             for _ in range(2):
                 for product, V in zip(self.products, operands, strict=True):
@@ -736,7 +739,7 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
     loads = data.loads
 
     def peak(n: float) -> int:
-        return max(tracker.peak, print_.peak(n) + print_.total)
+        return max(tracker.peak, print_.peak(n) + print_.total + print_.spare)
 
     if (needed := peak(load)) > limit:
         cause = _why_whole(probe)
@@ -771,26 +774,32 @@ def _widest(
     if probe.K == 1 or most < 4:
         return 1, lambda _: narrow
 
-    def tried(width: int) -> tuple[Callable[[float], Footprint], int]:
-        at = probe.footprints(loads, width, part)
-        return at, max(at(n).peak(n) + at(n).total for n in loads)
+    def needed(at: Callable[[float], Footprint]) -> int:
+        return max(at(n).peak(n) + at(n).total + at(n).spare for n in loads)
 
-    one = max(narrow.peak(n) + narrow.total for n in loads)
-    more = min(4, probe.K) - 1
-    # A column and its product are there at least.
+    def tried(width: int, estimate: float) -> Callable[[float], Footprint] | None:
+        if estimate > limit:
+            return None
+        at = probe.footprints(loads, width, part)
+        return at if needed(at) <= limit else None
+
+    one = needed(lambda _: narrow)
+    more = min(64, most, probe.K) - 1
+    # A column takes no more than all of a product with one at a time ...
+    at = tried(64, one + more * (one - narrow.fixed))
+    if at is not None:
+        return 64, at
+    # ... and itself and its product at least.
     each: float = 2 * space.dim * space.dtype.itemsize
-    if one + more * each > limit:
+    more = min(4, probe.K) - 1
+    if (few := tried(4, one + more * each)) is None:
         return 1, lambda _: narrow
-    few, four = tried(4)
-    if four > limit:
-        return 1, lambda _: narrow
-    each = max(each, (four - one) / more)
+    each = max(each, (needed(few) - one) / more)
     for width in (64, 16):
         more = min(width, most, probe.K) - 4
-        if more > 0 and four + more * each <= limit:
-            many, nbytes = tried(width)
-            if nbytes <= limit:
-                return width, many
+        at = tried(width, needed(few) + more * each) if more > 0 else None
+        if at is not None:
+            return width, at
     return 4, few
 
 
@@ -831,9 +840,9 @@ def _why_whole(probe: Probe) -> str | None:
             "They cannot be cut, since a loss that is not known in closed form may "
             "couple data: pass `num_terms_fn` if it does not."
         )
-    size = min(2, data.sizes[0] or 1)
+    size = min(2, data.size or 1)
     if size > 1:
-        item = part_of(data.first, Share(0, size, data.sizes[0] or 1))
+        item = part_of(data.first, Share(0, size, data.size or 1))
         few = probe._slice(item, None, (1, 1), None, iter([]), [])
         if not few.session(lambda: all(_is_apart(few, b) for b in few.batches("plan"))):
             return (
@@ -970,7 +979,7 @@ def _bytes(number: float) -> str:
 
 def plan(operator: RiskOperator, columns: int) -> Plan:
     """Predict what products of an operator take; see `RiskOperator.plan`."""
-    if not isinstance(columns, int):
+    if isinstance(columns, bool) or not isinstance(columns, (int, np.integer)):
         raise TypeError(f"`columns` must be an integer, got {columns!r}.")
     if columns < 1:
         raise ValueError(f"`columns` must be at least one, got {columns}.")

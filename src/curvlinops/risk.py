@@ -12,6 +12,7 @@ loss of the concatenated data, however it is split into batches.
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -165,7 +166,9 @@ class EmpiricalRisk:
     -----
     Recordings are redone when parameters, buffers, listed data, or a module's mode
     change. The content of tensors is compared through a random projection in every
-    product, so that writes through ``.data`` or NumPy are seen, too. Not seen are
+    product, so that writes through ``.data`` or NumPy are seen, too, unless they are
+    lost in its rounding (a single entry of thousands in single precision that changes
+    by a thousandth, say, or beside entries a million times as large). Not seen are
     Python attributes and hooks of the model or loss, what a plain callable closes over,
     and the data behind a loader: call :meth:`refresh` after changing these. A loader's
     batches are kept on the device, within the budget, if the check has found that
@@ -173,9 +176,10 @@ class EmpiricalRisk:
 
     What fits into ``max_memory`` is predicted from products with two and three data
     of the first batch, made before the first product of each kind and number of
-    columns, again after a change of parameters. Trying them takes what they take, which
-    is less than the bound unless all batches are about as small. Batches are cut only
-    if these data contribute apart and the loss is known in closed form or has
+    columns, again after a change of parameters. Trying them takes as long as dozens of
+    products of that size, and the memory of three data, which is above a bound that is
+    just enough for one or two at a time. Batches are cut only if these data contribute
+    apart and the loss is known in closed form or has
     ``num_terms_fn``. What operations of torch use inside, and estimating Kronecker
     factors, is not counted; products in several threads take their bytes each. No
     sensitivities are kept, and no factors of small matrices.
@@ -275,7 +279,8 @@ class EmpiricalRisk:
         """Drop all recordings; the next product evaluates model and data anew.
 
         Needed only after changes that cannot be seen: Python attributes of the model
-        or the loss, what a callable closes over, the data behind a loader.
+        or the loss, what a callable closes over, the data behind a loader, and what is
+        lost in the rounding of a large tensor's projection.
         """
         with self.model.exclusive(), self._lock:
             before = self.model
@@ -411,7 +416,7 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
-        self._fit(Product("mean", body, title, key), V)
+        self._fit(Product("mean", body, title, key), V.shape[1])
 
         def multiply(V: Tensor) -> Tensor:
             if self._may_join(key):
@@ -457,7 +462,7 @@ class EmpiricalRisk:
             return self._session(lambda: self._left_factor(middle, jacobians), key)
 
         if self.max_memory is not None:
-            self._fit(Product("congruence", middle, title, key), V)
+            self._fit(Product("congruence", middle, title, key), V.shape[1])
             return self._product(multiply, V, key)
         return self._product(multiply, V, key, left_factor)
 
@@ -652,7 +657,7 @@ class EmpiricalRisk:
                 self._add_products(body, batch, V, part, spaces, key)
             return total.T
 
-        self._fit(Product("push_forward", body, title, key), V)
+        self._fit(Product("push_forward", body, title, key), V.shape[1])
         return self.session(run, key)
 
     def pull_back(
@@ -693,7 +698,7 @@ class EmpiricalRisk:
             return total().div_(self._denominator(count) if mean else 1).T
 
         options = (("mean", mean),)
-        self._fit(Product("pull_back", body, title, key, options), U)
+        self._fit(Product("pull_back", body, title, key, options), U.shape[1])
         return self.session(run, key)
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
@@ -952,24 +957,20 @@ class EmpiricalRisk:
             return False
         return not self._ledger.full or batch.place in self._recordings
 
-    def _fit(self, product: Product, V: Tensor | None = None) -> None:
-        """Choose parts, columns and budget with which a product fits `max_memory`.
-
-        Its operand is ``V``.
-        """
+    def _fit(self, product: Product, K: int = 1) -> None:
+        """Choose parts, columns and budget with which a product fits `max_memory`."""
         if self.max_memory is None:
             return
         self._refresh_if_changed()
         if product.key in self._dense.matrices:
             return
-        K = 1 if V is None else V.shape[1]
         name = product.method, product.key, K
         once = product.key is None and product is not GRADIENT
         with self.model.exclusive(), self._lock:
             fit = self._fits.get(name)
             if fit is None or once:
-                bound = self.max_memory
-                probe = Probe(self, Data.of(self), [product], K, 0, bound, V)
+                data, bound = Data.of(self), self.max_memory
+                probe = Probe(self, data, [product], K, limit=bound)
                 self._fits[name] = fit = fitted(probe)[0]
             if fit.entries is not None and fit.entries < (self._entries or inf):
                 self._entries = fit.entries
@@ -1072,6 +1073,8 @@ class EmpiricalRisk:
         """Return what the sum over batches is divided by."""
         if self.loss is None or self.loss.reduction == "sum":
             return 1
+        if float(count) == 0.0 and self._rehearses:
+            return 1  # a few data may have no target that counts
         if float(count) == 0.0:
             raise ValueError(
                 "No target counts: every one is `ignore_index` (or has weight zero), "
@@ -1121,8 +1124,11 @@ class EmpiricalRisk:
 
 
 def _checked_bytes(max_memory: int | None) -> int | None:
-    if max_memory is None or (type(max_memory) is int and max_memory > 0):
-        return max_memory
+    if max_memory is None:
+        return None
+    is_number = hasattr(max_memory, "__index__") and not isinstance(max_memory, bool)
+    if is_number and max_memory > 0:
+        return operator.index(max_memory)
     raise ValueError(
         f"`max_memory` must be a number of bytes > 0 or None, got {max_memory!r}."
     )

@@ -123,7 +123,7 @@ def found(
     findings = Findings()
     recorder = Recorder(risk.model.aliases, HANDLERS)
     try:
-        with recorder:
+        with risk.model.left_as_it_is(), recorder:
             alone = risk.model(cut(batch.fresh_input(), size, 0, 1))
     except Exception:  # whatever a model raises on a single datum
         return findings
