@@ -518,6 +518,21 @@ def test_first_data_without_targets(empty):
         assert_close(bounded @ x, A @ x)
 
 
+def test_columns_of_a_diagonal_count():
+    arguments = problem("mlp", [3])
+    A = GGNDiagonalLinearOperator(*arguments)
+    X = torch.randn(A.shape[1], 200).double()
+    A @ X
+    assert tracked(A, X, 2) <= A.plan(200).peak
+    bounded = GGNDiagonalLinearOperator(*arguments, max_memory=X.nbytes)
+    for refused in (lambda: bounded @ X, lambda: bounded.plan(200)):
+        with pytest.raises(MemoryError, match="with 200 columns") as caught:
+            refused()
+    limit = cure(caught)
+    bounded = GGNDiagonalLinearOperator(*arguments, max_memory=limit)
+    assert tracked(bounded, X, 2) <= limit
+
+
 def test_numbers_of_numpy():
     arguments = problem("mlp", [3])
     A = GGNLinearOperator(*arguments, max_memory=np.int64(10**8))

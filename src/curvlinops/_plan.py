@@ -1032,6 +1032,9 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
     if dense_after is not None:
         total += nbytes
         highest = max(highest, total + work)
+    # Those of a product in which the loops over data have no part.
+    vectors = sum(operator.shape) * columns * risk.space.dtype.itemsize
+    highest = max(highest, total + vectors)
     return Plan(
         tuple(batches),
         columns,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -112,6 +112,14 @@ batch_size_fn, mc_samples, seed, **options
         self._middle = LossHessian(self.risk, mc_samples, seed)
 
     def _apply(self, V: Tensor) -> Tensor:
+        limit = self.risk.max_memory
+        needed = (2 * V.shape[1] + 1) * len(V) * V.element_size()
+        if limit is not None and needed > limit:
+            raise MemoryError(
+                f"{self._title()} with {V.shape[1]} columns needs {needed} bytes, but "
+                f"`max_memory` is {limit}. Pass `max_memory={ceil(1.02 * needed)}` or "
+                "more, or fewer columns."
+            )
         return V * self._current().unsqueeze(1)
 
     def _current(self) -> Tensor:

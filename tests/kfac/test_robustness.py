@@ -246,3 +246,15 @@ def test_decompositions_are_not_retried_if_not_wanted(monkeypatch):
         with pytest.raises(LinAlgError):
             operator.inverse(0.1, use_exact_damping=True, retry_double_precision=retry)
         assert len(calls) == 1 + retry
+
+
+@pytest.mark.parametrize("cls", [EKFACLinearOperator, KFOCLinearOperator])
+def test_inputs_as_unit_vectors_that_are_too_large(cls, monkeypatch):
+    monkeypatch.setattr("curvlinops.kfac._uses.MOST_UNIT_BYTES", 1000)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 3), nn.Flatten(), nn.Linear(6, 2)).double()
+    data = [(torch.randint(30, (4, 2)), torch.randint(2, (4,)))]
+    arguments = model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data
+    with pytest.raises(MemoryError, match=r"embedding '0.weight', 8 unit"):
+        cls(*arguments, **EXACT).trace()
+    assert KFACLinearOperator(*arguments, **EXACT).trace() > 0

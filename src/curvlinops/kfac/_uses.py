@@ -30,6 +30,8 @@ from torch import Tensor
 from curvlinops.kfac._recording import Use
 
 Shape: TypeAlias = tuple[int, ...]
+#: Most bytes of an embedding's inputs as unit vectors.
+MOST_UNIT_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,14 @@ def token_ids(use: Use, N: int) -> Tensor:
 
 def _embedding_inputs(use: Use, N: int) -> Tensor:
     ids, V = token_ids(use, N), use.options["size"]
+    nbytes = ids.numel() * V * use.options["dtype"].itemsize
+    if nbytes > MOST_UNIT_BYTES:
+        raise MemoryError(
+            f"A batch's inputs of the embedding {use.weight!r}, {ids.numel()} unit "
+            f"vectors of length {V}, would take {nbytes} bytes. Use smaller batches, "
+            "KFAC with `kfac_approx='expand'`, which only counts tokens, or leave this "
+            "parameter out of `params`."
+        )
     units = torch.zeros(*ids.shape, V, dtype=use.options["dtype"], device=ids.device)
     units.scatter_(-1, ids.unsqueeze(-1), 1)
     if (padding := use.options["padding"]) is not None:
