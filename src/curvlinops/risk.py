@@ -179,10 +179,10 @@ class EmpiricalRisk:
     columns, again after a change of parameters. Trying them takes as long as dozens of
     products of that size, and the memory of three data, which is above a bound that is
     just enough for one or two at a time. Batches are cut only if these data contribute
-    apart and the loss is known in closed form or has
-    ``num_terms_fn``. What operations of torch use inside, and estimating Kronecker
-    factors, is not counted; products in several threads take their bytes each. No
-    sensitivities are kept, and no factors of small matrices.
+    apart and the loss is known in closed form or has ``num_terms_fn``. What operations
+    of torch use inside, and estimating Kronecker factors, is not counted; products in
+    several threads take their bytes each. No sensitivities are kept, and no factors of
+    small matrices.
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless
@@ -1073,9 +1073,9 @@ class EmpiricalRisk:
         """Return what the sum over batches is divided by."""
         if self.loss is None or self.loss.reduction == "sum":
             return 1
-        if float(count) == 0.0 and self._rehearses:
-            return 1  # a few data may have no target that counts
         if float(count) == 0.0:
+            if self._rehearses:  # a few data may have no target that counts
+                return 1
             raise ValueError(
                 "No target counts: every one is `ignore_index` (or has weight zero), "
                 "so the mean loss is 0/0."

@@ -222,3 +222,25 @@ def test_a_broadcast_bias_and_an_empty_batch():
     whole = trace(KFACLinearOperator, *arguments, [(X, X)])
     for data in ([(X, X), (X[:0], X[:0])], [(X[:0], X[:0]), (X, X)]):
         assert_close(trace(KFACLinearOperator, *arguments, data), whole)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("N", [1, 5])
+@pytest.mark.parametrize(
+    "model", [lambda p, X: X.sum(1) * p["s"], lambda p, X: X.sum(1) + p["s"]]
+)
+def test_outputs_of_one_axis(model, N, shape):
+    X, y = torch.randn(N, 3).double(), torch.randn(N).double()
+    arguments = model, nn.MSELoss(), {"s": torch.randn(shape).double()}, [(X, y)]
+    assert_close(trace(KFACLinearOperator, *arguments), exact_trace(*arguments))
+
+
+@pytest.mark.parametrize(
+    "model", [lambda p, X: p["W"] @ X[0], lambda p, X: X[0] @ p["W"]]
+)
+def test_a_single_vector(model):
+    X, y = torch.randn(1, 3).double(), torch.randn(3).double()
+    arguments = model, nn.MSELoss(), {"W": torch.randn(3, 3).double()}, [(X, y)]
+    options = {"batch_size_fn": lambda X: 1}
+    result = trace(EKFACLinearOperator, *arguments, **options)
+    assert_close(result, exact_trace(*arguments))

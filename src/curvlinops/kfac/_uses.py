@@ -128,10 +128,10 @@ def _axis(use: Use, N: int, candidates: list[int]) -> int:
     return candidates[0]
 
 
-def _that_count(lengths: Shape, N: int) -> list[int]:
+def _that_count(shape: Shape, N: int) -> list[int]:
     """Return axes that may count ``N`` data, or, in front, blocks of their rows."""
-    exact = [i for i, length in enumerate(lengths) if length == N]
-    blocks = lengths[:1] and lengths[0] % N == 0 and 0 not in exact
+    exact = [i for i, length in enumerate(shape) if length == N]
+    blocks = shape[:1] and shape[0] % N == 0 and 0 not in exact
     return [*exact, 0] if blocks else exact
 
 
@@ -156,8 +156,7 @@ def _flipped_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
 
 
 def _columns(use: Use, x: Tensor) -> Tensor:
-    x = x.mT if use.options.get("columns") else x
-    return x.unsqueeze(0) if x.ndim == 1 else x
+    return x.mT if use.options.get("columns") else x
 
 
 def _matrix_inputs(use: Use, N: int) -> Tensor:
@@ -180,8 +179,7 @@ def lengths(use: Use) -> Shape:
 
 def first_rows(use: Use, number: int) -> Tensor:
     """Return what so many rows in front are computed from, if that is data."""
-    x = use.checked_input()
-    return (_columns(use, x) if use.kind.startswith("linear") else x)[:number]
+    return _columns(use, use.checked_input())[:number]
 
 
 # -- embeddings ---------------------------------------------------------------------
