@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby
 from math import isfinite
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from curvlinops._cuda_graph import CudaGraph
 from curvlinops._data import strided
 
-_BLOCK = 1 << 16
-#: Tensors with fewer entries are projected together.
+#: Single precision must not lose one of so many entries in their projection.
+_ROW = 1 << 10
+#: Tensors with fewer entries are hashed, or projected together.
 _SMALL = 1 << 12
+#: The largest prime that double precision holds with all whole numbers below it.
+_PRIME = (1 << 53) - 111
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Checksum:
-    """Projects the content of tensors, whenever called, on a fixed random vector.
+    """Returns numbers, whenever called, which differ if the content of tensors does.
 
-    Small tensors in the CPU's memory are projected together, each to its own number: a
-    change of one must not be lost beside the values of another.
+    Small tensors in the CPU's memory are hashed. Larger ones, and those on a GPU, are
+    projected on a fixed random vector, and their bits are added up as whole numbers:
+    however small a change of one entry is, it changes that sum, and changes of several
+    that cancel in it do not cancel in the projection.
 
     Parameters
     ----------
@@ -38,43 +43,25 @@ class Checksum:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         with torch.no_grad():
             alias = [t.detach() for t in strided(tensors)]
-        small = [t for t in alias if 0 < t.numel() < _SMALL and _suits_numpy(t)]
-        # Views where flattening gives one; copied at every call where it does not.
-        self._small = [
-            t.numpy().reshape(-1) if t.is_contiguous() else t.numpy() for t in small
-        ]
-        *starts, total = np.cumsum([0, *(t.numel() for t in small)]).tolist()
-        self._starts, self._buffer = starts, np.empty(total)
-        self._weights = _random_weights(total)
+        small = [t for t in alias if t.numel() < _SMALL and _suits_numpy(t)]
+        self._small = [_integers(_real(t)).numpy() for t in small]
         known = set(map(id, small))
-        large = sorted((t for t in alias if id(t) not in known), key=_device_of)
-        self._others = [_Others([*ts]) for _, ts in groupby(large, key=_device_of)]
+        others = sorted((t for t in alias if id(t) not in known), key=_device_of)
+        self._others = [_Others([*ts]) for _, ts in groupby(others, key=_device_of)]
 
     def __call__(self) -> tuple[float, ...]:
-        """Return a number per tensor, the small ones first."""
-        values: list[float] = []
-        if self._small:
-            parts = [x if x.ndim == 1 else x.reshape(-1) for x in self._small]
-            buffer = self._buffer
-            np.concatenate(parts, out=buffer, casting="unsafe")
-            values = self._projections(buffer)
-            if not all(map(isfinite, values)):  # an attention mask of -inf, say
-                finite = np.nan_to_num(buffer, nan=3.0, posinf=5.0, neginf=7.0)
-                values = self._projections(finite)
+        """Return the numbers."""
+        values: list[float] = [hash(b"".join([x.tobytes() for x in self._small]))]
         if self._others:
             with torch.no_grad():
                 for others in self._others:
                     values += others()
         return tuple(values)
 
-    def _projections(self, buffer: np.ndarray) -> list[float]:
-        with np.errstate(invalid="ignore", over="ignore"):
-            return np.add.reduceat(buffer * self._weights, self._starts).tolist()
-
 
 def _suits_numpy(tensor: Tensor) -> bool:
-    supported = tensor.dtype not in (torch.bfloat16, torch.float16)
-    return tensor.device.type == "cpu" and supported and not tensor.is_complex()
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and not lazy
 
 
 def _device_of(tensor: Tensor) -> tuple[str, int]:
@@ -82,10 +69,10 @@ def _device_of(tensor: Tensor) -> tuple[str, int]:
 
 
 class _Others:
-    """The tensors on one device that are not projected by NumPy.
+    """The tensors on one device that are not hashed.
 
-    On a GPU, small ones go together, too, and all is launched at once from the third
-    call on.
+    On a GPU, small ones are projected together, each to its own number, and all is
+    launched at once from the third call on.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -94,19 +81,22 @@ class _Others:
         together.sort(key=lambda t: str(t.dtype))
         known = set(map(id, together))
         alone = [t for t in tensors if id(t) not in known]
-        self._tensors = [*together, *alone]
         groups = [[*ts] for _, ts in groupby(together, key=lambda t: t.dtype)]
-        self._projections: list[Callable[[], Tensor]] = [*map(_together, groups)]
-        self._projections += [partial(_projection, t) for t in alone]
+        self._numbers: list[Callable[[], Tensor]] = [*map(_together, groups)]
+        self._numbers += [partial(_projection_and_bits, t) for t in alone]
+        size = len(together)
+        #: The tensors, with the place of their projection among the numbers.
+        self._places = [*enumerate(together)]
+        self._places += [(size + 2 * i, t) for i, t in enumerate(alone)]
         self._calls = 0
         self._graph: CudaGraph | None = None
 
     def __call__(self) -> list[float]:
-        """Return a number per tensor."""
+        """Return a number per small tensor, and two per large one."""
         values = self._values()
-        for i, t in enumerate(self._tensors):
+        for i, t in self._places:
             if not isfinite(values[i]):
-                replaced = torch.nan_to_num(t.double(), 3.0, 5.0, 7.0)
+                replaced = torch.nan_to_num(_flat(t).double(), 3.0, 5.0, 7.0)
                 values[i] = float(_projection(replaced))
         return values
 
@@ -121,13 +111,12 @@ class _Others:
             return self._graph.results[0].tolist()
 
     def _stacked(self) -> Tensor:
-        numbers = [project().double() for project in self._projections]
-        return torch.cat([n.reshape(-1) for n in numbers])
+        return torch.cat([numbers() for numbers in self._numbers])
 
 
 def _together(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
     """Return what projects small tensors of one dtype, each to its own number."""
-    sizes = torch.tensor([_real(t).numel() for t in tensors])
+    sizes = torch.tensor([_flat(t).numel() for t in tensors])
     device = tensors[0].device
     generator = torch.Generator().manual_seed(20260101)
     total = int(sizes.sum())
@@ -135,33 +124,54 @@ def _together(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
     lengths = sizes.to(device)
 
     def project() -> Tensor:
-        flat = torch.cat([_real(t).reshape(-1) for t in tensors]).double()
+        flat = torch.cat([*map(_flat, tensors)]).double()
         return torch.segment_reduce(flat * weights, "sum", lengths=lengths, unsafe=True)
 
     return project
 
 
 def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.resolve_conj().resolve_neg()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _projection(tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        wide = torch.float64 if not tensor.is_floating_point() else torch.float32
-        tensor = _real(tensor).to(wide)
-    flat = tensor.reshape(-1)
+def _flat(tensor: Tensor) -> Tensor:
+    return _real(tensor).reshape(-1).contiguous()
+
+
+def _projection_and_bits(tensor: Tensor) -> Tensor:
+    flat = _flat(tensor)
+    return torch.stack([_projection(flat).double(), _bits(flat).double()])
+
+
+def _projection(flat: Tensor) -> Tensor:
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.to(torch.float32 if flat.is_floating_point() else torch.float64)
     vector = _random_vector(flat.dtype, flat.device)
-    if (size := flat.numel()) <= _BLOCK:
+    if (size := flat.numel()) <= _ROW:
         return torch.dot(flat, vector[:size])
-    whole = size // _BLOCK * _BLOCK
+    whole = size // _ROW * _ROW
     rest = torch.dot(flat[whole:], vector[: size - whole])
-    rows = flat[:whole].view(-1, _BLOCK) @ vector
-    return rest + torch.dot(rows, vector[: len(rows)])
+    rows = flat[:whole].view(-1, _ROW) @ vector
+    return rest + _projection(rows.double())
 
 
-@lru_cache(maxsize=8)
-def _random_weights(size: int) -> np.ndarray:
-    return np.random.default_rng(20260101).standard_normal(size)
+def _integers(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor that is not complex."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def _bits(flat: Tensor) -> Tensor:
+    """Return the sum of a tensor's memory, read as whole numbers of eight bytes."""
+    integers = _integers(flat)
+    number = 8 // flat.element_size()
+    first = min(-flat.storage_offset() % number, flat.numel())
+    last = flat.numel() - (flat.numel() - first) % number
+    total = integers[first:last].view(torch.int64).sum()
+    for end in (integers[:first], integers[last:]):
+        if len(end):
+            total = total + end.sum()
+    return total.remainder(_PRIME)
 
 
 _RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -170,6 +180,6 @@ _RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 def _random_vector(dtype: torch.dtype, device: torch.device) -> Tensor:
     if (dtype, device) not in _RANDOM:
         generator = torch.Generator().manual_seed(20260101)
-        vector = torch.randn(_BLOCK, dtype=torch.float64, generator=generator)
+        vector = torch.randn(_ROW, dtype=torch.float64, generator=generator)
         _RANDOM[dtype, device] = vector.to(device, dtype)
     return _RANDOM[dtype, device]

@@ -24,8 +24,8 @@ class Watch:
     -----
     Three looks, cheapest first: which objects there are (modules, their tensors and
     modes, the data's tensors), where their tensors lie and which version they have,
-    and what they contain (a projection on a random vector, which sees writes through
-    ``.data`` and NumPy). Objects are held, so that no other can take over their ``id``.
+    and what they contain (which sees writes through ``.data`` and NumPy). Objects are
+    held, so that no other can take over their ``id``.
     """
 
     def __init__(

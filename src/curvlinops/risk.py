@@ -165,14 +165,12 @@ class EmpiricalRisk:
     Notes
     -----
     Recordings are redone when parameters, buffers, listed data, or a module's mode
-    change. The content of tensors is compared through a random projection in every
-    product, so that writes through ``.data`` or NumPy are seen, too, unless they are
-    lost in its rounding (a single entry of thousands in single precision that changes
-    by a thousandth, say, or beside entries a million times as large). Not seen are
-    Python attributes and hooks of the model or loss, what a plain callable closes over,
-    and the data behind a loader: call :meth:`refresh` after changing these. A loader's
-    batches are kept on the device, within the budget, if the check has found that
-    they repeat.
+    change. A checksum of the tensors' content is compared in every product, so that
+    writes through ``.data`` or NumPy are seen, too, down to the last bit of an entry.
+    Not seen are Python attributes and hooks of the model or loss, what a plain callable
+    closes over, and the data behind a loader: call :meth:`refresh` after changing
+    these. A loader's batches are kept on the device, within the budget, if the check
+    has found that they repeat.
 
     What fits into ``max_memory`` is predicted from products with two and three data
     of the first batch, made before the first product of each kind and number of
@@ -279,8 +277,7 @@ class EmpiricalRisk:
         """Drop all recordings; the next product evaluates model and data anew.
 
         Needed only after changes that cannot be seen: Python attributes of the model
-        or the loss, what a callable closes over, the data behind a loader, and what is
-        lost in the rounding of a large tensor's projection.
+        or the loss, what a callable closes over, and the data behind a loader.
         """
         with self.model.exclusive(), self._lock:
             before = self.model
