@@ -234,8 +234,15 @@ class Dense:
         """Keep no Jacobians of the batches up to now."""
         self.jacobians, self._stacked = [], None
         self._ledger.strike_other("jacobians")
-        for key in [k for k, factors in self.matrices.items() if len(factors) > 1]:
-            del self.matrices[key]
+        self._drop([k for k, factors in self.matrices.items() if len(factors) > 1])
+
+    def drop_matrices(self) -> None:
+        """Keep no matrices up to now."""
+        self._drop([*self.matrices])
+
+    def _drop(self, keys: Iterable[Hashable]) -> None:
+        for key in keys:
+            self.matrices.pop(key, None)
             self._ledger.strike_other(("matrix", key))
 
 

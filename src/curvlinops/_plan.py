@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
 from curvlinops._columns import (
     MAX_COLUMN_BYTES,
@@ -35,6 +34,7 @@ from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
 from curvlinops._linearization import FOLD_LATE, budget_bytes
 from curvlinops._parts import one_by_one
+from curvlinops._program import leaves
 from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
 from curvlinops._spaces import rounding
 
@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
     from curvlinops.risk_operator import RiskOperator
 
-#: Numbers of data in the slices that are multiplied to measure memory. With a single
-#: datum, broadcasting leaves out operations.
-SLICES = 2, 3
+#: Numbers of data in the slices that are multiplied to measure memory, and those for
+#: bounds that are reached with the ones before. With a single datum, broadcasting
+#: leaves out operations.
+SLICES = [2, 3], [1, 2], [1]
 #: Operations, and the bytes alive after each.
 Line = list[tuple[Any, int]]
 #: Most products until a batch's route has settled.
@@ -78,12 +79,12 @@ class Tracker(Watcher):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        for storage in _storages((args, kwargs)):
+        for storage in _storages([args, *(kwargs or {}).values()]):
             if storage._cdata not in self._alive and storage._cdata not in self._given:
                 self._given[storage._cdata] = StorageWeakRef(storage)
         result = func(*args, **(kwargs or {}))
         expired = torch.UntypedStorage._expired
-        for key in [address for address in self._alive if expired(address)]:
+        for key in [*filter(expired, self._alive)]:
             self.nbytes -= self._alive.pop(key)[1]
         for storage in _storages(result):
             if storage._cdata not in self._alive and storage._cdata not in self._given:
@@ -102,7 +103,7 @@ class LimitExceededError(Exception):
 
 
 def _storages(value: Any) -> list[torch.UntypedStorage]:
-    tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    tensors = [t for t in leaves(value) if isinstance(t, Tensor)]
     return [t.untyped_storage() for t in strided(tensors)]
 
 
@@ -128,16 +129,17 @@ class Product:
     key: Any = None
     options: tuple[tuple[str, Any], ...] = ()
 
-    def run(self, risk: EmpiricalRisk, V: Tensor) -> None:
+    def run(self, risk: EmpiricalRisk, V: Tensor) -> Tensor:
         """Multiply vectors, see :meth:`operand`."""
         if self.method == "gradient_and_loss":
             risk.gradient_and_loss()
-            return
+            return V
         rows = sum(shape.numel() for shape in risk.output_shapes)
         place = (rows,) if self.method == "push_forward" else ()
-        getattr(risk, self.method)(
+        result: Tensor = getattr(risk, self.method)(
             self.body, V, *place, title=self.title, key=self.key, **dict(self.options)
         )
+        return result
 
     def operand(self, risk: EmpiricalRisk, K: int) -> Tensor:
         """Return a random vector ``K`` times, in the memory of one or two."""
@@ -178,6 +180,12 @@ class _Listener:
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Compute it, for what it asks for."""
         return compute()
+
+    def in_turn(self, loops: Sequence[Product], V: Tensor) -> Tensor:
+        """Note the products and return zeros."""
+        for loop in loops:
+            V = loop.run(self, V)  # type: ignore[arg-type]
+        return V
 
     def mean(
         self, body: Any, V: Tensor, title: str = "_matmat", key: Any = None
@@ -303,7 +311,7 @@ class Footprint:
     fixed : int
         Bytes of vectors and results, which are not in the others.
     total : int
-        Bytes of sums over batches, which later batches find.
+        Bytes of sums over batches or parts, which later ones find.
     spare : int
         Bytes of what is multiplied to measure this, beside the user's operand.
     exceeds : bool
@@ -405,8 +413,8 @@ class Probe:
     budget : int, optional
         Bytes that Jacobians may take up.
     limit : int, optional
-        Bytes that are not to be exceeded, the user's operand included: products that
-        keep something stop before.
+        Bytes that are not to be exceeded, the user's operand included: products stop
+        before. Only what a single datum takes is measured in any case.
     """
 
     risk: EmpiricalRisk
@@ -445,21 +453,29 @@ class Probe:
             Bound for that number.
         part : bool, optional
             Whether the batches are parts of larger ones.
+
+        Raises
+        ------
+        LimitExceededError
+            If several columns at once reach the limit.
         """
-        size = self.data.size
-        slices = [n for n in SLICES if size and n <= size]
-        slices = [1, 2] if size == 2 else slices
-        try:
-            return self._footprint(slices, load, width, part)
-        except Exception:  # whatever the user's model raises on a slice
-            if not slices:
-                raise
-            return self._footprint([], load, width, part)
+        size = self.data.size or 0
+        for slices in (s for s in SLICES if max(s) <= size):
+            try:
+                return self._footprint(slices, load, width, part)
+            except LimitExceededError:
+                if slices == [1]:
+                    raise
+            except Exception:  # whatever the user's model raises on a slice
+                break
+        return self._footprint([], load, width, part)
 
     def _footprint(
         self, slices: list[int], load: float, width: int | None, part: bool
     ) -> Footprint:
         size, dim = self.data.size or 1, self.risk.space.dim
+        # To say what would do, it must be known what the least takes.
+        bounded = len(slices) > 1 or (width or 1) > 1
         items = [(part_of(self.data.first, Share(0, n, size)), n) for n in slices]
         runs: list[Any] = []
         widths: list[int] = []
@@ -469,18 +485,20 @@ class Probe:
             share = Share(0, n, size) if part else None
             chosen = iter([*widths])  # all slices are multiplied like the largest
             make = partial(self._slice, item, share, (n, load), width, chosen, widths)
-            series, held, probe, exceeds = self._run(make, load / n)
+            series, held, probe, exceeds = self._run(make, load / n, bounded)
             runs.insert(0, (n, series, held, exceeds))
         outputs = round(probe.output_shapes[0].numel() * sum(self.data.loads) / n)
         lengths = [p.lengths(outputs, dim) for p in self.products]
         itemsize = self.risk.space.dtype.itemsize
+        several = part or len(self.data.sizes) > 1
         return Footprint(
             [n for n, *_ in runs],
             [_aligned(p) for p in zip(*(s for _, s, *_ in runs), strict=False)],
             [_aligned(p) for p in zip(*(h for *_, h, _ in runs), strict=False)],
-            sum(map(sum, lengths)) * self.K * itemsize,
-            max(out for _, out in lengths) * self.K * itemsize,
-            max(length for length, _ in lengths) * min(self.K, 2) * itemsize,
+            # Every loop multiplies what the one before it has given.
+            (lengths[0][0] + sum(out for _, out in lengths)) * self.K * itemsize,
+            several * max(out for _, out in lengths) * self.K * itemsize,
+            sum(length for length, _ in lengths) * min(self.K, 2) * itemsize,
             any(exceeds for *_, exceeds in runs),
             "Jacobian"
             if probe._dense.jacobians
@@ -557,17 +575,18 @@ class Probe:
         known[n] = batch.nbytes
         if len(known) == 1:
             return int(batch.nbytes * load / n)
-        (few, a), (more, b) = sorted(known.items())
+        (few, a), *_, (more, b) = sorted(known.items())
         return int(a + (b - a) * (load - few) / (more - few))
 
     def _run(
-        self, make: Callable[[], EmpiricalRisk], factor: float
+        self, make: Callable[[], EmpiricalRisk], factor: float, bounded: bool
     ) -> tuple[list[Line], list[Line], EmpiricalRisk, bool]:
         """Multiply until the route has settled, or the limit is reached.
 
-        Return bytes alive, bytes kept, the risk, and whether it was.
+        Return bytes alive, bytes kept, the risk, and whether it was, which must not be
+        in the first product: that is ``bounded``, or measured in any case.
         """
-        shapes, K, pays = self._look(make(), factor)
+        shapes, K, pays = self._look(make(), factor, bounded)
         key, probe = self.products[0].key, make()
         probe._output_shapes = shapes
         keeps = self.risk._repeats and self.risk.cache != "off"
@@ -577,6 +596,7 @@ class Probe:
         all_series: list[Line] = []
         held: list[Line] = []
         with Tracker() as tracker:
+            tracker.limit = self._allowed(operands) if bounded else inf
             while len(held) < (_MAX_PRODUCTS if keeps else 1):
                 all_series.append([])
                 for product, V, result in zip(
@@ -588,6 +608,8 @@ class Probe:
                     fixed = result * self.risk.space.dtype.itemsize
                     all_series[-1] += [(f, n - fixed) for f, n in tracker.series]
                 if tracker.exceeded:
+                    if not held:
+                        raise LimitExceededError
                     del all_series[-1]
                     break
                 tracker.limit = self._allowed(operands)
@@ -610,7 +632,7 @@ class Probe:
         return self.limit - (given + margin) * self.risk.space.dtype.itemsize
 
     def _look(
-        self, look: EmpiricalRisk, factor: float
+        self, look: EmpiricalRisk, factor: float, bounded: bool
     ) -> tuple[tuple[torch.Size, ...], int, bool]:
         """Multiply single vectors, which makes what is made once in a process.
 
@@ -624,10 +646,14 @@ class Probe:
             K = min(self.K, max([K, *(widths or [MAX_COLUMNS])]))
         pays = self._jacobians_pay(look, factor)
         operands = [p.operand(look, 1) for p in self.products]
-        with Tracker() as tracker, suppress(LimitExceededError):
-            for _ in range(2):
-                for product, V in zip(self.products, operands, strict=True):
-                    product.run(look, V)
+        with Tracker() as tracker:
+            tracker.limit = self._allowed(operands) if bounded else inf
+            for number in range(2):
+                with suppress(LimitExceededError):
+                    for product, V in zip(self.products, operands, strict=True):
+                        product.run(look, V)
+                if tracker.exceeded and number == 0:
+                    raise LimitExceededError
                 tracker.limit = self._allowed(operands)
         return shapes, K, pays
 
@@ -780,7 +806,10 @@ def _widest(
     def tried(width: int, estimate: float) -> Callable[[float], Footprint] | None:
         if estimate > limit:
             return None
-        at = probe.footprints(loads, width, part)
+        try:
+            at = probe.footprints(loads, width, part)
+        except LimitExceededError:
+            return None
         return at if needed(at) <= limit else None
 
     one = needed(lambda _: narrow)

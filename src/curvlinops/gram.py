@@ -8,7 +8,9 @@ from typing import Any
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
+from curvlinops._plan import Product
 from curvlinops.jacobian import output_space
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
@@ -120,15 +122,31 @@ batch_size_fn, **options
         super().__init__(risk, space, space)
 
     def _apply(self, V: Tensor) -> Tensor:
-        risk, M, title = self.risk, self.shape[0], self._title()
-        if not self.weighted:
-            JTu = risk.pull_back(
-                lambda b, u: b.vjp(u[0]), V, title, "transposed jacobian"
-            )
-            return risk.push_forward(lambda b, v: [b.jvp(v)], JTu, M, title, "jacobian")
-        JTRu = risk.pull_back(
-            lambda b, u: b.vjp(b.loss.factor_mul(u[0])), V, title, "JTR", mean=True
-        )
-        return risk.push_forward(
-            lambda b, v: [b.loss.factor_transpose_mul(b.jvp(v))], JTRu, M, title, "RTJ"
-        )
+        title, mean = self._title(), (("mean", self.weighted),)
+        if self.weighted:
+            loops = [
+                Product("pull_back", _pull_back_factor, title, "JTR", mean),
+                Product("push_forward", _push_forward_factor, title, "RTJ"),
+            ]
+        else:
+            loops = [
+                Product("pull_back", _pull_back, title, "transposed jacobian", mean),
+                Product("push_forward", _push_forward, title, "jacobian"),
+            ]
+        return self.risk.in_turn(loops, V)
+
+
+def _pull_back(batch: Linearization, u: list[Tensor]) -> list[Tensor]:
+    return batch.vjp(u[0])
+
+
+def _push_forward(batch: Linearization, v: list[Tensor]) -> list[Tensor]:
+    return [batch.jvp(v)]
+
+
+def _pull_back_factor(batch: Linearization, u: list[Tensor]) -> list[Tensor]:
+    return batch.vjp(batch.loss.factor_mul(u[0]))
+
+
+def _push_forward_factor(batch: Linearization, v: list[Tensor]) -> list[Tensor]:
+    return [batch.loss.factor_transpose_mul(batch.jvp(v))]

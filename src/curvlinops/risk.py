@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from io import BytesIO
@@ -413,7 +413,7 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
-        self._fit(Product("mean", body, title, key), V.shape[1])
+        self._fit(Product("mean", body, title, key), K=V.shape[1])
 
         def multiply(V: Tensor) -> Tensor:
             if self._may_join(key):
@@ -459,7 +459,7 @@ class EmpiricalRisk:
             return self._session(lambda: self._left_factor(middle, jacobians), key)
 
         if self.max_memory is not None:
-            self._fit(Product("congruence", middle, title, key), V.shape[1])
+            self._fit(Product("congruence", middle, title, key), K=V.shape[1])
             return self._product(multiply, V, key)
         return self._product(multiply, V, key, left_factor)
 
@@ -654,7 +654,7 @@ class EmpiricalRisk:
                 self._add_products(body, batch, V, part, spaces, key)
             return total.T
 
-        self._fit(Product("push_forward", body, title, key), V.shape[1])
+        self._fit(Product("push_forward", body, title, key), K=V.shape[1])
         return self.session(run, key)
 
     def pull_back(
@@ -695,8 +695,18 @@ class EmpiricalRisk:
             return total().div_(self._denominator(count) if mean else 1).T
 
         options = (("mean", mean),)
-        self._fit(Product("pull_back", body, title, key, options), U.shape[1])
+        self._fit(Product("pull_back", body, title, key, options), K=U.shape[1])
         return self.session(run, key)
+
+    def in_turn(self, loops: Sequence[Product], V: Tensor) -> Tensor:
+        """Return the last of several loops over the data, each multiplying the last's.
+
+        What fits into ``max_memory`` is chosen for all of them together.
+        """
+        self._fit(*loops, K=V.shape[1])
+        for loop in loops:
+            V = loop.run(self, V)
+        return V
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
         r"""Yield :math:`J_b^\top u` for vectors ``[K, *output.shape]``, in chunks.
@@ -954,21 +964,29 @@ class EmpiricalRisk:
             return False
         return not self._ledger.full or batch.place in self._recordings
 
-    def _fit(self, product: Product, K: int = 1) -> None:
-        """Choose parts, columns and budget with which a product fits `max_memory`."""
+    def _fit(self, *products: Product, K: int = 1) -> None:
+        """Choose parts, columns and budget with which a product fits `max_memory`.
+
+        Its loops are given. Later calls with one of them find the choice.
+        """
         if self.max_memory is None:
             return
         self._refresh_if_changed()
-        if product.key in self._dense.matrices:
+        first = products[0]
+        if first.key in self._dense.matrices:
             return
-        name = product.method, product.key, K
-        once = product.key is None and product is not GRADIENT
+        names = [(product.method, product.key, K) for product in products]
+        once = first.key is None and first is not GRADIENT
         with self.model.exclusive(), self._lock:
-            fit = self._fits.get(name)
-            if fit is None or once:
+            known = {self._fits.get(name) for name in names}
+            fit = known.pop()
+            if known or fit is None or once:
+                # Beside what is kept, trying out would take more than the bound.
+                self._drop_recordings()
+                self._dense.drop_matrices()
                 data, bound = Data.of(self), self.max_memory
-                probe = Probe(self, data, [product], K, limit=bound)
-                self._fits[name] = fit = fitted(probe)[0]
+                fit = fitted(Probe(self, data, products, K, limit=bound))[0]
+                self._fits.update(dict.fromkeys(names, fit))
             if fit.entries is not None and fit.entries < (self._entries or inf):
                 self._entries = fit.entries
                 self._drop_recordings()
@@ -977,7 +995,7 @@ class EmpiricalRisk:
                 self._drop_excess()
 
     def _drop_excess(self) -> None:
-        """Drop Jacobians and recordings until the rest is within the budget."""
+        """Drop Jacobians, recordings and matrices until the rest is in the budget."""
         kept = dict(self._recordings)  # another thread may be using these
         if self._ledger.exceeded:
             self._dense.drop_jacobians()
@@ -985,6 +1003,8 @@ class EmpiricalRisk:
             place, _ = kept.popitem()
             self._ledger.strike(place)
         self._recordings = kept
+        if self._ledger.exceeded:
+            self._dense.drop_matrices()
 
     def _add_product(
         self,
