@@ -144,7 +144,10 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 #: Who may import whom: a module imports from its own level and from those above it in
 #: this list, never from those below. ``*`` stands for any rest of a dotted name.
 LEVELS = [
-    ["_conflicts", "_cuda_graph", "_data", "_lockstep", "_random", "_spaces"],
+    [
+        *["_agreement", "_conflicts", "_cuda_graph", "_data", "_lockstep"],
+        *["_random", "_spaces"],
+    ],
     [
         *["_checksum", "_model", "_operator", "_program", "_replay", "_watch"],
         *["estimators", "estimators.*", "losses"],

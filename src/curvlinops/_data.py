@@ -86,14 +86,16 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return all tensors in a nest of mappings and sequences, in order."""
-    found: list[Tensor] = []
+    return [leaf for leaf in leaves_in(value) if torch.is_tensor(leaf)]
 
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
 
-    mapped(note, value)
-    return found
+def leaves_in(value: Any) -> list[Any]:
+    """Return everything in a nest of mappings and sequences, in order."""
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if not isinstance(value, (list, tuple)):
+        return [value]
+    return [leaf for part in value for leaf in leaves_in(part)]
 
 
 def strided(tensors: Iterable[Tensor]) -> list[Tensor]:

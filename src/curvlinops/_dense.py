@@ -7,12 +7,13 @@ that is more work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from curvlinops._agreement import agree, random_like
 from curvlinops._columns import VJPS, Columns
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import Linearization
@@ -278,9 +279,11 @@ def agrees_with_vjp(
 ) -> bool:
     """Whether ``u @ J`` is a product in reverse mode, up to ``eps ** exponent``."""
     f = batch.output_space
-    generator = torch.Generator(f.device).manual_seed(20260101)
-    u = torch.randn(f.dim, dtype=f.dtype, device=f.device, generator=generator)
-    one = space.join(batch.vjp(u.reshape(f.shapes[0])))
-    gap = (u.to(J.dtype) @ J - one).abs().max()
-    eps = rounding(f.dtype, f.device, batch.convolves)
-    return bool(gap <= eps**exponent * one.abs().max())
+    like = torch.empty(f.shapes[0], dtype=f.dtype, device=f.device)
+    [u], eps = random_like([like]), rounding(f.dtype, f.device, batch.convolves)
+
+    def multiply(vectors: list[Tensor]) -> Sequence[Tensor]:
+        return batch.vjp(vectors[0])
+
+    found = space.split(u.reshape(-1).to(J.dtype) @ J)
+    return agree(found, multiply([u]), eps, exponent, multiply, [u])

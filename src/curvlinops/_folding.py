@@ -99,7 +99,7 @@ def fold(
     def pull(u: Tensor) -> list[Tensor]:
         values = {s: _combined(u, t) for s, t in zip(cut, kept, strict=True)}
         found = _evaluated(below, values, [s for s in outputs if isinstance(s, Slot)])
-        return [found[o] if isinstance(o, Slot) else o for o in outputs]
+        return [found[o] if isinstance(o, Slot) else o.detach() for o in outputs]
 
     u = columns.new_zeros(n, rank).requires_grad_()
     with torch.enable_grad():

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from curvlinops._agreement import agree, random_like
 from curvlinops._columns import MAX_COLUMN_BYTES
 from curvlinops._data import joined
-from curvlinops._determinism import close
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import SMALL, Linearization
-from curvlinops._spaces import TensorSpace, rounding
+from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -51,20 +51,20 @@ def joined_batch(
         Multiplies a vector by the mean over the batches, or over a single one that is
         given.
     """
-    V = _random_vector(risk.space)
-    plain = multiply(V, None)
+    f = risk.space
+    like = [torch.empty(s, dtype=f.dtype, device=f.device) for s in f.shapes]
+    vectors, eps = random_like(like), rounding(f.dtype, f.device, risk.model.convolves)
+
+    def product(vectors: list[Tensor], one: Linearization | None = None) -> Any:
+        return f.split(multiply(f.join(vectors).unsqueeze(1), one)[:, 0])
+
+    plain = product(vectors)
     try:
         sizes = [risk.batch_size(b.X) for b in batches]
         X = joined([b.X for b in batches], sizes)
         y = joined([b.y for b in batches], sizes, several=True)
         one = Linearization(risk.model, X, y, risk._loss_maker(X))
-        total = multiply(V, one)
+        total = product(vectors, one)
     except Exception:  # whatever a model or a loss raises on another batch
         return None
-    tolerance = rounding(V.dtype, V.device, risk.model.convolves) ** 0.75
-    return one if close(total, plain, tolerance) else None
-
-
-def _random_vector(f: TensorSpace) -> Tensor:
-    generator = torch.Generator(f.device).manual_seed(20260101)
-    return torch.randn(f.dim, 1, dtype=f.dtype, device=f.device, generator=generator)
+    return one if agree(total, plain, eps, 0.75, product, vectors) else None

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvlinops._agreement import agree
 from curvlinops._data import Share, cloned, strided, tensors_in
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._model import Model, graph_leaves, graph_nodes
@@ -33,7 +34,6 @@ from curvlinops._replay import (
     RECORD_SOON,
     Product,
     Route,
-    agree,
     record,
     recording,
 )
@@ -380,9 +380,10 @@ class Linearization:
                     route = self._routes.get(key)
                     known = route.program if route else None
                     V = [_ramp(leaf.detach()) for leaf in self._leaves]
-                    expected = body(self, V) if known is None else known(V)
-                    product = self._multiply_folded(*folded, V)
-                    if agree(product, expected, 0.75, self.convolves):
+                    multiply: Product = known or partial(body, self)
+                    found, expected = self._multiply_folded(*folded, V), multiply(V)
+                    eps = rounding(V[0].dtype, V[0].device, self.convolves)
+                    if agree(found, expected, eps, 0.75, multiply, V):
                         self._routes[key] = Route(convolves=self.convolves)
                         self._folded[key] = folded
             except Exception:  # whatever an operation raises on its own

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from gc import collect
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,8 +68,10 @@ class Tracker(Watcher):
         #: Bytes alive now, and after every operation since the list was emptied.
         self.nbytes = 0
         self.series: Line = []
-        #: With more bytes alive, an operation raises; and whether one has.
+        #: If the next operation might lead to more bytes, one raises; and whether one
+        #: has. Expected is the size of the largest tensor so far, or more.
         self.limit = inf
+        self.next = 0
         self.exceeded = False
 
     @property
@@ -91,15 +94,16 @@ class Tracker(Watcher):
                 nbytes = storage.nbytes()
                 self._alive[storage._cdata] = StorageWeakRef(storage), nbytes
                 self.nbytes += nbytes
+                self.next = max(self.next, nbytes)
         self.series.append((func, self.nbytes))
-        if self.nbytes > self.limit:
+        if self.nbytes + self.next > self.limit:
             self.exceeded = True
             raise LimitExceededError
         return result
 
 
 class LimitExceededError(Exception):
-    """Raised by an operation with which more bytes are alive than may be."""
+    """Raised by an operation after which more bytes might be alive than may be."""
 
 
 def _storages(value: Any) -> list[torch.UntypedStorage]:
@@ -466,6 +470,7 @@ class Probe:
             except LimitExceededError:
                 if slices == [1]:
                     raise
+                collect()
             except Exception:  # whatever the user's model raises on a slice
                 break
         return self._footprint([], load, width, part)
@@ -587,6 +592,8 @@ class Probe:
         in the first product: that is ``bounded``, or measured in any case.
         """
         shapes, K, pays = self._look(make(), factor, bounded)
+        if self.limit < inf:
+            collect()  # recordings may be in reference cycles
         key, probe = self.products[0].key, make()
         probe._output_shapes = shapes
         keeps = self.risk._repeats and self.risk.cache != "off"
@@ -596,7 +603,8 @@ class Probe:
         all_series: list[Line] = []
         held: list[Line] = []
         with Tracker() as tracker:
-            tracker.limit = self._allowed(operands) if bounded else inf
+            tracker.limit = self._allowed(rows) if bounded else inf
+            tracker.next = self._expected()
             while len(held) < (_MAX_PRODUCTS if keeps else 1):
                 all_series.append([])
                 for product, V, result in zip(
@@ -612,7 +620,7 @@ class Probe:
                         raise LimitExceededError
                     del all_series[-1]
                     break
-                tracker.limit = self._allowed(operands)
+                tracker.limit = self._allowed(rows)
                 probe._dense.spent[key] = float(pays)
                 held.append([(None, probe._ledger.used())])
                 same = held[-1:] == held[-2:-1]
@@ -622,14 +630,19 @@ class Probe:
                         break
         return all_series, held, probe, tracker.exceeded
 
-    def _allowed(self, operands: Iterable[Tensor]) -> float:
-        """Return the limit for what is alive after an operation of a product.
+    def _allowed(self, rows: int = 0) -> float:
+        """Return the limit for what a product has alive.
 
-        Before it is noticed, a recording may allocate two vectors more.
+        Beside it are the user's operand, and those of the loops.
         """
-        given = (self.K + min(self.K, 2)) * sum(len(V) for V in operands)
-        margin = 2 * self.risk.space.dim
-        return self.limit - (given + margin) * self.risk.space.dtype.itemsize
+        space = self.risk.space
+        lengths = [p.lengths(rows, space.dim)[0] for p in self.products]
+        given = self.K * lengths[0] + min(self.K, 2) * sum(lengths)
+        return self.limit - given * space.dtype.itemsize
+
+    def _expected(self) -> int:
+        """Return what may be created before it is noticed: by a recording, vectors."""
+        return 2 * self.risk.space.dim * self.risk.space.dtype.itemsize
 
     def _look(
         self, look: EmpiricalRisk, factor: float, bounded: bool
@@ -639,22 +652,23 @@ class Probe:
         Return shapes of outputs, how many columns to multiply, and whether Jacobians
         are kept as matrices.
         """
-        shapes, K = look.output_shapes, min(self.K, RECORD_EARLY + 3)
-        if self.K > 1:
-            key, batches = self.products[0].key, look._recordings.values()
-            widths = [look._columns.at_once(key, b) for b in batches]
-            K = min(self.K, max([K, *(widths or [MAX_COLUMNS])]))
-        pays = self._jacobians_pay(look, factor)
-        operands = [p.operand(look, 1) for p in self.products]
         with Tracker() as tracker:
-            tracker.limit = self._allowed(operands) if bounded else inf
+            tracker.limit = self._allowed() if bounded else inf
+            tracker.next = self._expected()
+            shapes, K = look.output_shapes, min(self.K, RECORD_EARLY + 3)
+            if self.K > 1:
+                key, batches = self.products[0].key, look._recordings.values()
+                widths = [look._columns.at_once(key, b) for b in batches]
+                K = min(self.K, max([K, *(widths or [MAX_COLUMNS])]))
+            pays = self._jacobians_pay(look, factor)
+            operands = [p.operand(look, 1) for p in self.products]
             for number in range(2):
                 with suppress(LimitExceededError):
                     for product, V in zip(self.products, operands, strict=True):
                         product.run(look, V)
                 if tracker.exceeded and number == 0:
                     raise LimitExceededError
-                tracker.limit = self._allowed(operands)
+                tracker.limit = self._allowed(shapes[0].numel())
         return shapes, K, pays
 
     def _jacobians_pay(self, probe: EmpiricalRisk, factor: float) -> bool:
@@ -765,11 +779,16 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
     loads = data.loads
 
     def peak(n: float) -> int:
-        return max(tracker.peak, print_.peak(n) + print_.total + print_.spare)
+        return max(least, print_.peak(n) + print_.total + print_.spare)
 
+    least = tracker.peak
     if (needed := peak(load)) > limit:
-        cause = _why_whole(probe)
+        with Tracker() as tracker:
+            cause = _why_whole(probe)
         if cause is None:
+            length, _ = probe.products[0].lengths(0, risk.space.dim)
+            operand = length * probe.K * risk.space.dtype.itemsize
+            least = max(least, operand + tracker.peak)
             sizes = [size or 1 for size in data.sizes]
             one = max(n / size for n, size in zip(data.loads, sizes, strict=True))
             print_ = probe.footprint(one, 1, part=True)
@@ -783,7 +802,7 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
             for n, size, number in zip(data.loads, sizes, parts, strict=True)
         ]
     width, at = _widest(probe, loads, most is not None, print_)
-    room = max(tracker.peak, *(at(n).room(n) for n in loads))
+    room = max(least, *(at(n).room(n) for n in loads))
     entries = None if most is None else most * data.unit
     return Fit(entries, width, int(max(0, limit - room))), at
 
@@ -873,7 +892,16 @@ def _why_whole(probe: Probe) -> str | None:
     if size > 1:
         item = part_of(data.first, Share(0, size, data.size or 1))
         few = probe._slice(item, None, (1, 1), None, iter([]), [])
-        if not few.session(lambda: all(_is_apart(few, b) for b in few.batches("plan"))):
+        try:
+            apart = few.session(
+                lambda: all(_is_apart(few, b) for b in few.batches("plan"))
+            )
+        except Exception as error:  # whatever the user's model raises on a slice
+            return (
+                "They cannot be cut, since model or loss fail with two data of the "
+                f"first batch ({type(error).__name__})."
+            )
+        if not apart:
             return (
                 "They cannot be cut, since two data together do not give what they "
                 "give apart: is there batch normalisation in train mode, or an output "

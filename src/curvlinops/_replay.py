@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
 )
 
+from curvlinops._agreement import agree, balanced, random_like
 from curvlinops._cuda_graph import CapturedProgram, captured
 from curvlinops._program import Call, Memory, Program, Slot, leaves, replaced
 from curvlinops._spaces import rounding
@@ -153,9 +154,9 @@ class Route:
     ) -> None:
         """Keep a CUDA graph of what a program does with so many columns."""
         if program.capturable and all(v.is_cuda for v in vectors):
-            graph = captured(run, vectors)
+            graph, eps = captured(run, vectors), _eps(vectors, self._convolves)
             if graph is not None and agree(
-                graph(vectors), plain, 0.75, self._convolves
+                graph(vectors), plain, eps, 0.75, run, [*vectors]
             ):
                 self.captured[width] = graph
 
@@ -185,53 +186,36 @@ class Route:
 
 def _vectorises(program: Program, vectors: list[Tensor], convolves: bool) -> bool:
     """Whether a program with several vectors gives what it gives with each."""
-    pair = _random_like([v[:1].expand(2, *v.shape[1:]) for v in vectors])
+    pair = random_like([v[:1].expand(2, *v.shape[1:]) for v in vectors])
+    eps = _eps(vectors, convolves)
     try:
         several = program.vectorised(pair)
     except RuntimeError:  # an operation cannot be vectorised
         return False
     return all(
-        agree([p[k] for p in several], program([v[k] for v in pair]), 0.5, convolves)
-        for k in range(2)
+        agree([p[k] for p in several], program(column), eps, 0.5, program, column)
+        for k, column in enumerate([v[k] for v in pair] for k in range(2))
     )
 
 
-def _random_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return random vectors, the same in every run."""
-    generator = torch.Generator(tensors[0].device).manual_seed(20260101)
-    return [
-        torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
-        for t in tensors
-    ]
+def _eps(vectors: Sequence[Tensor], convolves: bool) -> float:
+    return rounding(vectors[0].dtype, vectors[0].device, convolves)
 
 
 def _verified(
     product: Product, vectors: list[Tensor], plain: Sequence[Tensor], convolves: bool
 ) -> Program | None:
     """Record a product with random vectors; return it if it gives ``plain``."""
-    others = _random_like(vectors)
+    others, eps = random_like(vectors), _eps(vectors, convolves)
+    if [v.shape for v in vectors] == [p.shape for p in plain]:
+        others = balanced(others, plain)
     try:
         recorded, program = record(product, others)
-        same = agree(program(others), recorded, 0.75, convolves)
-        same = same and agree(program(vectors), plain, 0.75, convolves)
+        same = agree(program(others), recorded, eps, 0.75, product, others)
+        same = same and agree(program(vectors), plain, eps, 0.75, product, vectors)
         return program if same else None
     except Exception:  # whatever an operation raises when watched or replayed
         return None
-
-
-def agree(
-    a: Sequence[Tensor], b: Sequence[Tensor], exponent: float, convolves: bool
-) -> bool:
-    """Whether two products agree up to ``eps ** exponent`` of the largest entry.
-
-    What ``eps`` is depends on whether there are convolutions.
-    """
-    scale = max(float(t.abs().max()) for t in b if t.numel())
-    gap = max(
-        float((x - y).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()
-    )
-    eps = rounding(b[0].dtype, b[0].device, convolves)
-    return gap <= eps**exponent * scale
 
 
 class Watcher(TorchDispatchMode):

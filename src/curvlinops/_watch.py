@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from curvlinops._checksum import Checksum
-from curvlinops._data import strided, tensors_in
+from curvlinops._data import leaves_in, strided
 
 
 class Watch:
@@ -43,12 +47,15 @@ class Watch:
         """List modules and tensors anew."""
         self._modules: list[nn.Module] = []
         for part in (self._model_func, self._loss_func):
-            if isinstance(part, nn.Module):
-                self._modules += part.modules()
+            function = part.func if isinstance(part, partial) else part
+            owner = getattr(function, "__self__", function)
+            if isinstance(owner, nn.Module):
+                self._modules += owner.modules()
         self._objects = self._list()
         self._ids = [*map(id, self._objects)]
-        tensors = [t for t in self._objects if isinstance(t, Tensor)]
-        self._tensors = list({id(t): t for t in tensors}.values())
+        objects = {id(x): x for x in self._objects}.values()
+        tensors = [_tensor_of(x) for x in objects]
+        self._tensors = [t for t in tensors if t is not None]
         self._dense = all(t.layout is torch.strided for t in self._tensors)
         self._marks: list[Any] | None = None
 
@@ -60,14 +67,15 @@ class Watch:
             objects += module._parameters.values()
             objects += module._buffers.values()
             objects.append(module.training)
-        if (options := getattr(self._loss_func, "keywords", None)) is not None:
-            objects += tensors_in(options)
+        for part in (self._model_func, self._loss_func):
+            if isinstance(part, partial):
+                objects += leaves_in([part.args, part.keywords])
         if isinstance(self._data, (list, tuple)):
             for item in self._data:
                 if isinstance(item, (list, tuple)) and all(map(torch.is_tensor, item)):
                     objects += item
                 else:
-                    objects += tensors_in(item)
+                    objects += leaves_in(item)
         return objects
 
     def state(self) -> tuple[Any, ...]:
@@ -85,3 +93,14 @@ class Watch:
             self._marks = marks
         del before
         return self._ids, marks, self._checksum()
+
+
+def _tensor_of(value: Any) -> Tensor | None:
+    """Return a tensor in the memory of a tensor or an array of numbers."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        with suppress(TypeError, ValueError), catch_warnings():
+            simplefilter("ignore")  # nothing is written into a read-only array
+            return torch.from_numpy(value)
+    return None
