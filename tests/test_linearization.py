@@ -4,7 +4,9 @@ import collections
 import gc
 import pickle
 import weakref
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -299,3 +301,64 @@ def test_frozen_parameters_that_a_copy_would_miss_are_found():
 def test_a_mapping_with_a_constructor_of_its_own_is_protected(record_soon):
     X = collections.defaultdict(list, x=torch.rand(6, 3), A=torch.eye(6).to_sparse())
     assert trusted(warmed_up(Graph(), [(X, torch.randint(2, (6,)))]))
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2).double()
+
+    def forward(self, X):
+        return self.linear(X["x"] * torch.as_tensor(X["array"]) * X["number"])
+
+
+def quartic(f, y):
+    return ((f - torch.as_tensor(y)) ** 4).mean()
+
+
+@pytest.mark.parametrize("changed", ["array", "view", "number", "item", "targets"])
+@pytest.mark.parametrize("products", [1, 12])
+def test_changes_of_listed_data_that_are_no_tensors_are_seen(changed, products):
+    array = np.ones(6)[::2]
+    given = np.broadcast_to(array, (5, 3)) if changed == "view" else array
+    X = {"x": torch.rand(5, 3).double(), "array": given, "number": 2.0}
+    y = np.random.default_rng(0).random((5, 2))
+    model = Weighted()
+    arguments = model, quartic, dict(model.named_parameters()), [(X, y)]
+    A, v = HessianLinearOperator(*arguments), torch.rand(8).double()
+    for _ in range(products):
+        before = A @ v
+    if changed in ("array", "view"):
+        array[1] *= 2
+    elif changed == "targets":
+        y[0, 1] += 1
+    elif changed == "number":
+        X["number"] = 3.0
+    else:
+        X["x"], X["array"] = 2 * X["x"], np.ones(3)
+    assert not torch.allclose(A @ v, before)
+    assert_close(A @ v, HessianLinearOperator(*arguments) @ v, size=1000)
+
+
+@pytest.mark.parametrize("kind", ["partial", "method"])
+def test_what_a_model_is_bound_to_is_watched(kind):
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.full((3,), 2.0).double())
+
+        def apply_to(self, params, X):
+            return (self.scale * X) @ params["weight"]
+
+    def scaled(params, X, *, scale):
+        return (scale * X) @ params["weight"]
+
+    scale, owner = torch.full((3,), 2.0).double(), Scaled()
+    model = partial(scaled, scale=scale) if kind == "partial" else owner.apply_to
+    params = {"weight": torch.rand(3, 2).double().requires_grad_()}
+    data = [(torch.rand(5, 3).double(), torch.rand(5, 2).double())]
+    A = GGNLinearOperator(model, torch.nn.MSELoss(), params, data)
+    v = torch.rand(6).double()
+    before = [A @ v for _ in range(9)][-1]
+    (scale if kind == "partial" else owner.scale).mul_(2)
+    assert_close(A @ v, 4 * before, size=1000)

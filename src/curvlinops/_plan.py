@@ -867,6 +867,7 @@ def _refusal(probe: Probe, needed: int, cause: str | None) -> str:
         f"{title} with {probe.K} column{'s' * (probe.K > 1)} needs {needed} bytes, "
         f"{what}, but `max_memory` is {probe.limit}."
         + (f" {cause}" if cause else "")
+        + (" Products take more than that." if probe.products[0] is GRADIENT else "")
         + f" Pass `max_memory={enough}` or more, "
         + ("smaller batches, " if cause else "")
         + ("fewer columns, " if probe.K > 1 else "")
