@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from curvlinops._checksum import Checksum
+from curvlinops._checksum import Checksum, _together
 
 DTYPES = [
     *[torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64],
@@ -102,3 +102,18 @@ def test_conjugates_and_imaginary_parts_that_torch_has_not_written_out_are_seen(
         before = look()
         t[3] += 1 + 1j
         assert look() != before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_tensors_that_are_worked_on_together(dtype):
+    tensors = [tensor(size, dtype) for size in (3, 1, 4000)]
+    if dtype.is_floating_point and torch.finfo(dtype).max > 1e10:
+        tensors[2][0] = 1e10
+    look = _together(tensors)
+    before = look()
+    for t in tensors:
+        kept = t.clone()
+        change_least(t, len(t) - 1)
+        assert not torch.equal(look(), before)
+        t.copy_(kept)
+        assert torch.equal(look(), before)

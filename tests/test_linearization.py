@@ -309,26 +309,33 @@ class Weighted(torch.nn.Module):
         self.linear = torch.nn.Linear(3, 2).double()
 
     def forward(self, X):
-        return self.linear(X["x"] * torch.as_tensor(X["array"]) * X["number"])
+        array = torch.as_tensor(np.ascontiguousarray(X["array"]))
+        return self.linear(X["x"] * array * X["number"])
 
 
 def quartic(f, y):
     return ((f - torch.as_tensor(y)) ** 4).mean()
 
 
-@pytest.mark.parametrize("changed", ["array", "view", "number", "item", "targets"])
+@pytest.mark.parametrize(
+    "changed", ["array", "view", "reversed", "number", "item", "targets"]
+)
 @pytest.mark.parametrize("products", [1, 12])
 def test_changes_of_listed_data_that_are_no_tensors_are_seen(changed, products):
     array = np.ones(6)[::2]
-    given = np.broadcast_to(array, (5, 3)) if changed == "view" else array
-    X = {"x": torch.rand(5, 3).double(), "array": given, "number": 2.0}
+    given = {"view": np.broadcast_to(array, (5, 3)), "reversed": array[::-1]}
+    X = {
+        "x": torch.rand(5, 3).double(),
+        "array": given.get(changed, array),
+        "number": 2.0,
+    }
     y = np.random.default_rng(0).random((5, 2))
     model = Weighted()
     arguments = model, quartic, dict(model.named_parameters()), [(X, y)]
     A, v = HessianLinearOperator(*arguments), torch.rand(8).double()
     for _ in range(products):
         before = A @ v
-    if changed in ("array", "view"):
+    if changed in ("array", *given):
         array[1] *= 2
     elif changed == "targets":
         y[0, 1] += 1
@@ -362,3 +369,29 @@ def test_what_a_model_is_bound_to_is_watched(kind):
     before = [A @ v for _ in range(9)][-1]
     (scale if kind == "partial" else owner.scale).mul_(2)
     assert_close(A @ v, 4 * before, size=1000)
+
+
+def test_values_that_are_made_anew_change_nothing():
+    class Anew(collections.abc.Mapping):
+        def __init__(self, **items):
+            self.items_ = items
+
+        def __getitem__(self, key):
+            item = self.items_[key]
+            return float(str(item)) if isinstance(item, float) else item
+
+        def __iter__(self):
+            return iter(self.items_)
+
+        def __len__(self):
+            return len(self.items_)
+
+    X = Anew(x=torch.rand(5, 3).double(), array=np.ones(3), number=1.5)
+    model = Weighted()
+    params = dict(model.named_parameters())
+    A = HessianLinearOperator(model, quartic, params, [(X, np.ones((5, 2)))])
+    v = torch.rand(8).double()
+    A @ v
+    [recorded] = A.risk._recordings.values()
+    A @ v
+    assert [*A.risk._recordings.values()] == [recorded]

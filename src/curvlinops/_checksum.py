@@ -25,10 +25,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Checksum:
     """Returns numbers, whenever called, which differ if the content of tensors does.
 
-    Small tensors in the CPU's memory are hashed. Larger ones, and those on a GPU, are
-    projected on a fixed random vector, and their bits are added up as whole numbers:
-    however small a change of one entry is, it changes that sum, and changes of several
-    that cancel in it do not cancel in the projection.
+    Small tensors in the CPU's memory are hashed. Others are projected on a fixed random
+    vector, and their bits are added up as whole numbers: however small a change of one
+    entry is, it changes that sum, and changes of several that cancel in it do not
+    cancel in the projection.
 
     Parameters
     ----------
@@ -71,8 +71,8 @@ def _device_of(tensor: Tensor) -> tuple[str, int]:
 class _Others:
     """The tensors on one device that are not hashed.
 
-    On a GPU, small ones are projected together, each to its own number, and all is
-    launched at once from the third call on.
+    On a GPU, small ones are worked on together, and all is launched at once from the
+    third call on.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -84,15 +84,17 @@ class _Others:
         groups = [[*ts] for _, ts in groupby(together, key=lambda t: t.dtype)]
         self._numbers: list[Callable[[], Tensor]] = [*map(_together, groups)]
         self._numbers += [partial(_projection_and_bits, t) for t in alone]
-        size = len(together)
-        #: The tensors, with the place of their projection among the numbers.
-        self._places = [*enumerate(together)]
-        self._places += [(size + 2 * i, t) for i, t in enumerate(alone)]
+        #: The tensors, with the places of their projections among the numbers.
+        self._places, start = [], 0
+        for group in groups:
+            self._places += [(start + i, t) for i, t in enumerate(group)]
+            start += 2 * len(group)
+        self._places += [(start + 2 * i, t) for i, t in enumerate(alone)]
         self._calls = 0
         self._graph: CudaGraph | None = None
 
     def __call__(self) -> list[float]:
-        """Return a number per small tensor, and two per large one."""
+        """Return two numbers per tensor."""
         values = self._values()
         for i, t in self._places:
             if not isfinite(values[i]):
@@ -115,19 +117,25 @@ class _Others:
 
 
 def _together(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Return what projects small tensors of one dtype, each to its own number."""
+    """Return what gives the projections of small tensors of one dtype, and their bits.
+
+    The bits of all tensors up to each are added up.
+    """
     sizes = torch.tensor([_flat(t).numel() for t in tensors])
     device = tensors[0].device
     generator = torch.Generator().manual_seed(20260101)
     total = int(sizes.sum())
     weights = torch.randn(total, dtype=torch.float64, generator=generator).to(device)
-    lengths = sizes.to(device)
+    lengths, ends = sizes.to(device), (sizes.cumsum(0) - 1).to(device)
 
-    def project() -> Tensor:
-        flat = torch.cat([*map(_flat, tensors)]).double()
-        return torch.segment_reduce(flat * weights, "sum", lengths=lengths, unsafe=True)
+    def numbers() -> Tensor:
+        flat = torch.cat([*map(_flat, tensors)])
+        products = flat.double() * weights
+        rows = torch.segment_reduce(products, "sum", lengths=lengths, unsafe=True)
+        bits = _integers(flat).long().cumsum(0)[ends].remainder(_PRIME)
+        return torch.cat([rows, bits.double()])
 
-    return project
+    return numbers
 
 
 def _real(tensor: Tensor) -> Tensor:

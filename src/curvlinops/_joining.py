@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,4 +68,5 @@ def joined_batch(
         total = product(vectors, one)
     except Exception:  # whatever a model or a loss raises on another batch
         return None
-    return one if agree(total, plain, eps, 0.75, product, vectors) else None
+    again = partial(product, one=one)  # the batches' own would be recorded by now
+    return one if agree(total, plain, eps, 0.75, again, vectors) else None

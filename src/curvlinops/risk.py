@@ -165,7 +165,7 @@ class EmpiricalRisk:
     Notes
     -----
     Recordings are redone when parameters, buffers, listed data, or a module's mode
-    change. A checksum of the content of tensors and NumPy arrays is compared in every
+    change. A checksum of all tensors and arrays of numbers is compared in every
     product, so that writes through ``.data`` or NumPy are seen, too, down to the last
     bit of an entry. Not seen are Python attributes and hooks of the model or loss, what
     a plain callable closes over, and the data behind a loader: call :meth:`refresh`
