@@ -395,7 +395,7 @@ def test_gradient_and_check_are_bounded():
         assert_close(a, b, size=1e4)
 
 
-@pytest.mark.parametrize("matrix", ["ggn", "hessian", "gram"])
+@pytest.mark.parametrize("matrix", ["ggn", "gram"])
 @pytest.mark.parametrize("size", [1, 6])
 def test_what_fits_is_found_near_the_bound_where_activations_are_large(matrix, size):
     torch.manual_seed(0)

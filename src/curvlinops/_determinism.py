@@ -48,6 +48,7 @@ def look(risk: EmpiricalRisk, batches: Iterable[Linearization]) -> Fingerprint:
             grads = batch.gradient()
         for row, grad in zip(space.split(gradient), grads, strict=True):
             row.add_(grad)
+        del batch, grads  # before the next one is evaluated
     denominator = risk._denominator(count)
     return Fingerprint(
         tuple(marks),

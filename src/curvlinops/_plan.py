@@ -470,7 +470,7 @@ class Probe:
             except LimitExceededError:
                 if slices == [1]:
                     raise
-                collect()
+                collect()  # what is left of it may be in reference cycles
             except Exception:  # whatever the user's model raises on a slice
                 break
         return self._footprint([], load, width, part)
@@ -592,8 +592,6 @@ class Probe:
         in the first product: that is ``bounded``, or measured in any case.
         """
         shapes, K, pays = self._look(make(), factor, bounded)
-        if self.limit < inf:
-            collect()  # recordings may be in reference cycles
         key, probe = self.products[0].key, make()
         probe._output_shapes = shapes
         keeps = self.risk._repeats and self.risk.cache != "off"

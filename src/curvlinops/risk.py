@@ -505,14 +505,18 @@ class EmpiricalRisk:
             vectors = self.space.split(V.T[0].contiguous())
             sum_ = cache(lambda: V.new_empty(len(V)))
             rows = cache(lambda: self.space.split(sum_()))
-            for number, batch in enumerate(batches):
+            first = True
+            for batch in batches:
                 count = count + batch.count
-                self._add_product(body, batch, vectors, rows, key, number == 0)
+                self._add_product(body, batch, vectors, rows, key, first)
+                first = False
+                del batch
             return sum_().div_(self._denominator(count)).unsqueeze(1)
         total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
         for batch in batches:
             count = count + batch.count
             self._add_products(body, batch, V, total, key=key)
+            del batch
         return total().div_(self._denominator(count)).T
 
     def _may_join(self, key: Hashable) -> bool:
@@ -663,6 +667,7 @@ class EmpiricalRisk:
                 part = cache(partial(total.__getitem__, (slice(None), place)))
                 spaces = self.space, outputs
                 self._add_products(body, batch, V, part, spaces, key)
+                del batch
             return total.T
 
         self._fit(Product("push_forward", body, title, key), K=V.shape[1])
@@ -703,6 +708,7 @@ class EmpiricalRisk:
                 part = U[place].to(outputs.dtype)
                 spaces = outputs, self.space
                 self._add_products(body, batch, part, total, spaces, key)
+                del batch
             return total().div_(self._denominator(count) if mean else 1).T
 
         options = (("mean", mean),)
@@ -756,6 +762,7 @@ class EmpiricalRisk:
             if stop > rows:
                 break
             yield batch, slice(start, stop), batch.output_space
+            del batch
         if stop != rows:
             raise ValueError(
                 f"The model's outputs had {rows} entries when the operator was built, "
@@ -880,6 +887,7 @@ class EmpiricalRisk:
                 shapes[-1] = torch.Size([shapes[-1][0] + shape[0], *shape[1:]])
             yield batch
             self._record(recordings, batch)
+            del batch  # and its graphs, before the next one is evaluated
         if place < 0:
             raise ValueError("The data is empty: there is no batch to work on.")
         self._num_batches = place + 1
