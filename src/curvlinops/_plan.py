@@ -781,12 +781,11 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
 
     least = tracker.peak
     if (needed := peak(load)) > limit:
-        with Tracker() as tracker:
-            cause = _why_whole(probe)
+        cause, taken = _why_whole(probe)
         if cause is None:
             length, _ = probe.products[0].lengths(0, risk.space.dim)
             operand = length * probe.K * risk.space.dtype.itemsize
-            least = max(least, operand + tracker.peak)
+            least = max(least, operand + taken)
             sizes = [size or 1 for size in data.sizes]
             one = max(n / size for n, size in zip(data.loads, sizes, strict=True))
             print_ = probe.footprint(one, 1, part=True)
@@ -873,40 +872,49 @@ def _refusal(probe: Probe, needed: int, cause: str | None) -> str:
     )
 
 
-def _why_whole(probe: Probe) -> str | None:
-    """Return why batches cannot be cut into parts, if they cannot."""
+def _why_whole(probe: Probe) -> tuple[str | None, int]:
+    """Return why batches cannot be cut into parts, and what it took to find out.
+
+    ``None`` if they can.
+    """
     risk, data = probe.risk, probe.data
     if not all(data.sizes):
         return (
             "They cannot be cut, since the number of data in a batch is not known: "
-            "pass `batch_size_fn`."
+            "pass `batch_size_fn`.",
+            0,
         )
     loss = risk.loss
     if loss is not None and loss.loss.opaque and loss.num_terms_fn is None:
         return (
             "They cannot be cut, since a loss that is not known in closed form may "
-            "couple data: pass `num_terms_fn` if it does not."
+            "couple data: pass `num_terms_fn` if it does not.",
+            0,
         )
     size = min(2, data.size or 1)
-    if size > 1:
-        item = part_of(data.first, Share(0, size, data.size or 1))
-        few = probe._slice(item, None, (1, 1), None, iter([]), [])
-        try:
+    if size == 1:
+        return None, 0
+    item = part_of(data.first, Share(0, size, data.size or 1))
+    few = probe._slice(item, None, (1, 1), None, iter([]), [])
+    try:
+        with Tracker() as tracker:
             apart = few.session(
                 lambda: all(_is_apart(few, b) for b in few.batches("plan"))
             )
-        except Exception as error:  # whatever the user's model raises on a slice
-            return (
-                "They cannot be cut, since model or loss fail with two data of the "
-                f"first batch ({type(error).__name__})."
-            )
-        if not apart:
-            return (
-                "They cannot be cut, since two data together do not give what they "
-                "give apart: is there batch normalisation in train mode, or an output "
-                "whose first axis is not that of the data?"
-            )
-    return None
+    except Exception as error:  # whatever the user's model raises on a slice
+        return (
+            "They cannot be cut, since model or loss fail with two data of the "
+            f"first batch ({type(error).__name__}).",
+            0,
+        )
+    if not apart:
+        return (
+            "They cannot be cut, since two data together do not give what they "
+            "give apart: is there batch normalisation in train mode, or an output "
+            "whose first axis is not that of the data?",
+            0,
+        )
+    return None, tracker.peak
 
 
 def _is_apart(risk: EmpiricalRisk, batch: Any) -> bool:
