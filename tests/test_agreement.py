@@ -70,6 +70,14 @@ def test_rounding_errors_may_be_small_by_chance():
     assert agrees(lambda p: [p[0], -p[1]], cancels)  # below those of the first
 
 
+def test_rounding_errors_that_are_not_finite_allow_nothing():
+    def overflows(vectors):
+        large = 4e37 * vectors[0]  # finite sums, unless the vectors are larger
+        return [3 * vectors[0], (large.sum() - large.sum()) + 1e-5 * vectors[1]]
+
+    assert not agrees(lambda p: [p[0], p[1] * 1.1], overflows)
+
+
 def test_empty_tensors_agree():
     assert agrees(
         lambda p: [part.clone() for part in p],

@@ -104,8 +104,10 @@ def within(
         return False
     far = [i for i in far if max(gaps[i], sizes[i]) > eps * top]
     for seed in range(_TRIES):
-        errors = _rounding_errors(multiply, vectors, seed) if far else []
-        far = [i for i in far if gaps[i] > tolerance / eps * errors[i]]
+        if not far:
+            break
+        errors = _rounding_errors(multiply, vectors, seed)
+        far = [i for i in far if not gaps[i] <= tolerance / eps * errors[i]]
     return not far
 
 
