@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._plan import Product
-from curvlinops.jacobian import output_space
+from curvlinops.jacobian import output_space, pull_back, push_forward
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
 
@@ -130,18 +130,10 @@ batch_size_fn, **options
             ]
         else:
             loops = [
-                Product("pull_back", _pull_back, title, "transposed jacobian", mean),
-                Product("push_forward", _push_forward, title, "jacobian"),
+                Product("pull_back", pull_back, title, "transposed jacobian", mean),
+                Product("push_forward", push_forward, title, "jacobian"),
             ]
         return self.risk.in_turn(loops, V)
-
-
-def _pull_back(batch: Linearization, u: list[Tensor]) -> list[Tensor]:
-    return batch.vjp(u[0])
-
-
-def _push_forward(batch: Linearization, v: list[Tensor]) -> list[Tensor]:
-    return [batch.jvp(v)]
 
 
 def _pull_back_factor(batch: Linearization, u: list[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._spaces import TensorSpace
 from curvlinops.risk import EmpiricalRisk
@@ -26,6 +27,16 @@ def output_space(risk: EmpiricalRisk) -> TensorSpace:
         first = sum(shape[0] for shape in shapes)
         shapes = [torch.Size([first, *risk.output_shapes[0][1:]])]
     return TensorSpace(shapes, risk.space.dtype, risk.space.device)
+
+
+def push_forward(batch: Linearization, v: list[Tensor]) -> list[Tensor]:
+    """Return the product of a batch's Jacobian."""
+    return [batch.jvp(v)]
+
+
+def pull_back(batch: Linearization, u: list[Tensor]) -> list[Tensor]:
+    """Return the product of its transpose."""
+    return batch.vjp(u[0])
 
 
 class JacobianLinearOperator(RiskOperator, LinearOperator):
@@ -114,7 +125,7 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.risk.push_forward(
-            lambda b, v: [b.jvp(v)], V, self.shape[0], self._title(), "jacobian"
+            push_forward, V, self.shape[0], self._title(), "jacobian"
         )
 
     def _adjoint(self) -> TransposedJacobianLinearOperator:
@@ -184,9 +195,7 @@ batch_size_fn, **options
         super().__init__(risk, in_space=output_space(risk))
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.pull_back(
-            lambda b, u: b.vjp(u[0]), V, self._title(), "transposed jacobian"
-        )
+        return self.risk.pull_back(pull_back, V, self._title(), "transposed jacobian")
 
     def _adjoint(self) -> JacobianLinearOperator:
         return JacobianLinearOperator(self.risk)
