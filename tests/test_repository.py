@@ -150,7 +150,7 @@ LEVELS = [
     ],
     [
         *["_checksum", "_model", "_operator", "_program", "_replay", "_watch"],
-        *["estimators", "estimators.*", "losses"],
+        *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [
         *["_columns", "_dense", "_determinism", "_folding", "_joining", "_ledger"],
