@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvlinops import EmpiricalRisk, losses
+from curvlinops import EmpiricalRisk
 from curvlinops.losses import (
     MSE,
     BCEWithLogits,
@@ -20,6 +20,7 @@ from curvlinops.losses import (
     Generic,
     Loss,
     LossFunction,
+    _table,
     as_loss_function,
     register,
 )
@@ -546,7 +547,7 @@ def test_targets_of_opaque_losses_are_passed_on():
 
 
 def test_register(monkeypatch):
-    monkeypatch.setattr(losses, "_KNOWN", dict(losses._KNOWN))
+    monkeypatch.setattr(_table, "_KNOWN", dict(_table._KNOWN))
 
     class Scaled:
         reduction = "sum"

@@ -1,0 +1,125 @@
+"""Any other loss, through autograd."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from curvlinops.losses._loss import (
+    Loss,
+    Number,
+    check_reduction,
+    describe,
+    is_tensor,
+)
+
+
+class Generic(Loss):
+    r"""Any callable ``function(output, target)`` with a 0-d result, through autograd.
+
+    :math:`S(f) = D \, \ell(f, y)` if :math:`\ell` is a mean over :math:`D` terms, and
+    :math:`\ell(f, y)` if it is a sum. Multiplying by the Hessian is one backward pass
+    through the gradient's graph, which is recorded once. The Hessian may be indefinite
+    or couple rows, so it has no factor here.
+
+    Parameters
+    ----------
+    output : Tensor
+        The model's output. A row is the last axis, or a single entry if there is one.
+    target : Any
+        Passed on to ``function`` as it is.
+    function : Callable
+        The loss. It must not modify its arguments.
+    reduction : str
+        ``"mean"`` or ``"sum"``: what ``function`` does with its terms.
+    num_terms : Tensor or int or float
+        The number of terms ``D``.
+    sampler : Callable, optional
+        ``sampler(output, target, num_samples, generator)`` with the result of
+        :meth:`Loss.sample_gradients`.
+
+    Raises
+    ------
+    ValueError
+        If ``function`` returns anything but a 0-d tensor.
+    NotImplementedError
+        For a factor, and for samples without ``sampler``.
+
+    Examples
+    --------
+    >>> f, y, u = torch.tensor([[0.5, 2.0], [0.0, 0.0], [1.0, 1.0]])
+    >>> from torch.nn import functional as F
+    >>> loss = Generic(f, y, function=F.huber_loss, reduction="mean", num_terms=2)
+    >>> H = 2 * torch.autograd.functional.hessian(partial(F.huber_loss, target=y), f)
+    >>> torch.allclose(loss.hessian_mul(u), H @ u)
+    True
+    """
+
+    opaque = True
+
+    def __init__(
+        self,
+        output: Tensor,
+        target: Any,
+        *,
+        function: Callable[..., Tensor],
+        reduction: str,
+        num_terms: Number,
+        sampler: Callable[..., Tensor] | None = None,
+    ) -> None:
+        super().__init__(output, target)
+        check_reduction(reduction)
+        self.function = function
+        self.reduction = reduction
+        self.count = num_terms
+        self.sampler = sampler
+
+    def _evaluate(self, output: Tensor) -> Tensor:
+        if self.reduction == "mean" and not self.count:
+            return (0 * output).sum()  # no terms, where a mean is NaN
+        value = self.function(output, self.target)
+        if not is_tensor(value) or value.ndim:
+            raise ValueError(
+                f"The loss function returned {describe(value)}, not a 0-d tensor: use "
+                ".mean() for reduction 'mean', or .sum() for reduction 'sum'."
+            )
+        return value * self.count if self.reduction == "mean" else value
+
+    @cached_property
+    def _recording(self) -> tuple[Tensor, Tensor]:
+        return self._differentiate(create_graph=True)
+
+    def _hessian_mul(self, U: Tensor) -> Tensor:
+        leaf, gradient = self._recording
+        if not gradient.requires_grad or not U.numel():  # linear loss, or nothing to do
+            return torch.zeros_like(U)
+        options = {"retain_graph": True, "materialize_grads": True}
+        backward = partial(torch.autograd.grad, gradient, leaf, **options)
+        if U.ndim == leaf.ndim:
+            return backward(U)[0]
+        vectors = U.reshape(-1, *leaf.shape)
+        try:
+            (products,) = backward(vectors, is_grads_batched=True)
+        except RuntimeError:  # an operation that cannot be batched
+            products = torch.stack([backward(v)[0] for v in vectors])
+        return products.reshape(U.shape)
+
+    def _factor_mul(self, U: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "The Hessian of a general loss function has no known factor: use "
+            "hessian_mul, a loss the package knows, or register a Loss subclass."
+        )
+
+    _factor_transpose_mul = _factor_mul
+
+    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+        if self.sampler is None:
+            raise NotImplementedError(
+                "The likelihood behind a general loss function is unknown: pass "
+                "sampler(output, target, num_samples, generator), use a loss the "
+                "package knows, or register a Loss subclass."
+            )
+        output = self.output.detach()
+        return self.sampler(output, self.target, num_samples, generator)

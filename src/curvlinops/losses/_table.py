@@ -1,0 +1,200 @@
+"""From what users hold to losses: the table of those that are known."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlinops.losses._categorical import CrossEntropy, NegativeLogLikelihood
+from curvlinops.losses._elementwise import MSE, BCEWithLogits
+from curvlinops.losses._generic import Generic
+from curvlinops.losses._loss import Loss, Number, check_reduction
+
+
+@dataclass(frozen=True, eq=False)
+class LossFunction:
+    """A loss class, its options and a reduction: what builds the loss of every batch.
+
+    Parameters
+    ----------
+    loss : type of Loss
+        Called as ``loss(output, target, **options)``.
+    reduction : str
+        ``"mean"`` or ``"sum"`` over the terms of all data.
+    options : Mapping, optional
+        Keyword arguments of ``loss``.
+    num_terms_fn : Callable, optional
+        ``num_terms_fn(output, target)``, the number of terms of an opaque loss.
+
+    Examples
+    --------
+    >>> import torch
+    >>> LossFunction(MSE, "sum")(torch.ones(2), torch.zeros(2)).value()
+    tensor(2.)
+    """
+
+    loss: type[Loss]
+    reduction: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_terms_fn: Callable[..., Number] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse reductions that are not a scalar."""
+        check_reduction(self.reduction)
+
+    @property
+    def smooth_alternative(self) -> str | None:
+        """What to use instead, if this loss is known to have no curvature."""
+        function = self.options.get("function")
+        function = function.func if isinstance(function, partial) else function
+        pairs = _PIECEWISE_LINEAR.items()
+        return next((v for k, v in pairs if k in (function, type(function))), None)
+
+    def __call__(
+        self, output: Tensor, target: Any, num_terms: Number | None = None
+    ) -> Loss:
+        """Build the loss of one batch.
+
+        ``num_terms`` serves an opaque loss without ``num_terms_fn``; by default it is
+        the length of the output's first axis.
+        """
+        if not self.loss.opaque:
+            return self.loss(output, target, **self.options)
+        if self.num_terms_fn is not None:
+            num_terms = self.num_terms_fn(output, target)
+        elif num_terms is None:
+            num_terms = output.shape[0] if output.ndim else 1
+        return self.loss(output, target, **{**self.options, "num_terms": num_terms})
+
+
+# Functions, and classes of callables with options as attributes
+_KNOWN: dict[Callable[..., Any], type[Loss]] = {
+    nn.MSELoss: MSE,
+    F.mse_loss: MSE,
+    nn.BCEWithLogitsLoss: BCEWithLogits,
+    F.binary_cross_entropy_with_logits: BCEWithLogits,
+    nn.CrossEntropyLoss: CrossEntropy,
+    F.cross_entropy: CrossEntropy,
+    nn.NLLLoss: NegativeLogLikelihood,
+    F.nll_loss: NegativeLogLikelihood,
+}
+
+# Their second derivative is zero wherever it exists
+_PIECEWISE_LINEAR: dict[Callable[..., Any], str] = {
+    nn.L1Loss: "nn.SmoothL1Loss() or nn.HuberLoss()",
+    F.l1_loss: "F.smooth_l1_loss or F.huber_loss",
+}
+
+
+def register(key: Callable[..., Any], loss: type[Loss]) -> None:
+    """Let :func:`as_loss_function` turn ``key`` into ``loss``.
+
+    Parameters
+    ----------
+    key : Callable
+        A function ``key(output, target, **options)``, or a class whose instances have
+        ``reduction`` and their options as attributes. Instances of its subclasses do
+        not count, since they may compute something else.
+    loss : type of Loss
+        The class that holds all that is known about this loss. Its keyword-only
+        arguments are the options, under the names they have in ``key``.
+
+    Examples
+    --------
+    >>> def squared_error(output, target, reduction="mean"):
+    ...     return F.mse_loss(output, target, reduction=reduction)
+    >>> register(squared_error, MSE)
+    >>> as_loss_function(squared_error).loss.__name__
+    'MSE'
+    """
+    _KNOWN[key] = loss
+
+
+def as_loss_function(
+    loss_func: Any,
+    num_terms_fn: Callable[..., Number] | None = None,
+    sampler: Callable[..., Tensor] | None = None,
+) -> LossFunction:
+    """Turn what users hold into a :class:`LossFunction`, without modifying it.
+
+    Parameters
+    ----------
+    loss_func : Callable or LossFunction
+        A loss module, a loss function, or a ``functools.partial`` of one that binds
+        options by keyword. Those in :func:`register`'s table are computed in closed
+        form, others as :class:`Generic`. The reduction is the one that is bound, or an
+        attribute ``reduction``, or ``"mean"``. The ``"batchmean"`` of
+        :class:`torch.nn.KLDivLoss` is a mean over the output's first axis.
+    num_terms_fn, sampler : Callable, optional
+        For :class:`Generic` losses only, see :class:`LossFunction` and
+        :class:`Generic`. By default a batch has as many terms as data.
+
+    Raises
+    ------
+    TypeError
+        If ``loss_func`` is a class or not callable.
+    ValueError
+        If the reduction is neither ``"mean"`` nor ``"sum"``, or something is given that
+        the loss does not take.
+
+    Examples
+    --------
+    >>> loss_func = as_loss_function(nn.CrossEntropyLoss(reduction="sum"))
+    >>> loss_func.loss.__name__, loss_func.reduction
+    ('CrossEntropy', 'sum')
+    """
+    bound = isinstance(loss_func, partial)
+    function = loss_func.func if bound else loss_func
+    options = dict(loss_func.keywords) if bound else {}
+    if isinstance(function, type) or not callable(function):
+        problem = "a class" if isinstance(function, type) else "not callable"
+        raise TypeError(
+            f"The loss {function!r} is {problem}: pass an instance such as "
+            "nn.MSELoss(), or a function of (output, target)."
+        )
+    if legacy := sorted({"size_average", "reduce"} & options.keys()):
+        raise ValueError(
+            f"The loss is bound to the legacy arguments {legacy}: bind "
+            "reduction='mean' or reduction='sum', or wrap it in a function."
+        )
+    reduction = options.pop("reduction", getattr(function, "reduction", "mean"))
+    known = function if isinstance(function, LossFunction) and not bound else None
+    instance = not bound and type(function) in _KNOWN
+    key = type(function) if instance else function
+    # by identity, since callables may be unhashable
+    if loss := next((loss for k, loss in _KNOWN.items() if k is key), None):
+        names = _option_names(loss)
+        if instance:
+            options = {n: getattr(function, n) for n in names if hasattr(function, n)}
+        unknown = sorted(options.keys() - set(names))
+        if unknown or (bound and loss_func.args):
+            raise ValueError(
+                f"The loss is bound to {unknown or 'positional arguments'}: bind only "
+                f"options, by keyword: {', '.join((*names, 'reduction'))}."
+            )
+        known = LossFunction(loss, reduction, options)
+    if known is None:
+        if reduction == "batchmean":  # of nn.KLDivLoss: over the output's first axis
+            reduction, num_terms_fn = "mean", num_terms_fn or _length
+        options = {"function": loss_func, "reduction": reduction, "sampler": sampler}
+        return LossFunction(Generic, reduction, options, num_terms_fn)
+    if num_terms_fn is not None or sampler is not None:
+        raise ValueError(
+            "num_terms_fn and sampler are for losses that the package does not know, "
+            "but this one brings its own: leave them out."
+        )
+    return known
+
+
+@cache
+def _option_names(loss: type[Loss]) -> tuple[str, ...]:
+    parameters = signature(loss).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def _length(output: Tensor, _: Any) -> int:
+    return output.shape[0] if output.ndim else 1
