@@ -17,12 +17,7 @@ from curvlinops import (
     _dense,
     _linearization,
 )
-from curvlinops._linearization import (
-    Linearization,
-    budget_bytes,
-    free_memory,
-    graph_bytes,
-)
+from curvlinops._linearization import Linearization, graph_bytes
 from curvlinops._model import Model
 from curvlinops.losses import as_loss_function
 from tolerances import assert_close
@@ -101,25 +96,6 @@ def test_graph_bytes_leaves_checkpoints_alone():
         pytest.skip("this torch does not tell what is behind a hook")
     graph_bytes([y])
     assert len(calls) == 1
-
-
-def test_budget():
-    cpu = torch.device("cpu")
-    assert budget_bytes("off", cpu) == 0
-    assert budget_bytes(123, cpu) == 123
-    free = free_memory(cpu)
-    assert 0 < budget_bytes("auto", cpu) < free * 1.01
-    for wrong in ("all", -1, 1.5, None, True):
-        with pytest.raises(ValueError, match="cache"):
-            budget_bytes(wrong, cpu)
-
-
-def test_free_memory_without_proc(monkeypatch):
-    def nothing(*_):
-        raise OSError
-
-    monkeypatch.setattr("builtins.open", nothing)
-    assert _linearization.free_memory(torch.device("cpu")) > 0
 
 
 @pytest.mark.parametrize("operator", [GGNLinearOperator, HessianLinearOperator])

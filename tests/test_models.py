@@ -27,7 +27,9 @@ from curvlinops import (
     GGNLinearOperator,
     HessianLinearOperator,
 )
+from curvlinops._linearization import GraphFreedError
 from curvlinops._model import Model, _Changes, _MathAttention, _Owner
+from curvlinops._reach import CopyLeaksError
 from tolerances import assert_close
 
 SIZES = (3, 2, 1)
@@ -1237,3 +1239,19 @@ def test_changes_before_the_first_product_are_seen():
         change(net)
         fresh = GGNLinearOperator(*args, check_deterministic=False)
         assert_close(A.to_dense(), fresh.to_dense(), size=4 * A.shape[0])
+
+
+def test_a_freed_graph_and_a_copy_that_leaks_are_recovered_from_in_turn():
+    risk = GGNLinearOperator(*find("mlp-tanh-ce").build()).risk
+    errors = [GraphFreedError("freed"), CopyLeaksError()]
+
+    def run():
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    assert risk.session(run) == "done"
+    # In place, graphs are kept: one that is freed now is the user's affair.
+    errors += [GraphFreedError("a second time")]
+    with pytest.raises(RuntimeError, match="a second time"):
+        risk.session(run)

@@ -146,7 +146,7 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 LEVELS = [
     [
         *["_agreement", "_conflicts", "_cuda_graph", "_data", "_lockstep"],
-        *["_random", "_spaces"],
+        *["_memory", "_random", "_spaces"],
     ],
     [
         *["_checksum", "_model", "_operator", "_program", "_replay", "_watch"],
@@ -415,6 +415,88 @@ def test_dependency_rule_bites(tmp_path, file, source, complaints):
 
     plant(tmp_path, {file: source})
     assert len(dependency_complaints(tmp_path, pyproject)) == complaints
+
+
+# ------------------------------------------------------------------ errors
+
+#: What is also raised when memory runs out, which is no reason to give something up.
+BROAD = {"RuntimeError", "Exception", "BaseException"}
+
+#: Functions that hand every error on to another thread, or tidy up after one.
+EXEMPT = {"_lockstep._work", "_cuda_graph._clean_up"}
+
+
+def names_in(node: ast.expr | None) -> set[str]:
+    """Return the names of the exceptions in an ``except`` clause."""
+    if node is None:
+        return {"BaseException"}
+    parts = node.elts if isinstance(node, ast.Tuple) else [node]
+    return {ast.unparse(part).rpartition(".")[2] for part in parts}
+
+
+def lets_memory_errors_pass(handler: ast.ExceptHandler) -> bool:
+    """Whether a handler first asks the one helper, or raises what it has caught."""
+    first, last = handler.body[0], handler.body[-1]
+    if ast.unparse(first) == f"raise_if_out_of_memory({handler.name})":
+        return True
+    return isinstance(last, ast.Raise) and last.exc is None
+
+
+def handler_complaints(package: Path) -> list[str]:
+    """Look for places that take a lack of memory for something else."""
+    complaints = []
+    for name, path in modules(package).items():
+        tree = ast.parse(path.read_text())
+        exempt = {
+            id(part)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and f"{name}.{node.name}" in EXEMPT
+            for part in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in exempt:
+                continue
+            if isinstance(node, ast.ExceptHandler):
+                broad = names_in(node.type) & BROAD
+                wrong = broad and not lets_memory_errors_pass(node)
+            elif isinstance(node, ast.Call):
+                suppresses = names_in(node.func) == {"suppress"}
+                wrong = suppresses and any(names_in(arg) & BROAD for arg in node.args)
+            else:
+                continue
+            if wrong:
+                where = f"{name}, line {node.lineno}"
+                complaints.append(f"{where}: call `raise_if_out_of_memory` first")
+    return complaints
+
+
+def test_lack_of_memory_is_raised():
+    assert handler_complaints(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("handler", "complaints"),
+    [
+        ("except RuntimeError: y = None", 1),
+        ("except Exception as e: y = str(e)", 1),
+        ("except: y = None", 1),
+        ("except (TypeError, RuntimeError) as e: raise ValueError('no') from e", 1),
+        ("except builtins.Exception: y = None", 1),
+        ("except RuntimeError as e:\n    y = 1\n    raise_if_out_of_memory(e)", 1),
+        ("except RuntimeError as e:\n    raise_if_out_of_memory(None)", 1),
+        ("except RuntimeError as e:\n    raise_if_out_of_memory(e)\n    y = 1", 0),
+        ("except BaseException:\n    y = 1\n    raise", 0),
+        ("except ValueError: y = None", 0),
+        ("except ValueError:\n    with suppress(RuntimeError): y = f()", 1),
+        ("except ValueError:\n    with contextlib.suppress(OSError): y = f()", 0),
+    ],
+)
+def test_memory_rule_bites(tmp_path, handler, complaints):
+    plant(tmp_path, GOOD)
+    assert handler_complaints(tmp_path) == []
+
+    plant(tmp_path, {"risk.py": f"try:\n    y = f()\n{handler}"})
+    assert len(handler_complaints(tmp_path)) == complaints
 
 
 def test_import_needs_no_extra():

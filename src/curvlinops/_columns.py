@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvlinops._agreement import agree, random_like
 from curvlinops._linearization import Linearization
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import TensorSpace, rounding
 
 Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
@@ -110,7 +111,8 @@ class Columns:
         multiply = partial(body, batch)
         try:
             both = multiply(pair)
-        except RuntimeError:
+        except RuntimeError as error:
+            raise_if_out_of_memory(error)
             return False
         return all(
             agree([p[k] for p in both], multiply(column), eps, 0.5, multiply, column)

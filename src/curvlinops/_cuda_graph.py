@@ -11,6 +11,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from curvlinops._memory import raise_if_out_of_memory
+
 
 class _Pool:
     """Memory in which the graphs of one stream compute, one at a time."""
@@ -156,7 +158,8 @@ def captured(
     """Capture a program, or find out that it cannot be."""
     try:
         return CapturedProgram(program, vectors)
-    except RuntimeError:  # an operation waits for the GPU all the same
+    except RuntimeError as error:  # an operation waits for the GPU all the same
+        raise_if_out_of_memory(error)
         return None
 
 

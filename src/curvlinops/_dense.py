@@ -17,6 +17,7 @@ from curvlinops._agreement import agree, random_like
 from curvlinops._columns import VJPS, Columns
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import Linearization
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._parts import jacobian_by_datum
 from curvlinops._spaces import TensorSpace, rounding
 
@@ -268,7 +269,8 @@ def _jacobian(
             risk.space.join(batch.vjp(rows.reshape(-1, *f.shapes[0])), leading=1)
             for rows in identity.split(width)
         ]
-    except RuntimeError:  # some operation cannot
+    except RuntimeError as error:  # some operation cannot
+        raise_if_out_of_memory(error)
         return None
     J = torch.cat(chunks)
     return J if agrees_with_vjp(J, risk.space, batch, 0.5) else None

@@ -14,6 +14,7 @@ from curvlinops._columns import MAX_COLUMN_BYTES
 from curvlinops._data import joined
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import SMALL, Linearization
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def joined_batch(
         y = joined([b.y for b in batches], sizes, several=True)
         one = Linearization(risk.model, X, y, risk._loss_maker(X))
         total = product(vectors, one)
-    except Exception:  # whatever a model or a loss raises on another batch
+    except Exception as error:  # whatever a model or a loss raises on another batch
+        raise_if_out_of_memory(error)
         return None
     again = partial(product, one=one)  # the batches' own would be recorded by now
     return one if agree(total, plain, eps, 0.75, again, vectors) else None

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import torch
 
-from curvlinops._linearization import budget_bytes
+from curvlinops._memory import budget_bytes
 
 
 class Ledger:

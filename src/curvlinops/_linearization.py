@@ -13,7 +13,6 @@ vector, so a :class:`Linearization` that is kept pays for them once.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache, cached_property, partial
@@ -27,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvlinops._agreement import agree
 from curvlinops._data import Share, cloned, strided, tensors_in
 from curvlinops._folding import MAX_RANK, Folded, fold
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model, graph_leaves, graph_nodes
 from curvlinops._replay import (
     RECORD_EARLY,
@@ -39,9 +39,6 @@ from curvlinops._replay import (
 )
 from curvlinops._spaces import TensorSpace, rounding
 from curvlinops.losses import Loss
-
-#: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
-AUTO_FRACTION = 0.4
 
 #: Products after the first few before a batch is folded, for every sensitivity.
 FOLD_LATE = 8
@@ -373,24 +370,32 @@ class Linearization:
         with self._lock:
             if key in self._folded:
                 return
-            self._folded[key] = None
-            evaluated = "output" in vars(self)
+            evaluated, folded = "output" in vars(self), None
             try:
-                if (folded := self._fold(body, room)) is not None:
-                    route = self._routes.get(key)
-                    known = route.program if route else None
-                    V = [_ramp(leaf.detach()) for leaf in self._leaves]
-                    multiply: Product = known or partial(body, self)
-                    found, expected = self._multiply_folded(*folded, V), multiply(V)
-                    eps = rounding(V[0].dtype, V[0].device, self.convolves)
-                    if agree(found, expected, eps, 0.75, multiply, V):
-                        self._routes[key] = Route(convolves=self.convolves)
-                        self._folded[key] = folded
-            except Exception:  # whatever an operation raises on its own
-                pass
+                folded = self._checked_fold(key, body, room)
+            except Exception as error:  # whatever an operation raises on its own
+                raise_if_out_of_memory(error)
             finally:
-                if self._folded[key] is not None or not evaluated:
+                if folded is not None or not evaluated:
                     self._drop_graphs()
+            if folded is not None:
+                self._routes[key] = Route(convolves=self.convolves)
+            self._folded[key] = folded
+
+    def _checked_fold(
+        self, key: Hashable, body: Congruence, room: float
+    ) -> tuple[Folded, Middle | None] | None:
+        """Fold; return what multiplies as before, if anything does."""
+        if (folded := self._fold(body, room)) is None:
+            return None
+        route = self._routes.get(key)
+        known = route.program if route else None
+        V = [_ramp(leaf.detach()) for leaf in self._leaves]
+        multiply: Product = known or partial(body, self)
+        found, expected = self._multiply_folded(*folded, V), multiply(V)
+        eps = rounding(V[0].dtype, V[0].device, self.convolves)
+        same = agree(found, expected, eps, 0.75, multiply, V)
+        return folded if same else None
 
     def unfold(self) -> bool:
         """Give up what has been folded; return whether there was anything."""
@@ -507,7 +512,8 @@ class Linearization:
         if self._model.forward_mode and not (again or several or recording()):
             try:
                 Jv = self._model.directional(self.fresh_input(), V, self.reached)
-            except Exception:  # whatever a model or an operation raises there
+            except Exception as error:  # whatever a model or an operation raises
+                raise_if_out_of_memory(error)
                 Jv, self._model.forward_mode = None, False
             if Jv is not None:
                 w = middle(self, Jv)
@@ -589,6 +595,7 @@ def _grad(
             )
         )
     except RuntimeError as error:
+        raise_if_out_of_memory(error)
         message = _explained(str(error))
         if "through the graph a second time" in message:
             raise GraphFreedError(message) from error
@@ -718,7 +725,8 @@ def _saved(node: Any) -> list[Any]:
             if any(getattr(one, "unpack_hook", None) is not None for one in packed):
                 continue
             value = getattr(node, name)
-        except RuntimeError:  # already freed
+        except RuntimeError as error:  # already freed
+            raise_if_out_of_memory(error)
             continue
         values += value if isinstance(value, (tuple, list)) else [value]
     return values
@@ -733,45 +741,3 @@ def _saved_names(node_type: type) -> list[tuple[str, str]]:
         (raw, name if hasattr(node_type, name) else name.removeprefix("_"))
         for raw, name in zip(raw_names, names, strict=True)
     ]
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        return free + reserved - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as info:
-            line = next(line for line in info if line.startswith("MemAvailable:"))
-        free = int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        # No such file outside of Linux: assume that a quarter of the memory is free.
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    return min(free, _control_group_limit())
-
-
-def _control_group_limit() -> int:
-    """Return the bytes left of a container's memory limit, if it has one."""
-    folder = "/sys/fs/cgroup/"
-    try:
-        with (
-            open(folder + "memory.max") as limit,
-            open(folder + "memory.current") as use,
-        ):
-            return max(int(limit.read()) - int(use.read()), 0)
-    except (OSError, ValueError):  # no control group, or "max"
-        return 1 << 62
-
-
-def budget_bytes(cache: str | int, device: torch.device) -> int:
-    """Return how many bytes of recordings a setting of ``cache`` allows."""
-    if cache == "off":
-        return 0
-    if cache == "auto":
-        return int(AUTO_FRACTION * free_memory(device))
-    if isinstance(cache, int) and not isinstance(cache, bool) and cache >= 0:
-        return cache
-    raise ValueError(
-        f'`cache` must be "auto", "off", or a number of bytes >= 0, got {cache!r}.'
-    )

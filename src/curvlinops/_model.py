@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 
 T = TypeVar("T")
@@ -300,7 +301,10 @@ class Model:
         else:
             try:
                 self._function = _private_copy(self._module, self.aliases)
-            except Exception:  # whatever a user's `__deepcopy__` or attribute raises
+            except (
+                Exception
+            ) as error:  # whatever a user's `__deepcopy__` or attribute raises
+                raise_if_out_of_memory(error)
                 self.evaluate_in_place()
         #: Whether there are convolutions, which round differently on a GPU.
         self.convolves = self._module is None or any(

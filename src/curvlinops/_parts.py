@@ -12,6 +12,7 @@ from curvlinops._agreement import largest_entries, within
 from curvlinops._data import cut, mapped, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import GraphFreedError, Linearization
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def one_by_one(risk: EmpiricalRisk, batch: Linearization) -> list[Linearization]
         return parts if _composes(risk, batch, parts) else [batch]
     except GraphFreedError:
         raise
-    except Exception:  # whatever the user's model or loss raises on a part
+    except Exception as error:  # whatever the user's model or loss raises on a part
+        raise_if_out_of_memory(error)
         return [batch]
 
 
@@ -150,5 +152,6 @@ def jacobian_by_datum(
         with torch.no_grad(), risk.model.left_as_it_is():
             parts = vmap(rows)(*filter(has_axis, tensors_in(inputs)))
         return risk.space.join(parts, leading=2).reshape(f.dim, -1)
-    except Exception:  # whatever a model or an operation raises there
+    except Exception as error:  # whatever a model or an operation raises there
+        raise_if_out_of_memory(error)
         return None

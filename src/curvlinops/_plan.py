@@ -33,7 +33,8 @@ from curvlinops._columns import (
 from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
-from curvlinops._linearization import FOLD_LATE, budget_bytes
+from curvlinops._linearization import FOLD_LATE
+from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._parts import one_by_one
 from curvlinops._program import leaves
 from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
@@ -102,7 +103,7 @@ class Tracker(Watcher):
         return result
 
 
-class LimitExceededError(Exception):
+class LimitExceededError(MemoryError):
     """Raised by an operation after which more bytes might be alive than may be."""
 
 
@@ -471,7 +472,8 @@ class Probe:
                 if slices == [1]:
                     raise
                 collect()  # what is left of it may be in reference cycles
-            except Exception:  # whatever the user's model raises on a slice
+            except Exception as error:  # whatever the user's model raises on a slice
+                raise_if_out_of_memory(error)
                 break
         return self._footprint([], load, width, part)
 
@@ -902,6 +904,7 @@ def _why_whole(probe: Probe) -> tuple[str | None, int]:
                 lambda: all(_is_apart(few, b) for b in few.batches("plan"))
             )
     except Exception as error:  # whatever the user's model raises on a slice
+        raise_if_out_of_memory(error)
         return (
             "They cannot be cut, since model or loss fail with two data of the "
             f"first batch ({type(error).__name__}).",

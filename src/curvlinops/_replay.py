@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
 
 from curvlinops._agreement import agree, balanced, random_like
 from curvlinops._cuda_graph import CapturedProgram, captured
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._program import Call, Memory, Program, Slot, leaves, replaced
 from curvlinops._spaces import rounding
 
@@ -190,7 +191,8 @@ def _vectorises(program: Program, vectors: list[Tensor], convolves: bool) -> boo
     eps = _eps(vectors, convolves)
     try:
         several = program.vectorised(pair)
-    except RuntimeError:  # an operation cannot be vectorised
+    except RuntimeError as error:  # an operation cannot be vectorised
+        raise_if_out_of_memory(error)
         return False
     return all(
         agree([p[k] for p in several], program(column), eps, 0.5, program, column)
@@ -214,7 +216,8 @@ def _verified(
         same = agree(program(others), recorded, eps, 0.75, product, others)
         same = same and agree(program(vectors), plain, eps, 0.75, product, vectors)
         return program if same else None
-    except Exception:  # whatever an operation raises when watched or replayed
+    except Exception as error:  # whatever an operation raises when watched or replayed
+        raise_if_out_of_memory(error)
         return None
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlinops._memory import raise_if_out_of_memory
+
 #: NumPy's name for every torch dtype an operator can compute in. NumPy has no
 #: bfloat16 and SciPy no float16 solvers: half precision is reported as float32.
 NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
@@ -242,7 +244,8 @@ def _uses_tf32(convolves: bool) -> bool:
     try:
         products = torch.backends.cuda.matmul.allow_tf32
         return products or (convolves and torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # set by torch's newer names, which the old ones cannot tell
+    except RuntimeError as error:  # set by newer names, which the old cannot tell
+        raise_if_out_of_memory(error)
         return True
 
 

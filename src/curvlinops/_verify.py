@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from curvlinops._data import checked_pair, cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model
 from curvlinops._random import Probes, Rng, as_seed
 from curvlinops._spaces import rounding
@@ -196,6 +197,7 @@ def _row(name: str, sides: Callable[[], Sides], tolerance: float) -> Check:
     except _SkippedError as reason:
         return Check(name, math.nan, tolerance, str(reason), True)
     except Exception as error_:  # a report, not an exception, is what was asked for
+        raise_if_out_of_memory(error_)
         note = f"{type(error_).__name__}: {error_}"
         return Check(name, math.nan, tolerance, note, False)
     return Check(name, error, tolerance, "", error <= tolerance)

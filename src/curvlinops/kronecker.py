@@ -17,6 +17,7 @@ from numpy.linalg import LinAlgError
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._operator import TorchOperator
 from curvlinops._spaces import TensorSpace, real_scalar
 from curvlinops.structured import _tensors, as_operator
@@ -636,24 +637,17 @@ def _retried(
     try:
         return decompose(factor)
     except RuntimeError as error:
-        if _lacks_memory(error):
-            raise
+        raise_if_out_of_memory(error)
         if not retry or factor.dtype == torch.float64:
             raise _failed(what, factor, name) from error
     try:
         result = decompose(factor.double())
     except RuntimeError as error:
-        if _lacks_memory(error):
-            raise
+        raise_if_out_of_memory(error)
         raise _failed(what, factor, name) from error
     if torch.is_tensor(result):
         return result.to(factor.dtype)
     return tuple(part.to(factor.dtype) for part in result)
-
-
-def _lacks_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, which no other precision cures."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
 
 
 def _failed(what: str, factor: Tensor, name: str, finite: bool = True) -> LinAlgError:

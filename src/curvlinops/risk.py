@@ -49,8 +49,8 @@ from curvlinops._linearization import (
     GraphFreedError,
     Linearization,
     Middle,
-    budget_bytes,
 )
+from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._model import (
     Model,
     Parameters,
@@ -367,6 +367,7 @@ class EmpiricalRisk:
             try:
                 pickle.Pickler(BytesIO(), protocol).dump(getattr(self, name))
             except Exception as error:
+                raise_if_out_of_memory(error)
                 raise pickle.PicklingError(
                     f"This operator cannot be pickled because its {name} cannot: "
                     f"{error}. Use functions defined at the top level of a module "
@@ -540,14 +541,13 @@ class EmpiricalRisk:
     def _join(self, body: Body, key: Hashable) -> None:
         """Put all data into one batch if that gives the same product."""
         known, recordings = self._joined, dict(self._recordings)
-        known[key] = None
 
         def multiply(V: Tensor, one: Linearization | None) -> Tensor:
             return self._mean(body, V, "_join", key, one)
 
         batches = [batch for _, batch in sorted(recordings.items())]
-        if (one := joined_batch(self, batches, multiply)) is not None:
-            known[key] = one
+        known[key] = one = joined_batch(self, batches, multiply)
+        if one is not None:
             self._ledger.enter_other(("joined", key), 3 * one.nbytes)
 
     def _joined_batch(self, key: Hashable) -> Linearization | None:
@@ -744,7 +744,8 @@ class EmpiricalRisk:
             part = U[start : start + width]
             try:
                 chunk = batch.vjp(part) if len(part) > 1 else batch.vjp(part[0])
-            except RuntimeError:
+            except RuntimeError as error:
+                raise_if_out_of_memory(error)
                 if len(part) == 1:
                     raise
                 self._columns.refuse(VJPS)
@@ -809,17 +810,17 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        model, may_free = self.model, self.model.may_free
         with preserved_rng(self.space.device):
-            try:
-                return model.run(run)
-            except CopyLeaksError:
-                model.evaluate_in_place()
-            except GraphFreedError as error:
-                if not may_free:  # it is none of ours
-                    raise RuntimeError(str(error)) from error
-                self._replace_copy(model)
-            return self.model.run(run)
+            while True:  # each cause is found once, and removed
+                model, may_free = self.model, self.model.may_free
+                try:
+                    return model.run(run)
+                except CopyLeaksError:
+                    model.evaluate_in_place()
+                except GraphFreedError as error:
+                    if not may_free:  # it is none of ours
+                        raise RuntimeError(str(error)) from error
+                    self._replace_copy(model)
 
     def _replace_copy(self, model: Model) -> None:
         """Give up a private copy that keeps parts of graphs, which have been freed.
@@ -925,6 +926,7 @@ class EmpiricalRisk:
             batch = Linearization(self.model, X, y, make_loss, index, protect)
             batch.place, batch.share = place, share
         except RuntimeError as error:
+            raise_if_out_of_memory(error)
             dtypes = sorted({str(t.dtype) for t in tensors_in(X)})
             differ = str(self.space.dtype) not in dtypes
             raise ValueError(
@@ -976,6 +978,12 @@ class EmpiricalRisk:
                 recordings[place] = batch
             elif recordings.pop(place, None) is not None:
                 self._dense.drop_jacobians()
+
+    def room(self) -> float:
+        """Return how many bytes may still be kept, by the setting of ``cache``."""
+        with self._lock:
+            self._ledger.open(self.cache, self.space.device)
+            return max(self._ledger.room(), 0)
 
     def _may_keep(self, batch: Linearization) -> bool:
         """Whether a batch's graphs may still be of use after a product."""
@@ -1096,7 +1104,8 @@ class EmpiricalRisk:
             batch.final = last and not self._may_keep(batch)
             try:
                 products = batch.multiply(name, body, inputs.split(part), width > 1)
-            except RuntimeError:
+            except RuntimeError as error:
+                raise_if_out_of_memory(error)
                 if width == 1:
                     raise
                 self._columns.refuse(key)

@@ -42,6 +42,7 @@ from curvlinops import (
     NeumannInverseLinearOperator,
     TensorLinearOperator,
 )
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.examples.functorch import functorch_hessian
 
 if TYPE_CHECKING:
@@ -427,6 +428,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.device = torch.device(args.device)
         torch.zeros(1, dtype=torch.float64, device=args.device).tolist()
     except (RuntimeError, AssertionError, TypeError) as error:
+        raise_if_out_of_memory(error)
         reason = str(error).splitlines()[0]
         parser.error(f"--device {args.device} cannot be used here: {reason}")
     try:

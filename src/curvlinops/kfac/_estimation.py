@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._data import strided, tensors_in
-from curvlinops._linearization import budget_bytes
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.kfac._covariance import mirror
 from curvlinops.kfac._layers import (
     Batch,
@@ -192,7 +192,7 @@ class Estimation:
         sizes = [layer.layout.size for layer in self.layers.values()]
         factors = sum(G * (m * m + n * n) for G, m, n in sizes)
         nbytes = max(KEPT_BYTES, factors * self.risk.space.dtype.itemsize)
-        return min(nbytes, budget_bytes(self.risk.cache, self.risk.space.device))
+        return int(min(nbytes, self.risk.room()))
 
     def _send_all(self, batch: Batch, receive: Receiver, diagonals: bool) -> None:
         """Send every vector of a batch back."""
@@ -227,7 +227,8 @@ class Estimation:
             return None
         try:
             result = batch.send_together(U)
-        except RuntimeError:  # some operation cannot
+        except RuntimeError as error:  # some operation cannot
+            raise_if_out_of_memory(error)
             self._may_send_together = False
             return None
         if not self._is_checked:

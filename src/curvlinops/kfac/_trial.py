@@ -16,6 +16,7 @@ from torch import Tensor
 from curvlinops._data import cut, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding
 from curvlinops.kfac._handlers import HANDLERS
 from curvlinops.kfac._layers import Batch, resolve
@@ -125,7 +126,8 @@ def found(
     try:
         with risk.model.left_as_it_is(), recorder:
             alone = risk.model(cut(batch.fresh_input(), size, 0, 1))
-    except Exception:  # whatever a model raises on a single datum
+    except Exception as error:  # whatever a model raises on a single datum
+        raise_if_out_of_memory(error)
         return findings
     f = batch.output.detach()
     if f.numel() != size * alone.numel() or _names(uses) != _names(recorder.uses):

@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.losses._loss import Loss, root
 
 
@@ -29,7 +30,8 @@ class _Elementwise(Loss):
             return None
         try:
             return self._operand(weight, name).expand(self.output.shape)
-        except RuntimeError:
+        except RuntimeError as error:
+            raise_if_out_of_memory(error)
             raise ValueError(
                 f"The {name} of shape {tuple(weight.shape)} does not broadcast to the "
                 f"output's shape {tuple(self.output.shape)}: reshape it."

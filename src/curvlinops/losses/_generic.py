@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.losses._loss import (
     Loss,
     Number,
@@ -102,7 +103,8 @@ class Generic(Loss):
         vectors = U.reshape(-1, *leaf.shape)
         try:
             (products,) = backward(vectors, is_grads_batched=True)
-        except RuntimeError:  # an operation that cannot be batched
+        except RuntimeError as error:  # an operation that cannot be batched
+            raise_if_out_of_memory(error)
             products = torch.stack([backward(v)[0] for v in vectors])
         return products.reshape(U.shape)
 
