@@ -18,6 +18,7 @@ from curvlinops import (
     _folding,
     _linearization,
 )
+from curvlinops._plan import products_of
 from tolerances import assert_close
 
 
@@ -37,7 +38,8 @@ def always(monkeypatch):
 
 def folded(A) -> list:
     """Return what was folded, batch by batch."""
-    return [b._folded.get(A._middle.key) for b in A.risk._recordings.values()]
+    [product], _ = products_of(A, 1)
+    return [b._folded.get(product.key) for b in A.risk._recordings.values()]
 
 
 def dtype_of(params) -> torch.dtype:
@@ -117,7 +119,7 @@ def test_data_apart_are_folded(make, always):
         assert_close(A @ v, plain @ v, size=4 * len(v))
         E @ v
     assert all(folded(A))
-    assert all(b._folded["ef"] for b in E.risk._recordings.values())
+    assert all(folded(E))
     routes = [r for b in A.risk._recordings.values() for r in b._routes.values()]
     assert all(route.trusted for route in routes)
 
@@ -137,7 +139,7 @@ def test_a_folded_product_takes_two_matrix_products_per_layer():
     inner = weights - params["0.weight"].numel()
     for _ in range(6):
         A @ v
-    assert all(b._folded["ef"] for b in A.risk._recordings.values())
+    assert all(folded(A))
     assert count() == 2 * n * 2 * weights
     A.risk.plain += 1
     assert count() >= 2 * n * (2 * weights + 2 * inner)

@@ -24,7 +24,7 @@ from curvlinops import (
     KFACLinearOperator,
     TransposedJacobianLinearOperator,
 )
-from curvlinops._plan import SLICES, Tracker
+from curvlinops._plan import SLICES, Tracker, products_of
 from tolerances import assert_close
 
 #: Products after which routes have settled.
@@ -219,7 +219,8 @@ def test_batches_that_are_joined_are_predicted():
     assert "multiplied as one" in str(plan)
     x = torch.randn(A.shape[1], 1).double()
     tracked(A, x)
-    assert A.risk._joined_batch("hessian") is not None
+    [product], _ = products_of(A, 1)
+    assert A.risk._joined_batch(product.key) is not None
     assert plan.joined + sum(b.held for b in plan.batches) == held(A)
     tracked(A, x, plan.dense_after - SETTLED)
     assert not A.risk._dense.matrices

@@ -149,7 +149,8 @@ LEVELS = [
         *["_memory", "_random", "_spaces"],
     ],
     [
-        *["_checksum", "_model", "_operator", "_program", "_replay", "_watch"],
+        *["_checksum", "_identity", "_model", "_operator", "_program", "_replay"],
+        *["_watch"],
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [

@@ -12,6 +12,7 @@ from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperato
 from curvlinops._dense import agrees_with_vjp
 from curvlinops._model import _deep_copy, _is_ordinary
 from curvlinops._parts import jacobian_by_datum
+from curvlinops._plan import products_of
 from curvlinops._replay import _ByTensor, record
 from tolerances import assert_close
 
@@ -30,6 +31,15 @@ def batches(*sizes):
         )
         for n in sizes
     ]
+
+
+def key_of(A):
+    return products_of(A, 1)[0][0].key
+
+
+def joined(A):
+    """Return the batch that stands for all."""
+    return A.risk._joined_batch(key_of(A))
 
 
 def pair(operator, model, data, **options):
@@ -276,9 +286,9 @@ def test_small_batches_are_multiplied_as_one(sizes):
     zero = torch.zeros(A.shape[1], dtype=torch.float64)
     assert not (A @ zero).any()
     assert not (A @ zero).any()
-    assert A.risk._joined_batch("hessian") is not None
+    assert joined(A) is not None
     assert_products_agree(A, plain)
-    assert A.risk._joined_batch("hessian").replays("hessian")
+    assert joined(A).replays(key_of(A))
     with torch.no_grad():
         next(iter(A.risk.params.values())).mul_(2)
     assert_products_agree(A, plain)

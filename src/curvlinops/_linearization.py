@@ -26,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvlinops._agreement import agree
 from curvlinops._data import Share, cloned, strided, tensors_in
 from curvlinops._folding import MAX_RANK, Folded, fold
+from curvlinops._identity import checked_owner
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model, graph_leaves, graph_nodes
 from curvlinops._replay import (
@@ -217,9 +218,12 @@ class Linearization:
         return self.loss.count
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return ``compute()``, kept under ``key`` as long as the batch is."""
+        """Return ``compute()``, kept under ``key`` as long as the batch is.
+
+        The key is a tuple that begins with the class or function it belongs to.
+        """
         with self._lock:
-            if key not in self._notes:
+            if checked_owner(key) not in self._notes:
                 self._notes[key] = compute()
             return self._notes[key]
 
@@ -357,7 +361,7 @@ class Linearization:
         if not isinstance(body, Congruence):
             self._folded[key] = None
             return False
-        rank = self.once(("rank", key), lambda: body.middle.rank(self))
+        rank = self.once((Middle.rank, key), lambda: body.middle.rank(self))
         if rank > MAX_RANK:
             self._folded[key] = None
         return rank <= MAX_RANK and asked >= late + FOLD_LATE * (rank - 1)

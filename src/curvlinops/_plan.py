@@ -33,6 +33,7 @@ from curvlinops._columns import (
 from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
+from curvlinops._identity import UNRECORDED, Identity, key_of
 from curvlinops._linearization import FOLD_LATE
 from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._parts import one_by_one
@@ -131,8 +132,12 @@ class Product:
     method: str
     body: Callable[..., Any] | None = None
     title: str = "gradient and loss"
-    key: Any = None
+    key: Identity | None = None
     options: tuple[tuple[str, Any], ...] = ()
+
+    def named(self, risk: EmpiricalRisk) -> Product:
+        """Return the loop with its name, as it is recorded."""
+        return replace(self, key=key_of(self.method, self.body, risk, self.key))
 
     def run(self, risk: EmpiricalRisk, V: Tensor) -> Tensor:
         """Multiply vectors, see :meth:`operand`."""
@@ -142,7 +147,12 @@ class Product:
         rows = sum(shape.numel() for shape in risk.output_shapes)
         place = (rows,) if self.method == "push_forward" else ()
         result: Tensor = getattr(risk, self.method)(
-            self.body, V, *place, title=self.title, key=self.key, **dict(self.options)
+            self.body,
+            V,
+            *place,
+            title=self.title,
+            key=self.key or UNRECORDED,
+            **dict(self.options),
         )
         return result
 
@@ -182,6 +192,9 @@ class _Listener:
             )
         return getattr(self._risk, name)
 
+    def _note(self, product: Product) -> None:
+        self.products.append(product.named(self._risk))
+
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Compute it, for what it asks for."""
         return compute()
@@ -189,30 +202,39 @@ class _Listener:
     def in_turn(self, loops: Sequence[Product], V: Tensor) -> Tensor:
         """Note the products and return zeros."""
         for loop in loops:
-            V = loop.run(self, V)  # type: ignore[arg-type]
+            V = loop.named(self._risk).run(self, V)  # type: ignore[arg-type]
         return V
 
     def mean(
-        self, body: Any, V: Tensor, title: str = "_matmat", key: Any = None
+        self, body: Any, V: Tensor, title: str = "_matmat", key: Identity | None = None
     ) -> Tensor:
         """Note the product and return zeros."""
-        self.products.append(Product("mean", body, title, key))
+        self._note(Product("mean", body, title, key))
         self.columns = V.shape[1]
         return torch.zeros_like(V)
 
     def congruence(
-        self, middle: Any, V: Tensor, title: str = "_matmat", key: Any = None
+        self,
+        middle: Any,
+        V: Tensor,
+        title: str = "_matmat",
+        key: Identity | None = None,
     ) -> Tensor:
         """Note the product and return zeros."""
-        self.products.append(Product("congruence", middle, title, key))
+        self._note(Product("congruence", middle, title, key))
         self.columns = V.shape[1]
         return torch.zeros_like(V)
 
     def push_forward(
-        self, body: Any, V: Tensor, rows: int, title: str = "_matmat", key: Any = None
+        self,
+        body: Any,
+        V: Tensor,
+        rows: int,
+        title: str = "_matmat",
+        key: Identity | None = None,
     ) -> Tensor:
         """Note the product and return zeros."""
-        self.products.append(Product("push_forward", body, title, key))
+        self._note(Product("push_forward", body, title, key))
         self.columns = V.shape[1]
         return V.new_zeros(rows, V.shape[1])
 
@@ -221,12 +243,12 @@ class _Listener:
         body: Any,
         U: Tensor,
         title: str = "_matmat",
-        key: Any = None,
+        key: Identity | None = None,
         mean: bool = False,
     ) -> Tensor:
         """Note the product and return zeros."""
         options = (("mean", mean),)
-        self.products.append(Product("pull_back", body, title, key, options))
+        self._note(Product("pull_back", body, title, key, options))
         self.columns = U.shape[1]
         return U.new_zeros(self._risk.space.dim, U.shape[1])
 

@@ -125,8 +125,7 @@ batch_size_fn, **options
         self._middle = LossHessian(self.risk, mc_samples, seed)
 
     def _apply(self, V: Tensor) -> Tensor:
-        middle = self._middle
-        return self.risk.congruence(middle, V, self._title(), middle.key)
+        return self.risk.congruence(self._middle, V, self._title())
 
 
 class FisherMCLinearOperator(RiskOperator, LinearOperator):
@@ -215,8 +214,7 @@ batch_size_fn, **options
         self._middle = LossHessian(self.risk, mc_samples, seed)
 
     def _apply(self, V: Tensor) -> Tensor:
-        middle = self._middle
-        return self.risk.congruence(middle, V, self._title(), middle.key)
+        return self.risk.congruence(self._middle, V, self._title())
 
 
 class LossHessian(Middle):
@@ -249,8 +247,7 @@ class LossHessian(Middle):
             )
         if mc_samples > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
-        self.mc_samples, self.seed = mc_samples, seed
-        self.key = ("ggn", mc_samples, seed if mc_samples else None)
+        self.mc_samples, self.seed = mc_samples, seed if mc_samples else None
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
         if self.mc_samples == 0:
@@ -272,7 +269,8 @@ class LossHessian(Middle):
         """Return the would-be gradients ``[M, *output.shape]``, drawn once."""
 
         def draw() -> Tensor:
+            assert self.seed is not None
             generator = torch.Generator().manual_seed(self.seed + batch.index)
             return batch.loss.sample_gradients(self.mc_samples, generator)
 
-        return batch.once(("samples", self.mc_samples, self.seed), draw)
+        return batch.once((type(self).samples, self.mc_samples, self.seed), draw)

@@ -11,6 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._columns import MAX_COLUMNS, column_bytes
+from curvlinops._identity import UNRECORDED
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
@@ -129,7 +130,9 @@ batch_size_fn, mc_samples, seed, **options
         def compute() -> Tensor:
             ones = torch.ones(risk.space.dim, 1, dtype=risk.space.dtype)
             ones, title = ones.to(risk.space.device), self._title("diagonal")
-            return risk.mean(lambda b, _: self._products(b), ones, title)[:, 0]
+            return risk.mean(lambda b, _: self._products(b), ones, title, UNRECORDED)[
+                :, 0
+            ]
 
         return risk.once((type(self), middle.mc_samples, middle.seed), compute)
 

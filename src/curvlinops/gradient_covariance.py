@@ -120,7 +120,7 @@ num_per_example_loss_terms, batch_size_fn, **options
         self._middle = LossGradients(risk)
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.congruence(self._middle, V, self._title(), "ef")
+        return self.risk.congruence(self._middle, V, self._title())
 
 
 class LossGradients(Middle):
@@ -156,6 +156,10 @@ class LossGradients(Middle):
 
     def _gradients(self, batch: Linearization) -> Tensor:
         """Return the gradients of the terms, computed once."""
-        if batch.loss.opaque:
-            return batch.once("gradients", lambda: data_gradients(self._risk, batch))
-        return batch.once("gradients", batch.loss.gradient)
+
+        def compute() -> Tensor:
+            if batch.loss.opaque:
+                return data_gradients(self._risk, batch)
+            return batch.loss.gradient()
+
+        return batch.once((type(self)._gradients,), compute)

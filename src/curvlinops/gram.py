@@ -125,13 +125,13 @@ batch_size_fn, **options
         title, mean = self._title(), (("mean", self.weighted),)
         if self.weighted:
             loops = [
-                Product("pull_back", _pull_back_factor, title, "JTR", mean),
-                Product("push_forward", _push_forward_factor, title, "RTJ"),
+                Product("pull_back", _pull_back_factor, title, options=mean),
+                Product("push_forward", _push_forward_factor, title),
             ]
         else:
             loops = [
-                Product("pull_back", pull_back, title, "transposed jacobian", mean),
-                Product("push_forward", push_forward, title, "jacobian"),
+                Product("pull_back", pull_back, title, options=mean),
+                Product("push_forward", push_forward, title),
             ]
         return self.risk.in_turn(loops, V)
 

@@ -91,4 +91,4 @@ num_per_example_loss_terms, batch_size_fn, **options
         )
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.mean(lambda b, v: b.hvp(v), V, self._title(), "hessian")
+        return self.risk.mean(lambda b, v: b.hvp(v), V, self._title())

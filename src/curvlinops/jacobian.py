@@ -124,9 +124,7 @@ batch_size_fn, **options
         super().__init__(risk, out_space=output_space(risk))
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.push_forward(
-            push_forward, V, self.shape[0], self._title(), "jacobian"
-        )
+        return self.risk.push_forward(push_forward, V, self.shape[0], self._title())
 
     def _adjoint(self) -> TransposedJacobianLinearOperator:
         return TransposedJacobianLinearOperator(self.risk)
@@ -195,7 +193,7 @@ batch_size_fn, **options
         super().__init__(risk, in_space=output_space(risk))
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.pull_back(pull_back, V, self._title(), "transposed jacobian")
+        return self.risk.pull_back(pull_back, V, self._title())
 
     def _adjoint(self) -> JacobianLinearOperator:
         return JacobianLinearOperator(self.risk)

@@ -42,6 +42,7 @@ from curvlinops._data import (
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import look, passes_agree
+from curvlinops._identity import Identity, checked_owner, key_of
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import (
@@ -323,7 +324,11 @@ class EmpiricalRisk:
         return as_loss_function(self.loss_func, **self.loss_options)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
-        """Return ``compute()``, kept under ``key`` until recordings are redone."""
+        """Return ``compute()``, kept under ``key`` until recordings are redone.
+
+        The key is a tuple that begins with the class or function it belongs to.
+        """
+        checked_owner(key)
         self._refresh_if_changed()
         results = self._results
         if key not in results:
@@ -402,7 +407,7 @@ class EmpiricalRisk:
     # -- the loop over data -----------------------------------------------------
 
     def mean(
-        self, body: Body, V: Tensor, title: str = "_matmat", key: Hashable = None
+        self, body: Body, V: Tensor, title: str = "_matmat", key: Identity | None = None
     ) -> Tensor:
         r"""Return :math:`\frac{1}{\sum_b D_b} \sum_b \mathrm{body}(b, V)`.
 
@@ -416,15 +421,25 @@ class EmpiricalRisk:
             Of shape ``(P, K)``.
         title : str, optional
             Description of the progress bar.
-        key : hashable, optional
-            Name of the matrix among those of this risk. With one, products are
-            recorded and replayed, and small matrices materialised, once that pays.
+        key : Identity, optional
+            What the body is made of, where that is known, or ``UNRECORDED`` if it is
+            not linear. By default :func:`~curvlinops._identity.identity_of` finds it:
+            products are recorded and replayed, and small matrices materialised, once
+            that pays, and shared with bodies that do the same. A body that captures
+            what may change unseen (a tensor, a module) is not recorded: slow, not
+            wrong.
 
         Returns
         -------
         Tensor
             Of shape ``(P, K)``.
+
+        Raises
+        ------
+        TypeError
+            If ``key`` is a name that others might use, too.
         """
+        key = key_of("mean", body, self, key)
         self._fit(Product("mean", body, title, key), K=V.shape[1])
 
         def multiply(V: Tensor) -> Tensor:
@@ -435,7 +450,11 @@ class EmpiricalRisk:
         return self._product(multiply, V, key)
 
     def congruence(
-        self, middle: Middle, V: Tensor, title: str = "_matmat", key: Hashable = None
+        self,
+        middle: Middle,
+        V: Tensor,
+        title: str = "_matmat",
+        key: Identity | None = None,
     ) -> Tensor:
         r"""Return :math:`\frac{1}{\sum_b D_b} \sum_b J_b^\top M_b J_b V`.
 
@@ -451,6 +470,7 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
+        key = key_of("congruence", middle, self, key)
 
         def multiply(V: Tensor) -> Tensor:
             if (jacobians := self._small_jacobians(key)) is None:
@@ -636,7 +656,7 @@ class EmpiricalRisk:
         V: Tensor,
         rows: int,
         title: str = "_matmat",
-        key: Hashable = None,
+        key: Identity | None = None,
     ) -> Tensor:
         r"""Return the products :math:`\mathrm{body}(b, V)` of all batches, stacked.
 
@@ -649,17 +669,15 @@ class EmpiricalRisk:
             Of shape ``(P, K)``.
         rows : int
             Number ``M`` of entries of all outputs.
-        title : str, optional
-            Description of the progress bar.
-        key : hashable, optional
-            Name of the matrix among those of this risk, whose products are recorded
-            and replayed then.
+        title, key : optional
+            As for :meth:`mean`.
 
         Returns
         -------
         Tensor
             Of shape ``(M, K)``.
         """
+        key = key_of("push_forward", body, self, key)
 
         def run() -> Tensor:
             total = V.new_zeros(V.shape[1], rows)
@@ -678,7 +696,7 @@ class EmpiricalRisk:
         body: Body,
         U: Tensor,
         title: str = "_matmat",
-        key: Hashable = None,
+        key: Identity | None = None,
         mean: bool = False,
     ) -> Tensor:
         r"""Return :math:`\sum_b \mathrm{body}(b, U_b)`, from outputs to parameters.
@@ -690,7 +708,7 @@ class EmpiricalRisk:
         U : Tensor
             Of shape ``(M, K)``: the batches' vectors, stacked.
         title, key : optional
-            As for :meth:`push_forward`.
+            As for :meth:`mean`.
         mean : bool, optional
             Whether to divide by :math:`\sum_b D_b`.
 
@@ -699,6 +717,7 @@ class EmpiricalRisk:
         Tensor
             Of shape ``(P, K)``.
         """
+        key = key_of("pull_back", body, self, key)
 
         def run() -> Tensor:
             total = cache(lambda: U.new_zeros(U.shape[1], self.space.dim))
@@ -720,6 +739,7 @@ class EmpiricalRisk:
 
         What fits into ``max_memory`` is chosen for all of them together.
         """
+        loops = [loop.named(self) for loop in loops]
         self._fit(*loops, K=V.shape[1])
         for loop in loops:
             V = loop.run(self, V)
