@@ -3,6 +3,7 @@
 import copy
 import random
 import signal
+import subprocess
 import sys
 import threading
 from _thread import interrupt_main
@@ -1255,3 +1256,22 @@ def test_a_freed_graph_and_a_copy_that_leaks_are_recovered_from_in_turn():
     errors += [GraphFreedError("a second time")]
     with pytest.raises(RuntimeError, match="a second time"):
         risk.session(run)
+
+
+def test_forward_mode_loads_without_a_warning_and_hides_none():
+    code = """
+import torch, warnings
+from curvlinops import GGNLinearOperator
+net = torch.nn.Linear(3, 2)
+data = [(torch.rand(4, 3), torch.rand(4, 2))]
+warnings.simplefilter("error")
+G = GGNLinearOperator(net, torch.nn.MSELoss(), list(net.parameters()), data)
+G @ torch.ones(8)
+assert G.risk.model.forward_mode
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    torch.jit.script(net)
+    warnings.warn("`torch.jit.script` is deprecated, said by somebody else")
+    assert len(seen) >= 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

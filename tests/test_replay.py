@@ -433,7 +433,7 @@ def test_forward_mode_is_blind_in_scripts(whole):
     plain = Scripted().double()
     model = copy.deepcopy(plain)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script")
         if whole:
             model = torch.jit.script(model)
         else:

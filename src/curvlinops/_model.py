@@ -530,8 +530,10 @@ _FORWARD_MODE = Lock()
 def _load_forward_mode() -> None:
     """Let torch load what it loads at the first use of forward mode."""
     with warnings.catch_warnings():
-        # torch 2.13 warns that its own code uses `torch.jit.script`.
-        warnings.simplefilter("ignore", DeprecationWarning)
+        # torch warns that its own code uses this: by a `DeprecationWarning` up to 2.13,
+        # then by a `FutureWarning`. As an error, it would leave forward mode half set
+        # up. The user's own calls warn as they would.
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script\w*` is deprecated")
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
