@@ -18,6 +18,7 @@ tag                   why a test may select or skip the problem
 ``generic-loss``      nothing is known about the loss but its value
 ``half``              bfloat16 or float16
 ``heavy``             a dense matrix takes half a second
+``flat``              the loss has no second derivative, of which operators warn
 ``float32``           single precision
 ``kink``              not differentiable everywhere; central differences may step over
 ``linear``            the prediction is linear in the parameters
@@ -122,10 +123,16 @@ def problems(*tags: str, without: Iterable[str] = ()) -> list:
     unknown = (wanted | unwanted) - set().union(*(p.tags for p in PROBLEMS))
     assert not unknown, f"No problem has the tags {sorted(unknown)}."
     return [
-        pytest.param(problem, id=problem.name)
+        pytest.param(problem, id=problem.name, marks=marks(problem))
         for problem in PROBLEMS
         if wanted <= problem.tags and not unwanted & problem.tags
     ]
+
+
+def marks(problem: Problem) -> list[pytest.MarkDecorator]:
+    """Return the marks of tests that build any operator on a problem."""
+    flat = pytest.mark.filterwarnings("ignore:The loss is piecewise linear")
+    return [flat] if "flat" in problem.tags else []
 
 
 def find(name: str) -> Problem:
@@ -743,10 +750,17 @@ def _() -> Built:
     return model, nn.MSELoss(reduction="sum"), trained(model), data
 
 
+class UnknownLoss(nn.HuberLoss):
+    """Nobody knows what a subclass computes."""
+
+    def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
+        return super().forward(prediction, y)
+
+
 @problem("generic-ragged", "generic-loss", "ragged")
 def _() -> Built:
     model, data = _ragged_rows()
-    return model, nn.HuberLoss(delta=0.5), trained(model), data
+    return model, UnknownLoss(delta=0.5), trained(model), data
 
 
 # Normalisation and embeddings
@@ -1035,14 +1049,14 @@ def _log_cosh(reduction: str) -> Callable[[], Callable]:
     return make
 
 
-regression("generic-huber", small, rows(3), "generic-loss", loss=nn.HuberLoss)
+regression("generic-huber", small, rows(3), "generic-loss", loss=UnknownLoss)
 regression(
     "generic-huber-sum",
     small,
     rows(3),
     "generic-loss",
     "sum",
-    loss=lambda: nn.HuberLoss(reduction="sum", delta=0.5),
+    loss=lambda: UnknownLoss(reduction="sum", delta=0.5),
 )
 regression(
     "generic-lambda",
@@ -1059,9 +1073,37 @@ regression(
     rows(3),
     "classification",
     "no-samples",
+    "flat",
     loss=nn.NLLLoss,
     targets=labels,
 )
+regression(
+    "kl",
+    lambda: nn.Sequential(_per_token(3, 3, class_axis=-1)(), nn.LogSoftmax(-1)),
+    rows(2, 3),
+    "tokens",
+    "no-samples",
+    "flat",
+    loss=lambda: nn.KLDivLoss(log_target=True, reduction="sum"),
+    targets=lambda f: torch.randn_like(f).log_softmax(-1),
+)
+for _name, _model, _loss, _targets in (
+    ("huber", small, lambda: nn.HuberLoss(delta=0.7), torch.randn_like),
+    (
+        "poisson",
+        small,
+        lambda: nn.PoissonNLLLoss(full=True),
+        lambda f: randint(0, 4, f.shape).to(f),
+    ),
+    (
+        "probabilities",
+        lambda: nn.Sequential(mlp(3, 4, 3), nn.Sigmoid()),
+        _weighted(nn.BCELoss, "weight"),
+        torch.rand_like,
+    ),
+    ("labels", small, _weighted(nn.MultiLabelSoftMarginLoss, "weight"), binary),
+):
+    regression(_name, _model, rows(3), loss=_loss, targets=_targets)
 
 
 # Registry of operators

@@ -98,7 +98,9 @@ class _Evaluated:
         """Weight of a batch in a mean."""
         if self.kind is None:
             return size
-        if self.kind is not nn.CrossEntropyLoss:
+        if self.kind is nn.MultiLabelSoftMarginLoss:
+            return f.numel() // f.shape[-1]
+        if self.kind not in (nn.CrossEntropyLoss, nn.NLLLoss):
             return f.numel()
         if y.is_floating_point():
             return f.numel() // f.shape[1]
@@ -125,7 +127,7 @@ class _Evaluated:
         if self.kind is None:
             pieces = [_map(lambda t, i=i: t[i : i + 1], (f, y)) for i in range(size)]
             return [self.loss_func(*piece) for piece in pieces]
-        if self.kind is nn.CrossEntropyLoss:
+        if self.kind in (nn.CrossEntropyLoss, nn.NLLLoss):
             f = f.movedim(1, -1).reshape(-1, f.shape[1])
             y = y.movedim(1, -1).reshape_as(f) if y.is_floating_point() else y.flatten()
         elif f.ndim > 1:

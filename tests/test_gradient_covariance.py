@@ -123,7 +123,7 @@ def test_unknown_outputs_of_a_datum_are_an_error():
     data = [(torch.randn(4, 3).double(), torch.randn(8).double())]
     E = EFLinearOperator(
         model,
-        F.huber_loss,
+        in_two_axes,
         dict(model.named_parameters()),
         data,
         batch_size_fn=lambda X: 3,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import OPERATORS, PROBLEMS, Operator, Problem
+from cases import OPERATORS, PROBLEMS, Operator, Problem, marks
 from laws import LAWS, Law, subject
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,7 +20,7 @@ def _cases(device: str) -> list:
             operator,
             problem,
             id=f"{operator.name}-{problem.name}-{law.check.__name__}",
-            marks=[pytest.mark.slow] if law.slow else [],
+            marks=[*marks(problem), *([pytest.mark.slow] if law.slow else [])],
         )
         for law, operator, problem in cases
         if device == "cpu" or "callable" not in problem.tags  # it can't be moved

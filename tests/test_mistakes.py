@@ -28,6 +28,7 @@ from curvlinops import (
     GramLinearOperator,
     HessianLinearOperator,
     JacobianLinearOperator,
+    KFACLinearOperator,
     LSMRInverseLinearOperator,
     MINRESInverseLinearOperator,
     NeumannInverseLinearOperator,
@@ -37,6 +38,7 @@ from curvlinops import (
 )
 from curvlinops.estimators.spectrum import lanczos_approximate_spectrum
 from curvlinops.estimators.trace import hutchinson_trace, hutchpp_trace, xtrace
+from loss_cases import Hidden
 
 # Where the mistakes are made: a small network on two batches
 
@@ -962,6 +964,67 @@ LOSSES = (
         "huber_loss",
     ),
     (
+        "absolute value in a partial",
+        lambda: make(loss=partial(nn.L1Loss())),
+        W,
+        "piecewise linear.*zero",
+        "HuberLoss",
+    ),
+    (
+        "no width",
+        lambda: make(loss=nn.SmoothL1Loss(beta=0.0)),
+        W,
+        "piecewise linear.*zero",
+        "HuberLoss",
+    ),
+    (
+        "log-probabilities",
+        lambda: classify(loss=nn.NLLLoss()),
+        W,
+        "piecewise linear.*GGN",
+        "logits.*CrossEntropyLoss",
+    ),
+    (
+        "log-probabilities, factored",
+        lambda: classify(KFACLinearOperator, loss=F.nll_loss, fisher_type="type-2"),
+        W,
+        "piecewise linear.*approximated",
+        "logits.*CrossEntropyLoss",
+    ),
+    (
+        "log-probabilities, between outputs",
+        lambda: make(GramLinearOperator, loss=nn.KLDivLoss(reduction="batchmean")),
+        W,
+        "piecewise linear.*Gram",
+        "logits.*CrossEntropyLoss",
+    ),
+    (
+        "logits taken for probabilities",
+        lambda: make(loss=nn.BCELoss()),
+        V,
+        "contains.*no probability",
+        "BCEWithLogitsLoss",
+    ),
+    (
+        "labels without an axis",
+        lambda: make(
+            model=nn.Sequential(nn.Linear(3, 2), nn.Flatten(0)),
+            loss=nn.MultiLabelSoftMarginLoss(),
+            data=[(torch.zeros(4, 3), torch.zeros(8))],
+        ),
+        V,
+        r"\[N, C\].*shape \(8,\)",
+        "unsqueeze",
+    ),
+    ("no delta", lambda: make(loss=nn.HuberLoss(delta=0.0)), V, "delta=0", "L1Loss"),
+    (
+        "negative beta",
+        lambda: make(loss=nn.SmoothL1Loss(beta=-1.0)),
+        V,
+        "beta=-1",
+        "not be negative",
+    ),
+    (
         "too few class weights",
         lambda: classify(loss=nn.CrossEntropyLoss(torch.ones(3))),
         V,
@@ -984,7 +1047,7 @@ LOSSES = (
     ),
     (
         "unknown likelihood",
-        lambda: make(FisherMCLinearOperator, loss=nn.HuberLoss()) @ np.ones(P),
+        lambda: make(FisherMCLinearOperator, loss=Hidden(F.huber_loss)) @ np.ones(P),
         (NotImplementedError, V),
         "likelihood",
         "sampler",

@@ -50,7 +50,10 @@ OPERATORS = [
 @pytest.mark.parametrize("cls", OPERATORS)
 @pytest.mark.parametrize(
     "name",
-    ["mlp-tanh-mse", "ce-tokens-options", "callable", "causal-lm", "bce-sum-weights"],
+    [
+        *["mlp-tanh-mse", "ce-tokens-options", "callable", "causal-lm"],
+        *["bce-sum-weights", "poisson", "probabilities", "labels"],
+    ],
 )
 def test_right_operators_pass(cls, name: str):
     report = build(cls, find(name).build()).verify()
@@ -75,6 +78,18 @@ def test_right_operators_pass(cls, name: str):
 def test_right_operators_pass_where_it_is_hard(cls, name: str):
     report = build(cls, find(name).build()).verify(rng=1)
     assert report.ok, report
+
+
+@pytest.mark.filterwarnings("ignore:The loss is piecewise linear")
+@pytest.mark.parametrize("cls", [c for c in OPERATORS if "MC" not in c.__name__])
+def test_losses_without_second_derivative(cls):
+    """Also where a batch has a loss of zero, so that no ratio tells its terms."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(1)).double()
+    X, y = torch.rand(2, 3, 3).double(), torch.rand(2, 3, 4).double()
+    data = [(X[0], y[0]), (X[1], 0 * y[1])]
+    loss = nn.KLDivLoss(reduction="batchmean")
+    report = build(cls, (net, loss, dict(net.named_parameters()), data)).verify()
+    assert report.ok and not skipped(report), report
 
 
 @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])

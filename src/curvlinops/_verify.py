@@ -22,7 +22,7 @@ from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model
 from curvlinops._random import Probes, Rng, as_seed
 from curvlinops._spaces import rounding
-from curvlinops.losses import Loss, LossFunction
+from curvlinops.losses import Loss, LossFunction, unwrapped
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -407,14 +407,17 @@ class _Plain:
         """The mean-reduced loss over the sum-reduced one, of all data."""
         if not self.is_mean:
             return 1.0
-        if self.losses()[0].opaque:
+        losses = self.losses()
+        if losses[0].opaque:
             raise _SkippedError("the loss is not known in closed form")
         loss_func, total = self.risk.loss_func, 0.0
-        for f, y in zip(self.here, self.targets, strict=True):
-            probe = torch.linspace(-1, 2, f.numel(), dtype=f.dtype, device=f.device)
-            probe = probe.view_as(f)
+        for loss, y in zip(losses, self.targets, strict=True):
+            # the loss of probabilities, which all outputs may be
+            probe = torch.linspace(-1, 2, loss.output.numel()).sigmoid()
+            probe = probe.to(loss.output).view_as(loss.output)
             ratio = _value(_summing(loss_func), probe, y) / _value(loss_func, probe, y)
-            total += float(ratio.nan_to_num(0.0))  # 0 / 0 where all is ignored
+            # 0 / 0 where all is ignored, or a loss is zero everywhere
+            total += float(loss.count if ratio.isnan() else ratio)
         return 1 / total
 
     @cached_property
@@ -450,6 +453,7 @@ def _value(loss_func: Any, f: Tensor, y: Any) -> Tensor:
 
 def _summing(loss_func: Any) -> Any:
     """Return the same loss with another reduction."""
+    loss_func = unwrapped(loss_func)
     if isinstance(loss_func, LossFunction):
         return replace(loss_func, reduction="sum")
     if not isinstance(loss_func, nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,7 +57,9 @@ batch_size_fn, **options
     matrix of the corresponding likelihood (up to a constant factor for square loss,
     whose Hessian :math:`2 I` belongs to a Gaussian of variance 1/2); for losses that
     are no log-likelihood of an exponential family in its natural parameters it does
-    not.
+    not. If the loss is (piecewise) linear in the output, such as absolute errors, or
+    the negative log-likelihood of log-probabilities, it is zero, and a warning says
+    what to use instead.
 
     Cost: per batch, the first product is one forward pass in forward mode and one
     forward and backward pass in reverse mode. The second one builds the graph of
@@ -164,7 +165,10 @@ batch_size_fn, **options
     Scale, cost and references as for :class:`GGNLinearOperator`. Each term (each
     token, each data point) is its own random variable. Self-adjoint and positive
     semi-definite, of rank at most :math:`M` times the number of terms. The relative
-    standard deviation of an entry falls as :math:`1/\sqrt{M}`.
+    standard deviation of an entry falls as :math:`1/\sqrt{M}`. Where a loss's Hessian
+    depends on the targets of the data, or its likelihood is not sampled (see
+    :class:`~curvlinops.losses.Elementwise`), the gradients are random vectors whose
+    second moment is that Hessian: the expectation is the GGN still.
 
     Examples
     --------
@@ -238,13 +242,7 @@ class LossHessian(Middle):
             )
         if risk.loss is None:
             raise ValueError("The GGN needs a loss function, got a risk without one.")
-        if (instead := risk.loss.smooth_alternative) is not None:
-            warnings.warn(
-                "The loss is piecewise linear in the model's output: its second "
-                "derivative is zero, and so is the GGN. For curvature use "
-                f"{instead}, or the empirical Fisher (`EFLinearOperator`).",
-                stacklevel=4,
-            )
+        risk.loss.warn_if_flat("the GGN", stacklevel=3)
         if mc_samples > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
         self.mc_samples, self.seed = mc_samples, seed if mc_samples else None

@@ -118,6 +118,8 @@ batch_size_fn, **options
             )
         risk.require_fixed_order("A Gram matrix")
         self.weighted = risk.loss is not None if weighted is None else weighted
+        if self.weighted and risk.loss is not None:
+            risk.loss.warn_if_flat("this Gram matrix", stacklevel=2)
         space = output_space(risk)
         super().__init__(risk, space, space)
 

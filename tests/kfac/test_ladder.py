@@ -1,9 +1,12 @@
 """A ladder of exactness: what each approximation equals, and which is nearer."""
 
+from copy import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_geometry import OTHERS, block_of
 from torch import nn
 
@@ -11,6 +14,7 @@ import references
 from cases import find, problems, resplit
 from curvlinops import (
     EKFACLinearOperator,
+    FisherMCLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
 )
@@ -50,6 +54,62 @@ def test_one_datum(cls, separate):
     A = cls(*problem, fisher_type="type-2", separate_weight_and_bias=separate)
     expected = blocks_only(references.ggn(*problem), A)
     assert_close(A.to_dense(), expected, size=10_000)
+
+
+#: Losses with a diagonal Hessian, and targets for a prediction of five entries.
+DIAGONAL = {
+    "huber": (nn.HuberLoss(delta=0.4), torch.tensor([[9.0, 0, 0.1, 0, -9]])),
+    "smooth-l1": (nn.SmoothL1Loss(beta=0.4), torch.tensor([[9.0, 0, 0.1, 0, -9]])),
+    "poisson": (nn.PoissonNLLLoss(), torch.tensor([[0, 1, 4, 2, 0]])),
+    "rates": (
+        partial(F.poisson_nll_loss, log_input=False),
+        torch.tensor([[0, 1, 4, 2, 1]]),
+    ),
+    "probabilities": (nn.BCELoss(), torch.tensor([[0.2, 1, 0, 0.5, 1]])),
+    "margin": (nn.SoftMarginLoss(), torch.tensor([[-1, 1, -1, 1, 1]])),
+    "labels": (nn.MultiLabelSoftMarginLoss(), torch.tensor([[0, 1, 0, 1, 1]])),
+}
+
+
+@pytest.mark.parametrize("cls", FAMILY)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_one_datum_of_other_losses(name, cls, reduction):
+    """Its blocks are exact, whatever is sent back."""
+    loss, y = DIAGONAL[name]
+    if isinstance(loss, nn.Module):
+        loss = copy(loss)
+        loss.reduction = reduction
+    else:
+        loss = partial(loss, reduction=reduction)
+    model, X = linear_net(4, 3, 5), torch.randn(1, 4).double()
+    top = [nn.Sigmoid()] if name in ("probabilities", "rates") else []
+    model = nn.Sequential(model[0], nn.Tanh(), model[1], *top)
+    problem = problem_with(model, loss, X, y.double())
+    A = cls(*problem, fisher_type="type-2")
+    expected = blocks_only(references.ggn(*problem), A)
+    assert expected.any()
+    assert_close(A.to_dense(), expected, size=10_000)
+    E = cls(*problem, fisher_type="empirical")
+    expected = blocks_only(references.empirical_fisher(*problem), E)
+    assert_close(E.to_dense(), expected, size=10_000)
+    samples = {"mc_samples": 3, "seed": 7}
+    M = cls(*problem, fisher_type="mc", **samples)
+    expected = blocks_only(FisherMCLinearOperator(*problem, **samples).to_dense(), M)
+    assert expected.any()
+    assert_close(M.to_dense(), expected, size=10_000)
+
+
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_many_samples_of_other_losses(name):
+    loss, y = DIAGONAL[name]
+    model, X = linear_net(4, 5), torch.randn(1, 4).double()
+    top = [nn.Sigmoid()] if name in ("probabilities", "rates") else []
+    problem = problem_with(nn.Sequential(model, *top), loss, X, y.double())
+    expected, n = references.ggn(*problem), 2000
+    sampled = FisherMCLinearOperator(*problem, mc_samples=n).to_dense()
+    # five deviations of the mean of products, all entries of which may be off
+    assert (sampled - expected).norm() <= 5 * (5 / n) ** 0.5 * expected.norm()
 
 
 @pytest.mark.parametrize("cls", FAMILY)

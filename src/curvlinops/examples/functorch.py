@@ -236,11 +236,11 @@ def functorch_empirical_fisher(
 
     Notes
     -----
-    For cross-entropy, a term is one target. For the square loss and binary
-    cross-entropy, it is one row of the prediction along its last axis, or one entry of
-    a prediction with a single axis. Any other loss is evaluated per datum, and
-    :math:`c` is one over the number of data if it is a mean. One backward pass per
-    term.
+    For cross-entropy and the negative log-likelihood, a term is one target. For torch's
+    other losses of a prediction and a target it is one row of the prediction along its
+    last axis, or one entry of a prediction with a single axis. Any other loss is
+    evaluated per datum, and :math:`c` is one over the number of data if it is a mean.
+    One backward pass per term.
 
     Examples
     --------
@@ -468,9 +468,21 @@ def _concatenate(
 
 _KNOWN_LOSSES = (
     (nn.MSELoss, F.mse_loss),
+    (nn.HuberLoss, F.huber_loss),
+    (nn.SmoothL1Loss, F.smooth_l1_loss),
+    (nn.L1Loss, F.l1_loss),
+    (nn.PoissonNLLLoss, F.poisson_nll_loss),
     (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits),
+    (nn.BCELoss, F.binary_cross_entropy),
+    (nn.SoftMarginLoss, F.soft_margin_loss),
+    (nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss),
+    (nn.HingeEmbeddingLoss, F.hinge_embedding_loss),
     (nn.CrossEntropyLoss, F.cross_entropy),
+    (nn.NLLLoss, F.nll_loss),
+    (nn.KLDivLoss, F.kl_div),
 )
+#: Those whose values are not one per entry of the prediction, but one per term.
+_BY_TERM = nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiLabelSoftMarginLoss
 
 
 def _kind(loss_func: Loss) -> type[nn.Module] | None:
@@ -525,11 +537,11 @@ def _counts(
     """
     if _kind(loss_func) is None:
         return list(problem.sizes)
-    total, mean = (_with_reduction(loss_func, r) for r in ("sum", "mean"))
-    counts = []
+    total, counts = _with_reduction(loss_func, "sum"), []
     for f, y in zip(predictions, problem.targets, strict=True):
-        probe = linspace(-1, 2, f.numel(), dtype=f.dtype, device=f.device).view(f.shape)
-        counts.append((total(probe, y) / mean(probe, y)).nan_to_num(0.0))
+        probe = linspace(-1, 2, f.numel(), dtype=f.dtype, device=f.device).sigmoid()
+        probe = probe.view(f.shape)
+        counts.append((total(probe, y) / loss_func(probe, y)).nan_to_num(0.0))
     return counts
 
 
@@ -543,6 +555,6 @@ def _terms(loss_func: Loss, prediction: Tensor, y: Any, size: int) -> Tensor:
         ]
         return stack([loss_func(f, target) for f, target in data])
     entries = _with_reduction(loss_func, "none")(prediction, y)
-    if kind is not nn.CrossEntropyLoss and entries.ndim > 1:
+    if kind not in _BY_TERM and entries.ndim > 1:
         entries = entries.sum(-1)
     return entries.reshape(-1)

@@ -119,6 +119,8 @@ class KroneckerFactored(Represented, RiskOperator):
             raise ValueError("Kronecker factors need a loss, got a risk without one.")
         if settings.fisher.fisher_type == FisherType.MC:
             risk.require_fixed_order("A Monte-Carlo Fisher")
+        if settings.fisher.fisher_type == FisherType.TYPE2:
+            risk.loss.warn_if_flat("the GGN that is approximated", stacklevel=3)
         self.settings = settings
         self._matrix: BlockwiseLinearOperator | None = None
 

@@ -1,12 +1,21 @@
 """Losses of class scores: one row holds the scores of all classes."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from curvlinops.losses._elementwise import PiecewiseLinear
 from curvlinops.losses._loss import Loss, describe, root
+
+#: What has curvature where log-probabilities have none.
+LOGITS = (
+    "the logits as the model's output (without log_softmax) with nn.CrossEntropyLoss()"
+)
 
 
 class CrossEntropy(Loss):
@@ -200,9 +209,9 @@ class NegativeLogLikelihood(Loss):
         S(f) = -\sum_t w_{y_t} f_{t y_t}, \qquad
         \frac{\partial^2 S}{\partial f_t^2} = 0
 
-    The output holds log-probabilities, and the loss is linear in them: its Hessian is
-    zero, and so is a GGN. All curvature is the model's. For the Fisher matrix of a
-    classifier take the logits as output and cross-entropy as loss.
+    The output holds log-probabilities, and the loss is linear in them: a GGN is zero, a
+    Hessian has the model's curvature only. For the Fisher matrix of a classifier take
+    the logits as output and cross-entropy as loss.
 
     Parameters
     ----------
@@ -251,6 +260,10 @@ class NegativeLogLikelihood(Loss):
         """Axis 1 of batched log-probabilities, the only one of ``[C]``."""
         return self._axis
 
+    @classmethod
+    def smooth_alternative(cls, **options: Any) -> str:
+        return LOGITS
+
     def _evaluate(self, output: Tensor) -> Tensor:
         return F.nll_loss(
             output.to(self._dtype),
@@ -266,7 +279,65 @@ class NegativeLogLikelihood(Loss):
     _factor_mul = _factor_transpose_mul = _hessian_mul
 
     def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
-        raise NotImplementedError(
-            "Samples of a negative log-likelihood need its logits: let the model "
-            "return them (without log_softmax), and use nn.CrossEntropyLoss()."
-        )
+        raise self._nothing_to_sample()
+
+
+class KLDiv(PiecewiseLinear):
+    r"""Kullback-Leibler divergence of predicted log-probabilities from the targets.
+
+    .. math::
+        S(f) = \sum_i y_i (\log y_i - f_i) \,, \quad h_i = 0 .
+
+    The output holds log-probabilities, and the loss is linear in them: a GGN is zero, a
+    Hessian has the model's curvature only. For the Fisher matrix of a classifier take
+    the logits as output and cross-entropy with class probabilities as loss; the two
+    differ by a constant.
+
+    Parameters
+    ----------
+    output, target : Tensor
+        Of one shape. A row is the last axis, or a single entry if there is only one.
+    log_target : bool, optional
+        Whether targets are given as :math:`\log y_i`.
+    batchmean : bool, optional
+        Whether the mean divides by the length of the output's first axis, not by the
+        number of entries. Torch's reduction of that name sets it.
+
+    Raises
+    ------
+    ValueError
+        If the target's shape is not the output's.
+    NotImplementedError
+        For samples: the likelihood's parameters are not in the output.
+
+    Examples
+    --------
+    >>> f, y = torch.tensor([[[-0.2, -1.7]], [[0.3, 0.7]]])
+    >>> loss = KLDiv(f, y, batchmean=True)
+    >>> loss.count, loss.gradient()
+    (1, tensor([[-0.3000, -0.7000]]))
+    """
+
+    means: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+        {"batchmean": {"batchmean": True}}
+    )
+
+    def __init__(
+        self,
+        output: Tensor,
+        target: Tensor,
+        *,
+        log_target: bool = False,
+        batchmean: bool = False,
+    ) -> None:
+        super().__init__(output, target)
+        self.log_target = log_target
+        if batchmean:
+            self.count = output.shape[0] if output.ndim else 1
+
+    @classmethod
+    def smooth_alternative(cls, **options: Any) -> str:
+        return LOGITS
+
+    def _evaluate(self, output: Tensor) -> Tensor:
+        return self._total(F.kl_div, output, log_target=self.log_target)

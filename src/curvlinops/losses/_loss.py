@@ -1,8 +1,9 @@
 """What every loss promises, and helpers of those that keep it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -38,6 +39,8 @@ class Loss(ABC):
     """
 
     opaque: ClassVar[bool] = False
+    #: Other names of a mean, each with the options that say what it divides by.
+    means: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     count: Number
     #: Of a part of a batch: its first datum, the one after its last, and their number.
     share: tuple[int, int, int] | None = None
@@ -52,6 +55,11 @@ class Loss(ABC):
         self.target = target
         # work in the output's precision, but at least in float32
         self._dtype = torch.promote_types(output.dtype, torch.float32)
+
+    @classmethod
+    def smooth_alternative(cls, **options: Any) -> str | None:
+        """Say what to use instead, if there is no second derivative."""
+        return None
 
     @property
     def class_axis(self) -> int | None:
@@ -160,6 +168,14 @@ class Loss(ABC):
 
     @abstractmethod
     def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor: ...
+
+    def _nothing_to_sample(self, **options: Any) -> NotImplementedError:
+        return NotImplementedError(
+            "The loss is piecewise linear in the model's output: its second derivative "
+            "is zero, and with it the second moment of the gradients that would be "
+            f"sampled. Use {self.smooth_alternative(**options)}, or the empirical "
+            "Fisher."
+        )
 
     def _checked(self, U: Tensor) -> Tensor:
         if U.shape[U.ndim - self.output.ndim :] != self.output.shape:

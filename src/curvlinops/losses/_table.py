@@ -1,5 +1,6 @@
 """From what users hold to losses: the table of those that are known."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -9,10 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlinops.losses._categorical import CrossEntropy, NegativeLogLikelihood
-from curvlinops.losses._elementwise import MSE, BCEWithLogits
+from curvlinops.losses._binary import (
+    BCE,
+    BCEWithLogits,
+    HingeEmbedding,
+    MultiLabelSoftMargin,
+    SoftMargin,
+)
+from curvlinops.losses._categorical import CrossEntropy, KLDiv, NegativeLogLikelihood
 from curvlinops.losses._generic import Generic
 from curvlinops.losses._loss import Loss, Number, check_reduction
+from curvlinops.losses._regression import L1, MSE, Huber, PoissonNLL, SmoothL1
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +57,18 @@ class LossFunction:
     @property
     def smooth_alternative(self) -> str | None:
         """What to use instead, if this loss is known to have no curvature."""
-        function = self.options.get("function")
-        function = function.func if isinstance(function, partial) else function
-        pairs = _PIECEWISE_LINEAR.items()
-        return next((v for k, v in pairs if k in (function, type(function))), None)
+        return self.loss.smooth_alternative(**self.options)
+
+    def warn_if_flat(self, matrix: str, stacklevel: int) -> None:
+        """Warn that a matrix made of this loss's second derivatives is zero."""
+        if (instead := self.smooth_alternative) is not None:
+            warnings.warn(
+                "The loss is piecewise linear in the model's output: its second "
+                f"derivative is zero, and so is {matrix}. For curvature use {instead}, "
+                "or the empirical Fisher (`EFLinearOperator`, or "
+                '`fisher_type="empirical"` of KFAC).',
+                stacklevel=stacklevel + 1,
+            )
 
     def __call__(
         self, output: Tensor, target: Any, num_terms: Number | None = None
@@ -75,18 +91,30 @@ class LossFunction:
 _KNOWN: dict[Callable[..., Any], type[Loss]] = {
     nn.MSELoss: MSE,
     F.mse_loss: MSE,
+    nn.HuberLoss: Huber,
+    F.huber_loss: Huber,
+    nn.SmoothL1Loss: SmoothL1,
+    F.smooth_l1_loss: SmoothL1,
+    nn.L1Loss: L1,
+    F.l1_loss: L1,
+    nn.PoissonNLLLoss: PoissonNLL,
+    F.poisson_nll_loss: PoissonNLL,
     nn.BCEWithLogitsLoss: BCEWithLogits,
     F.binary_cross_entropy_with_logits: BCEWithLogits,
+    nn.BCELoss: BCE,
+    F.binary_cross_entropy: BCE,
+    nn.SoftMarginLoss: SoftMargin,
+    F.soft_margin_loss: SoftMargin,
+    nn.MultiLabelSoftMarginLoss: MultiLabelSoftMargin,
+    F.multilabel_soft_margin_loss: MultiLabelSoftMargin,
+    nn.HingeEmbeddingLoss: HingeEmbedding,
+    F.hinge_embedding_loss: HingeEmbedding,
     nn.CrossEntropyLoss: CrossEntropy,
     F.cross_entropy: CrossEntropy,
     nn.NLLLoss: NegativeLogLikelihood,
     F.nll_loss: NegativeLogLikelihood,
-}
-
-# Their second derivative is zero wherever it exists
-_PIECEWISE_LINEAR: dict[Callable[..., Any], str] = {
-    nn.L1Loss: "nn.SmoothL1Loss() or nn.HuberLoss()",
-    F.l1_loss: "F.smooth_l1_loss or F.huber_loss",
+    nn.KLDivLoss: KLDiv,
+    F.kl_div: KLDiv,
 }
 
 
@@ -147,6 +175,7 @@ def as_loss_function(
     >>> loss_func.loss.__name__, loss_func.reduction
     ('CrossEntropy', 'sum')
     """
+    loss_func = unwrapped(loss_func)
     bound = isinstance(loss_func, partial)
     function = loss_func.func if bound else loss_func
     options = dict(loss_func.keywords) if bound else {}
@@ -176,6 +205,8 @@ def as_loss_function(
                 f"The loss is bound to {unknown or 'positional arguments'}: bind only "
                 f"options, by keyword: {', '.join((*names, 'reduction'))}."
             )
+        if reduction in loss.means:
+            reduction, options = "mean", {**options, **loss.means[reduction]}
         known = LossFunction(loss, reduction, options)
     if known is None:
         if reduction == "batchmean":  # of nn.KLDivLoss: over the output's first axis
@@ -188,6 +219,13 @@ def as_loss_function(
             "but this one brings its own: leave them out."
         )
     return known
+
+
+def unwrapped(loss_func: Any) -> Any:
+    """Return what a ``functools.partial`` that binds nothing stands for."""
+    while isinstance(loss_func, partial) and not (loss_func.args or loss_func.keywords):
+        loss_func = loss_func.func
+    return loss_func
 
 
 @cache
