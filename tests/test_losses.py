@@ -22,6 +22,7 @@ from curvlinops.losses import (
     MSE,
     BCEWithLogits,
     CrossEntropy,
+    Elementwise,
     Generic,
     KLDiv,
     LossFunction,
@@ -515,6 +516,62 @@ def test_register(monkeypatch):
 
 class MyDivergence(nn.KLDivLoss):
     """Nobody knows what a subclass computes."""
+
+
+class LogCosh(Elementwise):
+    """Two hooks are all that a sum over entries needs."""
+
+    def _evaluate(self, output):
+        return (output - self.target).cosh().log().sum()
+
+    def _second_derivative(self):
+        return (self._prediction - self.target).cosh() ** -2
+
+
+def log_cosh(output, target, reduction="mean"):
+    values = (output - target).cosh().log()
+    return values.mean() if reduction == "mean" else values.sum()
+
+
+def test_a_sum_over_entries_needs_two_hooks(monkeypatch):
+    monkeypatch.setattr(_table, "_KNOWN", {**_table._KNOWN, log_cosh: LogCosh})
+    f, y = torch.randn(2, 4, 3, dtype=torch.float64)
+    case = Case(log_cosh, f, y, {}, (4,), -1)
+    loss = case.loss()
+    assert type(loss) is LogCosh
+    assert loss.count == 12
+    assert_close(dense(loss.hessian_mul, case), case.hessian(), size=12)
+    R = dense(loss.factor_mul, case)
+    assert_close(R @ R.T, case.hessian(), size=12)
+    samples = loss.sample_gradients(5, torch.Generator().manual_seed(0))
+    assert_close(samples.square(), case.hessian().diag().view(4, 3).expand(5, 4, 3))
+
+
+# ------------------------------------------------------------------ rounding
+
+
+def test_sure_and_wrong_scores_do_not_overflow():
+    """Where torch's loss is infinite and its derivatives are NaN."""
+    f, y = torch.tensor([-1000.0, 1000.0, -1000.0]), torch.tensor([1.0, 1.0, -1.0])
+    loss = as_loss_function(F.soft_margin_loss)(f, y)
+    assert loss.value() == 1000
+    assert torch.equal(loss.gradient(), torch.tensor([-1.0, 0.0, 0.0]))
+    leaf = f.clone().requires_grad_()
+    value = as_loss_function(F.soft_margin_loss)(leaf, y).value()
+    (g,) = torch.autograd.grad(value, leaf, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), leaf)
+    assert not h.any()
+    assert not loss.hessian_mul(torch.ones(3)).any()
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
+def test_curvature_of_probabilities_near_their_targets(distance):
+    """Torch's own formula cancels: it is off by a factor, in single precision."""
+    f = torch.tensor([distance, 1 - distance])
+    y, u = torch.tensor([0.0, 1.0]), torch.ones(2)
+    exact = 1 / torch.stack([1 - f[0].double(), f[1].double()]).square()
+    h = as_loss_function(F.binary_cross_entropy)(f, y).hessian_mul(u)
+    assert_close(h, exact)
 
 
 @pytest.mark.parametrize(
