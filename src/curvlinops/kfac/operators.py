@@ -85,7 +85,9 @@ num_per_example_loss_terms, batch_size_fn, **options
     -----
     Scale: of the loss, per squared unit of the parameters; :math:`D` is the number of
     terms that a ``mean`` averages over, or one for ``sum``, so the result does not
-    depend on how the data is split. Self-adjoint and positive semi-definite.
+    depend on how the data is split. Self-adjoint and positive semi-definite. Where the
+    loss has no second derivative (absolute errors, or the negative log-likelihood of
+    log-probabilities), ``"type-2"`` is zero, and a warning says what to use instead.
 
     Each weight is a block. Linear layers, matrix products with a weight, convolutions
     (also grouped and transposed), embeddings, and the projections of attention are
