@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
-from math import isfinite
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,55 +13,57 @@ from torch import Tensor
 from curvlinops._cuda_graph import CudaGraph
 from curvlinops._data import strided
 
-#: Single precision must not lose one of so many entries in their projection.
-_ROW = 1 << 10
-#: Tensors with fewer entries are hashed, or projected together.
+#: Tensors with fewer entries are hashed as they are, or worked on together.
 _SMALL = 1 << 12
-#: The largest prime that double precision holds with all whole numbers below it.
-_PRIME = (1 << 53) - 111
+#: Two primes by type of device. As many words as their product are summed at once:
+#: on a CPU, these fit into its cache.
+_PRIMES = {"cpu": (719, 727), "cuda": (4093, 4099)}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Checksum:
     """Returns numbers, whenever called, which differ if the content of tensors does.
 
-    Small tensors in the CPU's memory are hashed. Others are projected on a fixed random
-    vector, and their bits are added up as whole numbers: however small a change of one
-    entry is, it changes that sum, and changes of several that cancel in it do not
-    cancel in the projection.
+    Memory is read as whole numbers of eight bytes, ``words``. Of every ``p q`` words in
+    a row, ``p`` and ``q`` prime, those at places that are equal modulo ``p`` are added
+    up, then those at places that are equal modulo ``q``, and the ``p + q`` sums are
+    hashed. Whole numbers wrap around and lose nothing, hence a change is seen however
+    small it is, whatever lies beside it, and wherever entries change places: unless the
+    changes of words cancel in every one of the sums, which takes four or more of them,
+    at distances that are multiples of ``p`` and of ``q``.
 
     Parameters
     ----------
     tensors : sequence of Tensor
-        The tensors, whose shape, dtype and place in memory stay as they are.
+        The tensors, whose shape, strides, dtype and place in memory stay as they are.
 
     Notes
     -----
-    Not to be called by several threads at once.
+    Takes about as long as adding up all entries twice (0.2 ms for a million in single
+    precision on one core), and no memory worth mentioning. Small tensors in the CPU's
+    memory are hashed as they are. Not to be called by several threads at once.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            alias = [t.detach() for t in strided(tensors)]
-        small = [t for t in alias if t.numel() < _SMALL and _suits_numpy(t)]
-        self._small = [_integers(_real(t)).numpy() for t in small]
-        known = set(map(id, small))
-        others = sorted((t for t in alias if id(t) not in known), key=_device_of)
+            memory = [_memory(t.detach()) for t in strided(tensors)]
+        host = [t for t in memory if t.device.type == "cpu"]
+        self._small = [t.numpy() for t in host if t.numel() < _SMALL]
+        self._large = [t for t in host if t.numel() >= _SMALL]
+        known = set(map(id, host))
+        others = sorted((t for t in memory if id(t) not in known), key=_device_of)
         self._others = [_Others([*ts]) for _, ts in groupby(others, key=_device_of)]
 
-    def __call__(self) -> tuple[float, ...]:
+    def __call__(self) -> tuple[int, ...]:
         """Return the numbers."""
-        values: list[float] = [hash(b"".join([x.tobytes() for x in self._small]))]
-        if self._others:
+        read, numbers = [x.tobytes() for x in self._small], list[int]()
+        if self._large or self._others:
             with torch.no_grad():
+                for t in self._large:
+                    read += [part.numpy().tobytes() for part in _sums(t)]
                 for others in self._others:
-                    values += others()
-        return tuple(values)
-
-
-def _suits_numpy(tensor: Tensor) -> bool:
-    lazy = tensor.is_conj() or tensor.is_neg()
-    return tensor.device.type == "cpu" and not lazy
+                    numbers += others()
+        return hash(b"".join(read)), *numbers
 
 
 def _device_of(tensor: Tensor) -> tuple[str, int]:
@@ -69,125 +71,90 @@ def _device_of(tensor: Tensor) -> tuple[str, int]:
 
 
 class _Others:
-    """The tensors on one device that are not hashed.
+    """The tensors on one device that is not the CPU.
 
-    On a GPU, small ones are worked on together, and all is launched at once from the
-    third call on.
+    Small ones are worked on together, and all is launched at once from the third call
+    on.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._device = tensors[0].device
-        together = [t for t in tensors if t.is_cuda and 0 < t.numel() < _SMALL]
-        together.sort(key=lambda t: str(t.dtype))
-        known = set(map(id, together))
-        alone = [t for t in tensors if id(t) not in known]
-        groups = [[*ts] for _, ts in groupby(together, key=lambda t: t.dtype)]
-        self._numbers: list[Callable[[], Tensor]] = [*map(_together, groups)]
-        self._numbers += [partial(_projection_and_bits, t) for t in alone]
-        #: The tensors, with the places of their projections among the numbers.
-        self._places, start = [], 0
-        for group in groups:
-            self._places += [(start + i, t) for i, t in enumerate(group)]
-            start += 2 * len(group)
-        self._places += [(start + 2 * i, t) for i, t in enumerate(alone)]
+        small = [t for t in tensors if 0 < t.numel() < _SMALL]
+        small.sort(key=lambda t: t.element_size())
+        together = [[*ts] for _, ts in groupby(small, key=lambda t: t.element_size())]
+        self._groups = together + [[t] for t in tensors if t.numel() >= _SMALL]
         self._calls = 0
         self._graph: CudaGraph | None = None
 
-    def __call__(self) -> list[float]:
-        """Return two numbers per tensor."""
-        values = self._values()
-        for i, t in self._places:
-            if not isfinite(values[i]):
-                replaced = torch.nan_to_num(_flat(t).double(), 3.0, 5.0, 7.0)
-                values[i] = float(_projection(replaced))
-        return values
-
-    def _values(self) -> list[float]:
+    def __call__(self) -> list[int]:
+        """Return two numbers per tensor, or tensors that are worked on together."""
         self._calls += 1
         if self._calls == 3 and self._device.type == "cuda":
-            self._graph = CudaGraph(lambda: [self._stacked()], self._device)
+            self._graph = CudaGraph(lambda: [self._numbers()], self._device)
         if self._graph is None or not self._graph.usable:
-            return self._stacked().tolist()
+            return self._numbers().tolist()
         with self._graph.lock:
             self._graph.launch()
             return self._graph.results[0].tolist()
 
-    def _stacked(self) -> Tensor:
-        return torch.cat([numbers() for numbers in self._numbers])
+    def _numbers(self) -> Tensor:
+        numbers = [_weighted(group) for group in self._groups]
+        return torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.int64)
 
 
-def _together(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Return what gives the projections of small tensors of one dtype, and their bits.
+def _weighted(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sums of tensors' memory, hashed into two numbers on their device.
 
-    The bits of all tensors up to each are added up.
+    They are multiplied by odd numbers, which loses the upper bits of large factors. So
+    the upper halves are multiplied once more by themselves.
     """
-    sizes = torch.tensor([_flat(t).numel() for t in tensors])
-    device = tensors[0].device
+    flat = torch.cat([t.reshape(-1) for t in tensors]) if len(tensors) > 1 else None
+    sums = torch.cat([s.long() for s in _sums(tensors[0] if flat is None else flat)])
+    weights = _weights(len(sums).bit_length(), sums.device)[: len(sums)]
+    return torch.stack([(sums * weights).sum(), ((sums >> 32) * weights).sum()])
+
+
+@cache
+def _weights(bits: int, device: torch.device) -> Tensor:
+    """Return odd random numbers of eight bytes, as many as have so many bits."""
     generator = torch.Generator().manual_seed(20260101)
-    total = int(sizes.sum())
-    weights = torch.randn(total, dtype=torch.float64, generator=generator).to(device)
-    lengths, ends = sizes.to(device), (sizes.cumsum(0) - 1).to(device)
-
-    def numbers() -> Tensor:
-        flat = torch.cat([*map(_flat, tensors)])
-        products = flat.double() * weights
-        rows = torch.segment_reduce(products, "sum", lengths=lengths, unsafe=True)
-        bits = _integers(flat).long().cumsum(0)[ends].remainder(_PRIME)
-        return torch.cat([rows, bits.double()])
-
-    return numbers
+    least, most = -(1 << 63), (1 << 63) - 1
+    return torch.randint(least, most, (1 << bits,), generator=generator).to(device) | 1
 
 
-def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.resolve_conj().resolve_neg()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _memory(tensor: Tensor) -> Tensor:
+    """Return a tensor's memory as integers, in the order in which they lie there.
+
+    What is read several times, as after `expand`, is contained once. Only if there are
+    gaps is the result not contiguous.
+    """
+    if tensor.is_conj():
+        tensor = tensor.conj()
+    if tensor.is_neg():
+        tensor = torch._neg_view(tensor)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    tensor = tensor[tuple(slice(None if step else 1) for step in tensor.stride())]
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(order).view(_INTEGERS[tensor.element_size()])
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return _real(tensor).reshape(-1).contiguous()
+def _sums(memory: Tensor) -> list[Tensor]:
+    """Return sums of integers in a tensor: read as words of eight bytes, by place.
 
-
-def _projection_and_bits(tensor: Tensor) -> Tensor:
-    flat = _flat(tensor)
-    return torch.stack([_projection(flat).double(), _bits(flat).double()])
-
-
-def _projection(flat: Tensor) -> Tensor:
-    if flat.dtype not in (torch.float32, torch.float64):
-        flat = flat.to(torch.float32 if flat.is_floating_point() else torch.float64)
-    vector = _random_vector(flat.dtype, flat.device)
-    if (size := flat.numel()) <= _ROW:
-        return torch.dot(flat, vector[:size])
-    whole = size // _ROW * _ROW
-    rest = torch.dot(flat[whole:], vector[: size - whole])
-    rows = flat[:whole].view(-1, _ROW) @ vector
-    return rest + _projection(rows.double())
-
-
-def _integers(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor that is not complex."""
-    return tensor.view(_INTEGERS[tensor.element_size()])
-
-
-def _bits(flat: Tensor) -> Tensor:
-    """Return the sum of a tensor's memory, read as whole numbers of eight bytes."""
-    integers = _integers(flat)
+    Those at its ends that are no whole words are returned as they are.
+    """
+    flat = memory.reshape(-1).contiguous()
     number = 8 // flat.element_size()
     first = min(-flat.storage_offset() % number, flat.numel())
     last = flat.numel() - (flat.numel() - first) % number
-    total = integers[first:last].view(torch.int64).sum()
-    for end in (integers[:first], integers[last:]):
-        if len(end):
-            total = total + end.sum()
-    return total.remainder(_PRIME)
-
-
-_RANDOM: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def _random_vector(dtype: torch.dtype, device: torch.device) -> Tensor:
-    if (dtype, device) not in _RANDOM:
-        generator = torch.Generator().manual_seed(20260101)
-        vector = torch.randn(_ROW, dtype=torch.float64, generator=generator)
-        _RANDOM[dtype, device] = vector.to(device, dtype)
-    return _RANDOM[dtype, device]
+    sums = [end for end in (flat[:first], flat[last:]) if len(end)]
+    primes = _PRIMES.get(flat.device.type, _PRIMES["cuda"])
+    for words in flat[first:last].view(torch.int64).split(prod(primes)):
+        for prime in primes:
+            rows = len(words) // prime
+            total = words[: rows * prime].view(rows, prime).sum(0)
+            rest = words[rows * prime :]
+            total[: len(rest)] += rest
+            sums.append(total)
+    return sums
