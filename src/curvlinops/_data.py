@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from curvlinops._objects import copied, is_object, parts_of, with_parts
 
 
 def checked_data(data: Any) -> Iterable[Any]:
@@ -60,42 +62,89 @@ def length_of(data: Any) -> int | None:
         return None
 
 
-def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to every tensor in a nest of mappings and sequences.
+def mapped(
+    function: Callable[[Tensor], Tensor],
+    value: Any,
+    whole: Callable[[Any], Any] | None = None,
+    above: tuple[int, ...] = (),
+) -> Any:
+    """Apply a function to every tensor in a nest of containers and objects.
 
-    Containers in which nothing changes are returned as they are.
+    Those in which nothing changes are returned as they are, of others copies.
+
+    Parameters
+    ----------
+    function : callable
+        Maps a tensor to a tensor.
+    value : Any
+        The nest.
+    whole : callable, optional
+        Maps an object, or a container that is not one of Python's own, to what takes
+        its place, or to ``None`` if its parts are to be mapped.
+    above : tuple of int, optional
+        The ``id`` of everything that the nest is itself a part of.
     """
     if torch.is_tensor(value):
         return function(value)
-    if isinstance(value, Mapping):
-        new = {k: mapped(function, v) for k, v in value.items()}
-        if all(new[k] is v for k, v in value.items()):
-            return value
-        try:
-            return type(value)(new)  # type: ignore[call-arg]
-        except TypeError:  # a `defaultdict`, say
-            return new
-    if isinstance(value, (list, tuple)):
-        items = [mapped(function, v) for v in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
-            return value
-        is_named = hasattr(value, "_fields")
-        return type(value)(*items) if is_named else type(value)(items)
-    return value
+    found = parts_of(value)
+    if found is None or id(value) in above:
+        return value
+    own = type(value) not in (dict, list, tuple)
+    if whole is not None and own and (new := whole(value)) is not None:
+        return new
+    above = (*above, id(value))
+    parts = [mapped(function, part, whole, above) for part in found[1]]
+    if all(a is b for a, b in zip(parts, found[1], strict=True)):
+        return value
+    return with_parts(value, parts)
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return all tensors in a nest of mappings and sequences, in order."""
-    return [leaf for leaf in leaves_in(value) if torch.is_tensor(leaf)]
+def tensors_in(value: Any, inside: bool = True) -> list[Tensor]:
+    """Return all tensors in a nest of containers and objects, in order.
+
+    Those inside of objects are left out if ``inside`` is false.
+    """
+    return [leaf for leaf in leaves_in(value, inside=inside) if torch.is_tensor(leaf)]
 
 
-def leaves_in(value: Any) -> list[Any]:
-    """Return everything in a nest of mappings and sequences, in order."""
-    if isinstance(value, Mapping):
-        value = [*value.values()]
-    if not isinstance(value, (list, tuple)):
+def leaves_in(
+    value: Any,
+    form: list[Any] | None = None,
+    inside: bool = True,
+    above: tuple[int, ...] = (),
+) -> list[Any]:
+    """Return everything in a nest of containers and objects, in order.
+
+    Parameters
+    ----------
+    value : Any
+        The nest.
+    form : list, optional
+        To this is added what the nest is beside its leaves: types, keys, lengths, and
+        names of attributes.
+    inside : bool, optional
+        Whether objects are looked into, see :func:`~curvlinops._objects.is_object`.
+    above : tuple of int, optional
+        The ``id`` of everything that the nest is itself a part of.
+    """
+    found = parts_of(value) if inside or not is_object(value) else None
+    if found is None:
         return [value]
-    return [leaf for part in value for leaf in leaves_in(part)]
+    labels, parts = found
+    if form is not None:
+        form += type(value), labels
+    if id(value) in above:
+        return []
+    above = (*above, id(value))
+    return [leaf for part in parts for leaf in leaves_in(part, form, inside, above)]
+
+
+def holds_objects(value: Any) -> bool:
+    """Whether a nest has tensors inside of objects.
+
+    These are not cut: which of their tensors have an axis for data is not known.
+    """
+    return len(tensors_in(value)) > len(tensors_in(value, inside=False))
 
 
 def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -116,14 +165,32 @@ def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Move the tensors in a nest to a device."""
+    """Move the tensors in a nest to a device.
+
+    An object that has a method for that is moved by it, as a copy.
+    """
+
+    def usable(tensor: Tensor) -> Tensor:
+        # Inference tensors cannot be saved in graphs, their clones can.
+        return tensor.clone() if tensor.is_inference() else tensor
 
     def move(tensor: Tensor) -> Tensor:
-        # Inference tensors cannot be saved in graphs, their clones can.
-        tensor = tensor.clone() if tensor.is_inference() else tensor
-        return tensor.to(device, non_blocking=True)
+        return usable(tensor).to(device, non_blocking=True)
 
-    return mapped(move, value)
+    def whole(value: Any) -> Any:
+        tensors = tensors_in(value)
+        if not moves_itself(value) or all(t.device == device for t in tensors):
+            return None
+        copy = copied(value)
+        new = copy.to(device)
+        return mapped(usable, copy if new is None else new)
+
+    return mapped(move, value, whole)
+
+
+def moves_itself(value: Any) -> bool:
+    """Whether an object or a container has a method that moves it to a device."""
+    return callable(getattr(type(value), "to", None))
 
 
 def ahead(
@@ -134,7 +201,8 @@ def ahead(
     """Yield batches for a GPU, each copied while the one before is worked on.
 
     They leave through page-locked memory and arrive beside the current stream. Those
-    at places that are known are left where they are.
+    at places that are known are left where they are, and so are objects that move
+    themselves.
     """
     if device.type != "cuda":
         yield from parts
@@ -148,11 +216,14 @@ def ahead(
         sent.record_stream(stream)
         return sent
 
+    def itself(value: Any) -> Any:
+        return value if moves_itself(value) else None
+
     before: tuple[Any, ...] = ()
     skipped = set(known)
     for place, (index, item, share) in enumerate(parts):
         with torch.cuda.stream(aside):
-            item = item if place in skipped else mapped(send, item)
+            item = item if place in skipped else mapped(send, item, itself)
             arrived = aside.record_event()
         if before:
             stream.wait_event(before[1])
@@ -175,6 +246,8 @@ def cloned(value: Any) -> Any:
 def cut(value: Any, size: int, start: int, stop: int, several: bool = False) -> Any:
     """Take some data out of a batch: cut every tensor whose first axis is the data's.
 
+    A nest with tensors inside of objects is returned as it is.
+
     Parameters
     ----------
     value : Any
@@ -193,7 +266,7 @@ def cut(value: Any, size: int, start: int, stop: int, several: bool = False) -> 
             return tensor
         return tensor[start * rows : stop * rows]
 
-    return mapped(part, value)
+    return value if holds_objects(value) else mapped(part, value)
 
 
 def joined(values: Sequence[Any], sizes: Sequence[int], several: bool = False) -> Any:
@@ -202,8 +275,11 @@ def joined(values: Sequence[Any], sizes: Sequence[int], several: bool = False) -
     Raises
     ------
     ValueError
-        If the batches differ in more than their data.
+        If the batches differ in more than their data, or have tensors inside of
+        objects.
     """
+    if any(map(holds_objects, values)):
+        raise ValueError("Which tensors of objects have data is not known.")
 
     def join(tensors: Sequence[Tensor]) -> Tensor:
         lengths = [len(t) if t.ndim else 0 for t in tensors]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from curvlinops._agreement import largest_entries, within
-from curvlinops._data import cut, mapped, tensors_in
+from curvlinops._data import cut, holds_objects, mapped, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import GraphFreedError, Linearization
 from curvlinops._memory import raise_if_out_of_memory
@@ -133,7 +133,8 @@ def jacobian_by_datum(
     f, size = batch.output_space, risk._size_or_none(batch.X)
     if not size or not f.shapes[0] or f.shapes[0][0] % size:
         return None
-    inputs = batch.fresh_input()
+    if holds_objects(inputs := batch.fresh_input()):
+        return None
     leaves = [leaf.detach() for leaf in risk.model.leaves]
     basis = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
     chunk = width if width < len(basis) else None

@@ -1151,7 +1151,7 @@ class EmpiricalRisk:
         """Return the number of data points in ``X``."""
         if self.batch_size_fn is not None:
             return self.batch_size_fn(X)
-        tensors = tensors_in(X)
+        tensors = tensors_in(X, inside=False)
         if not tensors or tensors[0].ndim == 0:
             raise ValueError(
                 "Cannot tell the number of data points in a batch: pass "

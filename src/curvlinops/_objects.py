@@ -1,0 +1,236 @@
+"""What the user's data are made of: containers and objects, taken apart and copied."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import pathlib
+import re
+import types
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
+from threading import Lock, RLock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+#: Types whose values never change, hence are compared by what they are.
+_VALUES = (
+    *(bool, int, float, complex, str, bytes, type(None), type(...), range, slice),
+    *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout),
+    *(torch.memory_format, enum.Enum, pathlib.PurePath, uuid.UUID, re.Pattern),
+    *(decimal.Decimal, fractions.Fraction, datetime.date, datetime.time),
+    *(datetime.timedelta, datetime.tzinfo),
+)
+#: Types that hold no data: of these it is compared which object there is.
+_HANDLES = (
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+    *(types.ModuleType, weakref.ref, type(Lock()), type(RLock()), nn.Module),
+    *(torch.Generator, torch.Stream, torch.Event, torch.Size),
+    *(np.random.Generator, np.random.RandomState, np.random.BitGenerator, np.ufunc),
+)
+
+
+def is_value(value: Any) -> bool:
+    """Whether something never changes, hence is compared by what it is."""
+    kind: Any = type(value)
+    return _are_values(kind)
+
+
+@functools.lru_cache(maxsize=512)
+def _are_values(kind: type) -> bool:
+    return issubclass(kind, _VALUES)
+
+
+@functools.lru_cache(maxsize=512)
+def _have_no_parts(kind: type) -> bool:
+    return issubclass(kind, (Tensor, *_VALUES, *_HANDLES))
+
+
+def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
+    """Return what a container or an object is made of.
+
+    Returns
+    -------
+    labels, parts : list
+        Keys, or names of attributes, and what lies there; the labels of a sequence
+        are its length. ``None`` for what is not taken apart.
+    """
+    kind: Any = type(value)
+    if kind is tuple or kind is list:
+        return [len(value)], [*value]
+    if _have_no_parts(kind):
+        return None
+    if isinstance(value, Mapping):
+        labels, parts = [*map(_label, value)], [*value.values()]
+    elif isinstance(value, _BUILTIN):
+        labels, parts = [len(value)], [*value]
+    elif isinstance(value, np.ndarray):
+        if not value.dtype.hasobject:
+            return None
+        return [value.shape], value.ravel().tolist()
+    elif isinstance(value, functools.partial):
+        return [], [value.func, value.args, value.keywords]
+    else:
+        names = None if is_array(value) else attributes_of(value)
+        if names is None:
+            return None
+        return [*names], [_attribute(value, name) for name in names]
+    if kind not in _BUILTIN and isinstance(value, _BUILTIN):
+        own = getattr(value, "__dict__", {})
+        if own is not value:  # of dictionaries whose items are attributes
+            labels, parts = [*labels, *own], [*parts, *own.values()]
+    return labels, parts
+
+
+_BUILTIN = (dict, list, tuple, set, frozenset, deque)
+
+
+def with_parts(value: Any, parts: Iterable[Any]) -> Any:
+    """Return a copy of a container or an object that is made of other parts."""
+    parts, kind = list(parts), type(value)
+    new: Any
+    if isinstance(value, np.ndarray):
+        new = np.empty(value.size, dtype=object)
+        new[:] = parts
+        return new.reshape(value.shape)
+    if isinstance(value, functools.partial):
+        return kind(parts[0], *parts[1], **parts[2])
+    if isinstance(value, Mapping):
+        new = _mapping_with(value, parts[: len(value)])
+    elif isinstance(value, tuple):
+        items = parts[: len(value)]
+        new = kind._make(items) if hasattr(kind, "_make") else kind(items)
+    elif isinstance(value, (list, deque)):
+        new = copy.copy(value)
+        new.clear()
+        new.extend(parts[: len(value)])
+    elif isinstance(value, (set, frozenset)):
+        new = kind(parts[: len(value)])
+    else:
+        new = copy.copy(value)
+        for name, part in zip(attributes_of(value) or [], parts, strict=True):
+            object.__setattr__(new, name, part)
+        return new
+    if getattr(value, "__dict__", None) is value:
+        new.__dict__ = new
+    elif rest := parts[len(value) :]:
+        for name, part in zip(vars(value), rest, strict=True):
+            object.__setattr__(new, name, part)
+    return new
+
+
+def _mapping_with(value: Mapping[Any, Any], parts: list[Any]) -> Any:
+    items = dict(zip(value, parts, strict=True))
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for key, part in items.items():
+            new[key] = part
+        return new
+    try:
+        return type(value)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items
+
+
+def copied(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """Return a copy of containers and objects, of the same tensors and values."""
+    found = parts_of(value)
+    if found is None or id(value) in above:
+        return value
+    return with_parts(value, [copied(part, (*above, id(value))) for part in found[1]])
+
+
+def is_object(value: Any) -> bool:
+    """Whether something has parts, but is neither a mapping nor a sequence."""
+    return not isinstance(value, (Mapping, list, tuple)) and bool(parts_of(value))
+
+
+def attributes_of(value: Any) -> list[str] | None:
+    """Return the names of an object's attributes; ``None`` if it can have none."""
+    kind: Any = type(value)
+    names = [name for name in _slots(kind) if _has(value, name)]
+    own = getattr(value, "__dict__", None)
+    if isinstance(own, dict):
+        return [*names, *own]
+    has_slots = any("__slots__" in vars(base) for base in kind.__mro__)
+    return names if has_slots or kind is object else None
+
+
+@functools.cache
+def _slots(kind: type) -> list[str]:
+    """Return the names of the slots of a class, as attributes."""
+    found: list[str] = []
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else [*slots]:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{base.__name__.lstrip('_')}{name}"
+            if name not in ("__dict__", "__weakref__"):
+                found.append(name)
+    return found
+
+
+def _has(value: Any, name: str) -> bool:
+    try:
+        object.__getattribute__(value, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _attribute(value: Any, name: str) -> Any:
+    own = getattr(value, "__dict__", {})
+    return own[name] if name in own else object.__getattribute__(value, name)
+
+
+def _label(key: Any) -> Any:
+    if type(key) is str:
+        return key
+    return type(key), key if is_value(key) else id(key)
+
+
+def is_array(value: Any) -> bool:
+    """Whether an object's content is an array that NumPy can read."""
+    kind = type(value)
+    if not (hasattr(kind, "__array__") or hasattr(value, "__array_interface__")):
+        return False
+    own = getattr(value, "__dict__", {})
+    return not any(isinstance(part, Tensor) for part in own.values())
+
+
+def described(value: Any) -> Any:
+    """Return what differs if, and only if, something that never changes does.
+
+    NaN is equal to itself, and 1 is neither 1.0 nor True.
+    """
+    if isinstance(value, (float, complex)):
+        return type(value), repr(value)
+    if isinstance(value, np.generic):
+        return value.dtype, value.tobytes()
+    return type(value), value
+
+
+def content_of(value: Any) -> bytes | None:
+    """Return the content of an array, or of what has one; ``None`` if it has none."""
+    if not isinstance(value, np.ndarray):
+        with suppress(TypeError, ValueError):
+            return memoryview(value).tobytes()
+        if not is_array(value):
+            return None
+        value = np.asarray(value)
+    return repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes()
+
+
+def is_handle(value: Any) -> bool:
+    """Whether something is no data itself, such as a function or a lock."""
+    return isinstance(value, _HANDLES) or type(value) is object
