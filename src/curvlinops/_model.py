@@ -27,6 +27,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from curvlinops._caching import EVALUATIONS
+from curvlinops._hooks import hooks_of
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 
@@ -328,13 +330,7 @@ class Model:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
         if self._module is None or self._held is not None:
             return False
-        return not any(
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            for part in self._module.modules()
-        )
+        return not hooks_of(self._module.modules())
 
     def exclusive(self) -> AbstractContextManager[Any]:
         """Return a context in which no other thread swaps the module's tensors."""
@@ -745,7 +741,7 @@ class _Owner:
 
 
 class _Changes:
-    """What a run changes outside of itself: attention's form, a module's tensors.
+    """What a run changes outside of itself: attention, torch's caches, a module.
 
     What is to be undone is noted before it is done, and undoing twice does no harm. So
     wherever an interrupt strikes, the rest can be undone later: at the latest when the
@@ -762,9 +758,10 @@ class _Changes:
         self.undo()
 
     def make(self, module: nn.Module | None, aliases: dict[str, nn.Parameter]) -> None:
-        """Switch attention, and put aliases and copies of buffers into a module."""
+        """Switch attention and caches, and put aliases and buffers into a module."""
         assert self._owner is not None
         _MATH_ATTENTION.add(id(self), self._owner)
+        EVALUATIONS[id(self)] = self._owner
         if module is None:
             return
         others: dict[int, Tensor] = {id(b): b.clone() for b in module.buffers()}
@@ -786,6 +783,7 @@ class _Changes:
             place[name] = tensor
             self._places.pop()
         _MATH_ATTENTION.remove(id(self))
+        EVALUATIONS.pop(id(self), None)
         self._owner = None  # it need not call any more
 
 

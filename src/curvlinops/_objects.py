@@ -86,7 +86,7 @@ def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
             return None
         return [*names], [_attribute(value, name) for name in names]
     if kind not in _BUILTIN and isinstance(value, _BUILTIN):
-        own = getattr(value, "__dict__", {})
+        own = _own(value) or {}
         if own is not value:  # of dictionaries whose items are attributes
             labels, parts = [*labels, *own], [*parts, *own.values()]
     return labels, parts
@@ -121,10 +121,10 @@ def with_parts(value: Any, parts: Iterable[Any]) -> Any:
         for name, part in zip(attributes_of(value) or [], parts, strict=True):
             object.__setattr__(new, name, part)
         return new
-    if getattr(value, "__dict__", None) is value:
+    if _own(value) is value:
         new.__dict__ = new
     elif rest := parts[len(value) :]:
-        for name, part in zip(vars(value), rest, strict=True):
+        for name, part in zip(_own(value) or {}, rest, strict=True):
             object.__setattr__(new, name, part)
     return new
 
@@ -159,8 +159,7 @@ def attributes_of(value: Any) -> list[str] | None:
     """Return the names of an object's attributes; ``None`` if it can have none."""
     kind: Any = type(value)
     names = [name for name in _slots(kind) if _has(value, name)]
-    own = getattr(value, "__dict__", None)
-    if isinstance(own, dict):
+    if (own := _own(value)) is not None:
         return [*names, *own]
     has_slots = any("__slots__" in vars(base) for base in kind.__mro__)
     return names if has_slots or kind is object else None
@@ -189,8 +188,19 @@ def _has(value: Any, name: str) -> bool:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    own = getattr(value, "__dict__", {})
+    own = _own(value) or {}
     return own[name] if name in own else object.__getattribute__(value, name)
+
+
+def _own(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object that are in no slots, if it can have such.
+
+    Without asking its class, which may answer to every name.
+    """
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
 
 
 def _label(key: Any) -> Any:
@@ -202,9 +212,9 @@ def _label(key: Any) -> Any:
 def is_array(value: Any) -> bool:
     """Whether an object's content is an array that NumPy can read."""
     kind = type(value)
-    if not (hasattr(kind, "__array__") or hasattr(value, "__array_interface__")):
+    if not (hasattr(kind, "__array__") or hasattr(kind, "__array_interface__")):
         return False
-    own = getattr(value, "__dict__", {})
+    own = _own(value) or {}
     return not any(isinstance(part, Tensor) for part in own.values())
 
 

@@ -70,6 +70,7 @@ from curvlinops._plan import (
 )
 from curvlinops._reach import CopyLeaksError, Reach
 from curvlinops._spaces import TensorSpace
+from curvlinops._structure import own_names, require_same_parameters
 from curvlinops._watch import Watch
 from curvlinops.losses import Loss, LossFunction, as_loss_function
 
@@ -87,6 +88,7 @@ _KEPT = (
     "cache",
     "max_memory",
     "plain",
+    "_own",
     "_repeats",
     "_shuffled",
 )
@@ -117,8 +119,10 @@ class EmpiricalRisk:
         parameter of the module, or a pattern such as ``"encoder.*"`` for several.
     data : iterable of (X, y)
         Batches, the same in every pass: a list, a ``DataLoader``, any iterable that
-        can be iterated repeatedly. ``X`` is a tensor, or a mapping or tuple of
-        tensors; everything is moved to the parameters' device.
+        can be iterated repeatedly. ``X`` is a tensor, a mapping or tuple of tensors, or
+        an object with tensors among its attributes (a dataclass, a batch of graphs),
+        which needs ``batch_size_fn`` wherever the number of data points counts. All
+        are moved to the parameters' device, objects with a method ``to`` by it.
     progressbar : bool, optional
         Whether to show a progress bar over batches for every product.
     check_deterministic : bool, optional
@@ -132,7 +136,7 @@ class EmpiricalRisk:
         Terms per data point of a loss that is not known in closed form.
     batch_size_fn : callable, optional
         Maps ``X`` to the number of data points in it. By default the length of ``X``
-        or of the first tensor in it.
+        or of the first tensor in it that is not inside of an object.
     num_terms_fn : callable, optional
         Maps ``(prediction, y)`` to the number of terms that a loss not known in closed
         form averages over. Default: data points times ``num_per_example_loss_terms``.
@@ -165,15 +169,21 @@ class EmpiricalRisk:
 
     Notes
     -----
-    Recordings are redone when parameters, buffers, listed data, or a module's mode
-    change. A checksum of all tensors and arrays of numbers is compared in every
+    Recordings are redone when parameters, buffers, hooks, listed data, or a module's
+    mode change. A checksum of all tensors and arrays of numbers is compared in every
     product, so that writes through ``.data`` or NumPy are seen, too, down to the last
-    bit of an entry. Not seen are Python attributes and hooks of the model or loss, what
-    a plain callable closes over, and the data behind a loader: call :meth:`refresh`
-    after changing these. Of ``params`` the tensors count that were given: after
-    ``load_state_dict(..., assign=True)``, which puts others in their place, build a new
-    operator. A loader's batches are kept on the device, within the budget, if the check
-    has found that they repeat.
+    bit of an entry and to entries that change places. Listed data are looked into:
+    mappings, sequences, and objects with attributes; an object whose content cannot be
+    looked at raises. Not seen are Python attributes of the model or loss, what a plain
+    callable closes over, caches of your own (``functools.lru_cache``), and the data
+    behind a loader: call :meth:`refresh` after changing these. A loader's batches are
+    kept on the device, within the budget, if the check has found that they repeat.
+
+    Of ``params`` the tensors count that were given. Where these were the module's own,
+    and the module gets others in their place (by ``load_state_dict(..., assign=True)``,
+    ``prune.remove``, a parametrization, tying), the next product raises: build a new
+    operator. Of a module whose parameters are given as copies, only names and shapes
+    must stay.
 
     What is recorded or kept is used only where it agrees, for random vectors and those
     of the user, with products that are computed plainly: parameter by parameter, up to
@@ -270,6 +280,11 @@ class EmpiricalRisk:
         """Create everything that is rebuilt rather than pickled."""
         self._lock = RLock()
         self.model = Model(self.model_func, self.params)
+        with self.model.exclusive():
+            if "_own" not in vars(self):
+                #: Names of the parameters that are the module's own.
+                self._own = own_names(self.model_func, self.params)
+            require_same_parameters(self.model_func, self.params, self._own)
         self.space = self.model.space
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
@@ -343,6 +358,9 @@ class EmpiricalRisk:
             seen = self._watch.state()
             if seen != self._seen:
                 self._check_space()
+                if seen[:2] != self._seen[:2]:  # there are other objects
+                    require_same_parameters(self.model_func, self.params, self._own)
+                    self._known_input = False
                 self.refresh()
                 self._seen = seen
 
