@@ -209,10 +209,6 @@ def _true(X: dict) -> None:
     X["n"] = True
 
 
-def _sign_of_zero(X: dict) -> None:
-    X["n"] = -0.0
-
-
 @pytest.mark.parametrize(
     "change", [_rename, _reorder, _add_key, _cut_otherwise, _other_type, _true]
 )
@@ -446,6 +442,21 @@ def test_objects_are_left_as_they_are(kind: str, cache: str):
     for (d, _), (old, _) in zip(data, before, strict=True):
         assert torch.equal(d.x, old.x) and len(d.extra[0]) == 1
         assert torch.equal(d.extra[0][0].x, old.extra[0][0].x)
+
+
+def test_notes_that_a_model_takes_in_an_object_are_not_the_users():
+    class Notes(Reads):
+        def forward(self, d: Any) -> Tensor:
+            d.seen = getattr(d, "seen", 0) + 1
+            return super().forward(d) * d.seen
+
+    data = build("object").data
+    model = Notes(4, 2).double()
+    A = GGNLinearOperator(model, LOSS, dict(model.named_parameters()), data)
+    first = A.to_dense()
+    for _ in range(3):
+        torch.testing.assert_close(A.to_dense(), first)
+    assert not hasattr(data[0][0], "seen")
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "nested"])

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlinops._agreement import agree
-from curvlinops._data import Share, cloned, strided, tensors_in
+from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._identity import checked_owner
 from curvlinops._memory import raise_if_out_of_memory
@@ -186,12 +186,15 @@ class Linearization:
         if not self.writes:
             return _checked_output(self._model(self.X), self.index)
         X = cloned(self.X)
-        given = tensors_in(X)
-        seen = strided(given)
+        form: list[Any] = []
+        given = leaves_in(X, form)
+        seen = strided(filter(torch.is_tensor, given))
         versions = [t._version for t in seen]
         output = _checked_output(self._model(X), self.index)
+        form_now: list[Any] = []
         self.writes = (
-            [*map(id, given)] != [*map(id, tensors_in(X))]
+            [*map(id, given)] != [*map(id, leaves_in(X, form_now))]
+            or form != form_now
             or versions != [t._version for t in seen]
             or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
         )

@@ -769,6 +769,9 @@ class _Changes:
             if name in aliases:
                 others[id(parameter)] = aliases[name]
         for part in module.modules():
+            # What hooks compute (weight normalisation, say) is the user's, too.
+            own = vars(part)
+            self._places += [(own, n, t) for n, t in own.items() if torch.is_tensor(t)]
             places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
             for place in places:
                 for name, tensor in list(place.items()):
