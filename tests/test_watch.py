@@ -3,6 +3,7 @@
 import copy
 import datetime
 import enum
+import operator
 import pathlib
 import pickle
 from collections import OrderedDict, UserDict, defaultdict, deque
@@ -475,7 +476,7 @@ def test_objects_are_mapped_with_their_kind(kind: str):
 def test_containers_are_mapped_with_their_kind():
     x = torch.ones(3)
     array = np.empty(2, dtype=object)
-    array[:] = [x, "a"]
+    array[0], array[1] = x, [x, x]
     containers = [
         OrderedDict(x=x),
         defaultdict(list, {"x": x}),
@@ -604,7 +605,12 @@ def test_plain_values_are_not_refused():
         *(np.zeros(2, dtype=[("a", "f4")]), np.array(["2020"], dtype="datetime64")),
         *(torch.Size([3]), torch.float32, torch.device("cpu"), torch.strided),
         *(torch.Generator(), np.random.default_rng(0), torch.sparse_coo),
-        *(Colour.RED, datetime.datetime(2020, 1, 1), datetime.timedelta(1)),
+        *(
+            Colour.RED,
+            operator.itemgetter(1),
+            datetime.datetime(2020, 1, 1),
+            datetime.timedelta(1),
+        ),
         *(pathlib.Path("a"), len, torch.sin, lambda: None, int, np, object()),
         *({1, 2}, frozenset({"a"}), deque([1]), memoryview(b"abc"), nn.Linear(2, 2)),
         *(SimpleNamespace(a=1), Data(torch.ones(2)), (), {}, [], [[]]),
@@ -622,6 +628,14 @@ def test_plain_values_are_not_refused():
     assert watch.state() != before
     before = watch.state()
     next(v for v in values if isinstance(v, nn.Linear)).weight.data.add_(1)
+    assert watch.state() != before
+
+
+def test_masks_of_arrays_are_seen():
+    array = np.ma.masked_array(np.arange(3.0), [False, True, False])
+    watch = Watch(net(), LOSS, {}, [({"x": torch.ones(2), "a": array}, None)])
+    before = watch.state()
+    array.mask[0] = True
     assert watch.state() != before
 
 

@@ -89,7 +89,7 @@ class _Others:
     def __call__(self) -> list[int]:
         """Return two numbers per tensor, or tensors that are worked on together."""
         self._calls += 1
-        if self._calls == 3 and self._device.type == "cuda":
+        if self._calls == 3 and self._groups and self._device.type == "cuda":
             self._graph = CudaGraph(lambda: [self._numbers()], self._device)
         if self._graph is None or not self._graph.usable:
             return self._numbers().tolist()

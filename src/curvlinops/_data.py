@@ -108,10 +108,7 @@ def tensors_in(value: Any, inside: bool = True) -> list[Tensor]:
 
 
 def leaves_in(
-    value: Any,
-    form: list[Any] | None = None,
-    inside: bool = True,
-    above: tuple[int, ...] = (),
+    value: Any, form: list[Any] | None = None, inside: bool = True
 ) -> list[Any]:
     """Return everything in a nest of containers and objects, in order.
 
@@ -124,19 +121,28 @@ def leaves_in(
         names of attributes.
     inside : bool, optional
         Whether objects are looked into, see :func:`~curvlinops._objects.is_object`.
-    above : tuple of int, optional
-        The ``id`` of everything that the nest is itself a part of.
     """
+    leaves: list[Any] = []
+    _collect(value, leaves, [] if form is None else form, inside, ())
+    return leaves
+
+
+def _collect(
+    value: Any, leaves: list[Any], form: list[Any], inside: bool, above: tuple[int, ...]
+) -> None:
+    """Add the leaves of a nest and its form to lists, unless it is above itself."""
     found = parts_of(value) if inside or not is_object(value) else None
     if found is None:
-        return [value]
-    labels, parts = found
-    if form is not None:
-        form += type(value), labels
-    if id(value) in above:
-        return []
-    above = (*above, id(value))
-    return [leaf for part in parts for leaf in leaves_in(part, form, inside, above)]
+        leaves.append(value)
+        return
+    form += type(value), found[0]
+    if id(value) not in above:
+        above = (*above, id(value))
+        for part in found[1]:
+            if isinstance(part, Tensor):
+                leaves.append(part)
+            else:
+                _collect(part, leaves, form, inside, above)
 
 
 def holds_objects(value: Any) -> bool:

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 _VALUES = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), range, slice),
     *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout),
-    *(torch.memory_format, enum.Enum, pathlib.PurePath, uuid.UUID, re.Pattern),
+    *(
+        torch.memory_format,
+        torch.Size,
+        enum.Enum,
+        pathlib.PurePath,
+        uuid.UUID,
+        re.Pattern,
+    ),
     *(decimal.Decimal, fractions.Fraction, datetime.date, datetime.time),
     *(datetime.timedelta, datetime.tzinfo),
 )
@@ -35,7 +42,7 @@ _VALUES = (
 _HANDLES = (
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType),
     *(types.ModuleType, weakref.ref, type(Lock()), type(RLock()), nn.Module),
-    *(torch.Generator, torch.Stream, torch.Event, torch.Size),
+    *(torch.Generator, torch.Stream, torch.Event),
     *(np.random.Generator, np.random.RandomState, np.random.BitGenerator, np.ufunc),
 )
 
@@ -68,6 +75,8 @@ def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
     kind: Any = type(value)
     if kind is tuple or kind is list:
         return [len(value)], [*value]
+    if kind is dict:
+        return [*map(_label, value)], [*value.values()]
     if _have_no_parts(kind):
         return None
     if isinstance(value, Mapping):
@@ -101,7 +110,8 @@ def with_parts(value: Any, parts: Iterable[Any]) -> Any:
     new: Any
     if isinstance(value, np.ndarray):
         new = np.empty(value.size, dtype=object)
-        new[:] = parts
+        for place, part in enumerate(parts):
+            new[place] = part
         return new.reshape(value.shape)
     if isinstance(value, functools.partial):
         return kind(parts[0], *parts[1], **parts[2])
@@ -118,15 +128,23 @@ def with_parts(value: Any, parts: Iterable[Any]) -> Any:
         new = kind(parts[: len(value)])
     else:
         new = copy.copy(value)
-        for name, part in zip(attributes_of(value) or [], parts, strict=True):
-            object.__setattr__(new, name, part)
+        _set_attributes(new, zip(attributes_of(value) or [], parts, strict=True))
         return new
-    if _own(value) is value:
+    if (own := _own(value)) is value:
         new.__dict__ = new
     elif rest := parts[len(value) :]:
-        for name, part in zip(_own(value) or {}, rest, strict=True):
-            object.__setattr__(new, name, part)
+        _set_attributes(new, zip(own or {}, rest, strict=True))
     return new
+
+
+def _set_attributes(value: Any, items: Iterable[tuple[str, Any]]) -> None:
+    """Set attributes, whatever the class says about that."""
+    own = _own(value) or {}
+    for name, part in items:
+        if name in own:
+            own[name] = part
+        else:
+            object.__setattr__(value, name, part)
 
 
 def _mapping_with(value: Mapping[Any, Any], parts: list[Any]) -> Any:
@@ -232,6 +250,8 @@ def described(value: Any) -> Any:
 
 def content_of(value: Any) -> bytes | None:
     """Return the content of an array, or of what has one; ``None`` if it has none."""
+    if isinstance(value, np.ma.MaskedArray):
+        return value.data.tobytes() + np.ma.getmaskarray(value).tobytes()
     if not isinstance(value, np.ndarray):
         with suppress(TypeError, ValueError):
             return memoryview(value).tobytes()
@@ -243,4 +263,4 @@ def content_of(value: Any) -> bytes | None:
 
 def is_handle(value: Any) -> bool:
     """Whether something is no data itself, such as a function or a lock."""
-    return isinstance(value, _HANDLES) or type(value) is object
+    return isinstance(value, _HANDLES) or callable(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from operator import attrgetter
@@ -78,16 +78,10 @@ class Watch:
         self._dense = all(t.layout is torch.strided for t in self._tensors)
         self._marks: list[Any] | None = None
 
-    def _items(self) -> Iterator[Any]:
-        """Yield the batches of listed data that are more than pairs of tensors."""
-        if isinstance(self._data, (list, tuple)):
-            for item in self._data:
-                if not _is_pair_of_tensors(item):
-                    yield item
-
     def _require_known(self) -> None:
         """Raise if data hold what cannot be looked at."""
-        for x in leaves_in(list(self._items())):
+        listed = isinstance(self._data, (list, tuple))
+        for x in leaves_in(self._data) if listed else []:
             if is_value(x) or is_handle(x) or isinstance(x, Tensor) or _is_read(x):
                 continue
             kind = f"{type(x).__module__}.{type(x).__qualname__}"
@@ -116,7 +110,13 @@ class Watch:
                 others += leaves_in([part.args, part.keywords], values, inside=False)
         if isinstance(self._data, (list, tuple)):
             for item in self._data:
-                if _is_pair_of_tensors(item):
+                kind = type(item)
+                if (
+                    (kind is tuple or kind is list)
+                    and len(item) == 2
+                    and isinstance(item[0], Tensor)
+                    and isinstance(item[1], Tensor)
+                ):  # found fast, since there may be many
                     objects += item
                 else:
                     others += leaves_in(item, values)
@@ -166,17 +166,15 @@ def _marks_of(tensors: list[Tensor]) -> list[Any]:
     return marks
 
 
-def _is_pair_of_tensors(item: Any) -> bool:
-    return isinstance(item, (list, tuple)) and all(map(torch.is_tensor, item))
-
-
 def _is_read(x: Any) -> bool:
     """Whether something that is no tensor has a content that can be read."""
     return not isinstance(x, Tensor) and content_of(x) is not None
 
 
 def _tensor_of(array: np.ndarray) -> Tensor | None:
-    """Return a tensor in an array's memory, if torch knows such."""
+    """Return a tensor in an array's memory, if torch knows such, and if that is all."""
+    if isinstance(array, np.ma.MaskedArray):
+        return None
     with suppress(TypeError, ValueError), catch_warnings():
         simplefilter("ignore")  # nothing is written into a read-only array
         return torch.from_numpy(array)
