@@ -716,8 +716,9 @@ def test_parameters_that_are_replaced_are_named(change: Callable):
     twin = problem.A.risk
     change(model)
     problem.refuses("weight")
-    with pytest.raises(ValueError, match="Build a new operator"):
-        copy.copy(twin)
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(ValueError, match="Build a new operator"):
+            copied(twin)
     if change is _parametrize:  # such a module cannot be pickled
         return
     with pytest.raises(ValueError, match="Build a new operator"):

@@ -33,6 +33,8 @@ def one_by_one(risk: EmpiricalRisk, batch: Linearization) -> list[Linearization]
     size = risk._size_or_none(batch.X)
     if not size or size == 1 or f.ndim == 0 or len(f) % size:
         return [batch]
+    if holds_objects(batch.X):
+        return [batch]
     try:
         parts = [_part(risk, batch, i, size) for i in range(size)]
         return parts if _composes(risk, batch, parts) else [batch]

@@ -404,9 +404,12 @@ class EmpiricalRisk:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmpiricalRisk:
         """Copy model, parameters and data along; recordings are redone."""
+        require_same_parameters(self.model_func, self.params, self._own)
         new = object.__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        state = copy.deepcopy(self.__getstate__(), memo)
+        del state["_own"]  # a module may copy its parameters as it likes
+        new.__setstate__(state)
         return new
 
     def twin(self, **changes: Any) -> Self:
