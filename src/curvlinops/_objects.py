@@ -26,15 +26,8 @@ from torch import Tensor, nn
 #: Types whose values never change, hence are compared by what they are.
 _VALUES = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), range, slice),
-    *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout),
-    *(
-        torch.memory_format,
-        torch.Size,
-        enum.Enum,
-        pathlib.PurePath,
-        uuid.UUID,
-        re.Pattern,
-    ),
+    *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.Size),
+    *(torch.memory_format, enum.Enum, uuid.UUID, re.Pattern, pathlib.PurePath),
     *(decimal.Decimal, fractions.Fraction, datetime.date, datetime.time),
     *(datetime.timedelta, datetime.tzinfo),
 )
@@ -45,6 +38,8 @@ _HANDLES = (
     *(torch.Generator, torch.Stream, torch.Event),
     *(np.random.Generator, np.random.RandomState, np.random.BitGenerator, np.ufunc),
 )
+#: Containers whose attributes, if a class adds such, are not their items.
+_BUILTIN = (dict, list, tuple, set, frozenset, deque)
 
 
 def is_value(value: Any) -> bool:
@@ -69,8 +64,8 @@ def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
     Returns
     -------
     labels, parts : list
-        Keys, or names of attributes, and what lies there; the labels of a sequence
-        are its length. ``None`` for what is not taken apart.
+        Keys, or names of attributes, and what lies there; the only label of a sequence
+        is its length. ``None`` for what is not taken apart.
     """
     kind: Any = type(value)
     if kind is tuple or kind is list:
@@ -99,9 +94,6 @@ def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
         if own is not value:  # of dictionaries whose items are attributes
             labels, parts = [*labels, *own], [*parts, *own.values()]
     return labels, parts
-
-
-_BUILTIN = (dict, list, tuple, set, frozenset, deque)
 
 
 def with_parts(value: Any, parts: Iterable[Any]) -> Any:
@@ -183,7 +175,7 @@ def attributes_of(value: Any) -> list[str] | None:
     return names if has_slots or kind is object else None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def _slots(kind: type) -> list[str]:
     """Return the names of the slots of a class, as attributes."""
     found: list[str] = []
@@ -244,7 +236,7 @@ def described(value: Any) -> Any:
     if isinstance(value, (float, complex)):
         return type(value), repr(value)
     if isinstance(value, np.generic):
-        return value.dtype, value.tobytes()
+        return type(value), value.dtype, value.tobytes()
     return type(value), value
 
 

@@ -126,7 +126,7 @@ class Watch:
                 continue
             objects.append(x)
             if isinstance(x, np.ndarray):
-                values += x.dtype, x.shape, x.strides, x.ctypes.data
+                values.append((x.dtype, x.shape, x.strides, x.ctypes.data))
         return objects, values
 
     def state(self) -> tuple[Any, ...]:
