@@ -155,8 +155,8 @@ LEVELS = [
     ],
     [
         *["_columns", "_dense", "_determinism", "_folding", "_joining", "_ledger"],
-        *["_linearization", "_parts", "_plan", "_reach", "_structure", "_verify"],
-        "structured",
+        *["_linearization", "_loss_leaves", "_parts", "_plan", "_reach"],
+        *["_structure", "_verify", "structured"],
     ],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],
     [

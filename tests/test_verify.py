@@ -272,7 +272,8 @@ def test_never_raises(monkeypatch):
     monkeypatch.setattr(HessianLinearOperator, "_apply", broken)
     report = H.verify()
     assert not report.ok
-    assert all("OSError: out of order" in check.note for check in report.checks)
+    products = [c for c in report.checks if c.name != "loss of outputs"]
+    assert all("OSError: out of order" in check.note for check in products)
 
 
 def test_the_report_can_be_read():

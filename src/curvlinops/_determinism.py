@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from curvlinops._checksum import Checksum
 from curvlinops._data import tensors_in
 from curvlinops._linearization import Linearization
+from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
@@ -69,14 +70,14 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
     Raises
     ------
     ValueError
-        If loss or gradient differ, or a module's mode makes them random or dependent
-        on the batches.
+        If loss or gradient differ, a module's mode makes them random or dependent on
+        the batches, or the loss depends on parameters by itself.
     """
     if isinstance(risk.model_func, nn.Module):
         _check_modes(risk.model_func)
 
     def run() -> tuple[Fingerprint, Fingerprint]:
-        first = look(risk, risk._fresh_batches("check 1/2"))
+        first = look(risk, _examined(risk, risk._fresh_batches("check 1/2")))
         return first, look(risk, risk._fresh_batches("check 2/2"))
 
     first, second = risk.session(run)
@@ -105,6 +106,17 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
             + " To go on all the same, pass `check_deterministic=False`."
         )
     return same_batches
+
+
+def _examined(
+    risk: EmpiricalRisk, batches: Iterable[Linearization]
+) -> Iterator[Linearization]:
+    """Yield batches, and look at the loss of each once it is found to be sound."""
+    for batch in batches:
+        yield batch
+        if risk.loss_func is not None:
+            check_loss_leaves(risk.model, risk.loss_func, batch.output, batch.y)
+        del batch  # before the next one is evaluated
 
 
 def _checked_loss(batch: Linearization) -> Tensor:

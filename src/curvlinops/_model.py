@@ -280,11 +280,11 @@ class Model:
         params = self.params
         self.aliases = {n: nn.Parameter(p.detach()) for n, p in params.items()}
         self.leaves = list(self.aliases.values())
-        # The user's own tensors, listed now: later, others may be swapped in.
-        self._users = [(p, n) for n, p in params.items()]
+        #: The user's own tensors by name, listed now: later, others may be swapped in.
+        self.users = [(p, n) for n, p in params.items()]
         if self._module is not None:
             named = self._module.named_parameters(remove_duplicate=False)
-            self._users += [(p, n) for n, p in named if n in params]
+            self.users += [(p, n) for n, p in named if n in params]
         first = self.leaves[0]
         self.space = TensorSpace(
             (p.shape for p in self.leaves), first.dtype, first.device, params
@@ -455,7 +455,7 @@ class Model:
 
     def foreign_leaves(self, output: Tensor) -> list[str]:
         """Name the user's own parameters that an output's graph reaches."""
-        own = {id(p): n for p, n in self._users}
+        own = {id(p): n for p, n in self.users}
         return sorted(
             {own[id(leaf)] for leaf in graph_leaves(output) if id(leaf) in own}
         )
@@ -465,7 +465,7 @@ class Model:
 
         These leave no trace in an output's graph.
         """
-        frozen = [p for p, _ in self._users if not p.requires_grad]
+        frozen = [p for p, _ in self.users if not p.requires_grad]
         if not frozen:
             return False
         # Without a graph, this evaluation is none that a recorder of uses notes.
@@ -690,23 +690,23 @@ class _MathAttention:
 
     def __init__(self) -> None:
         self._lock = RLock()
-        self._users: dict[int, Callable[[], Any]] = {}
+        self.users: dict[int, Callable[[], Any]] = {}
         self._before: list[bool] | None = None
 
     def add(self, key: int, user: Callable[[], Any]) -> None:
         """Turn the switches on behalf of a user, given by a weak reference."""
         with self._lock:
-            self._users[key] = user
+            self.users[key] = user
             self._update()
 
     def remove(self, key: int) -> None:
         """Turn them back unless there are other users. May be repeated."""
         with self._lock:
-            self._users.pop(key, None)
+            self.users.pop(key, None)
             self._update()
 
     def _update(self) -> None:
-        if any(user() is not None for user in list(self._users.values())):
+        if any(user() is not None for user in list(self.users.values())):
             if self._before is None:
                 self._before = [_get_switch(name)() for name in _ATTENTION]
             for name in _ATTENTION:

@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from curvlinops._data import checked_pair, cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model
 from curvlinops._random import Probes, Rng, as_seed
@@ -123,6 +124,8 @@ def verify(A: Any, rng: Rng = 0) -> Report:
     * *batch split*: :math:`A u` is the same when every batch is cut in two. It fails
       if the model or loss treats the data of a batch jointly. Sampled operators draw
       other samples then, and skip it.
+    * *loss of outputs*: the loss depends on the parameters through the model's output
+      only. It fails for a weight decay in the loss, or a second call of the model.
     * *finite differences*: :math:`A u` equals a product from central differences of
       gradients and outputs, with the user's loss on the concatenated outputs. For a
       diagonal three entries are compared. Parameters on which, to autograd, no output
@@ -137,8 +140,8 @@ def verify(A: Any, rng: Rng = 0) -> Report:
     \epsilon` for :math:`n` the larger dimension, at most :data:`MAX_TOLERANCE`, and
     :math:`\epsilon^{2/3}` in place of :math:`\epsilon` for finite differences.
 
-    Cost: up to six products with the operator, two with its twins, and up to 14
-    evaluations of the model on all data (26 for a diagonal); memory for the outputs of
+    Cost: up to six products with the operator, two with its twins, and up to 15
+    evaluations of the model on all data (27 for a diagonal); memory for the outputs of
     all data and one batch's graph. Parameters, data, recordings and random states stay
     as they are.
     """
@@ -167,6 +170,10 @@ def verify(A: Any, rng: Rng = 0) -> Report:
         halves.check()
         return product(), _twin(A, data=halves, cache="off") @ u
 
+    def loss_of_outputs() -> Sides:
+        plain.check_loss()
+        return u, u
+
     def finite_differences(scale: float) -> Sides:
         parameters = A.risk.space.names
         x = plain.restricted(u) if A._in_space.names == parameters else u
@@ -180,6 +187,7 @@ def verify(A: Any, rng: Rng = 0) -> Report:
         _row("linearity", linearity, exact),
         _row("freshness", freshness, exact),
         _row("batch split", batch_split, exact),
+        _row("loss of outputs", loss_of_outputs, exact),
         _converged(finite_differences, _tolerance(A, size, 2 / 3)),
     ]
     return Report(f"{type(A).__name__} of shape {M} x {N}", tuple(rows))
@@ -340,6 +348,17 @@ class _Plain:
     def here(self) -> Outputs:
         """Outputs at the parameters as they are."""
         return self.outputs()
+
+    def check_loss(self) -> None:
+        """Raise if the loss depends on parameters other than through outputs."""
+        if (loss_func := self.risk.loss_func) is None:
+            return
+
+        def body(model: Model) -> None:
+            for X, y in self.batches():
+                check_loss_leaves(model, loss_func, model(X), y)
+
+        self._run(None, body)
 
     def losses(self) -> list[Loss]:
         """Return the loss of every batch, as the package knows it."""

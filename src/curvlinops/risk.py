@@ -110,8 +110,10 @@ class EmpiricalRisk:
         Loss ``(prediction, y) -> scalar`` with reduction ``"mean"`` or ``"sum"``. See
         :mod:`curvlinops.losses` for those that are known in closed form. Any other
         callable is differentiated automatically and, unless it has an attribute
-        ``reduction = "sum"``, taken as a mean over the batch's data. ``None`` if only
-        the model is differentiated (Jacobians).
+        ``reduction = "sum"``, taken as a mean over the batch's data. It may depend on
+        the parameters through the prediction only: a weight decay, or a second call of
+        the model, in the loss is refused in the check. ``None`` if only the model is
+        differentiated (Jacobians).
     params : dict of str to Tensor, list of nn.Parameter, or str
         What to differentiate by. Their order defines the layout of vectors: each
         tensor is flattened row by row, and all are concatenated. The values given
