@@ -757,10 +757,10 @@ class UnknownLoss(nn.HuberLoss):
         return super().forward(prediction, y)
 
 
-@problem("generic-ragged", "generic-loss", "ragged")
+@problem("generic-ragged", "generic-loss", "sum", "ragged")
 def _() -> Built:
     model, data = _ragged_rows()
-    return model, UnknownLoss(delta=0.5), trained(model), data
+    return model, UnknownLoss(reduction="sum", delta=0.5), trained(model), data
 
 
 # Normalisation and embeddings

@@ -69,7 +69,8 @@ def coupled(prediction: Tensor, y: Tensor) -> Tensor:
 
 def test_coupled_data_are_evaluated_apart():
     model, _, params, data = find("mlp-tanh-mse").build()
-    E = EFLinearOperator(model, coupled, params, data, check_deterministic=False)
+    options = {"check_deterministic": False, "reduction": "mean"}
+    E = EFLinearOperator(model, coupled, params, data, **options)
     total, count = 0, 0
     for X, y in data:
         for x, t in zip(X.split(1), y.split(1), strict=True):
@@ -127,6 +128,7 @@ def test_unknown_outputs_of_a_datum_are_an_error():
         dict(model.named_parameters()),
         data,
         batch_size_fn=lambda X: 3,
+        reduction="mean",
     )
     with pytest.raises(ValueError, match=r"3 data points.*batch_size_fn"):
         E @ torch.ones(8).double()

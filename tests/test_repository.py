@@ -149,8 +149,8 @@ LEVELS = [
         *["_lockstep", "_memory", "_objects", "_random", "_spaces"],
     ],
     [
-        *["_checksum", "_identity", "_model", "_operator", "_program", "_replay"],
-        *["_watch"],
+        *["_checksum", "_identity", "_model", "_operator", "_program"],
+        *["_reduction", "_replay", "_watch"],
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [

@@ -13,6 +13,7 @@ from curvlinops._checksum import Checksum
 from curvlinops._data import tensors_in
 from curvlinops._linearization import Linearization
 from curvlinops._loss_leaves import check_loss_leaves
+from curvlinops._reduction import Evidence
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
@@ -71,16 +72,20 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
     ------
     ValueError
         If loss or gradient differ, a module's mode makes them random or dependent on
-        the batches, or the loss depends on parameters by itself.
+        the batches, or the loss depends on parameters by itself, or is neither a sum
+        nor a mean over data.
     """
     if isinstance(risk.model_func, nn.Module):
         _check_modes(risk.model_func)
 
-    def run() -> tuple[Fingerprint, Fingerprint]:
-        first = look(risk, _examined(risk, risk._fresh_batches("check 1/2")))
-        return first, look(risk, risk._fresh_batches("check 2/2"))
+    def run() -> tuple[Fingerprint, Fingerprint, Evidence | None]:
+        function = risk.undetermined
+        evidence = None if function is None else Evidence(function)
+        batches = risk._fresh_batches("check 1/2")
+        first = look(risk, _examined(risk, batches, evidence))
+        return first, look(risk, risk._fresh_batches("check 2/2")), evidence
 
-    first, second = risk.session(run)
+    first, second, evidence = risk.session(run)
     if first.size is not None and num_data not in (None, first.size):
         raise ValueError(
             f"`num_data` is {num_data}, but the data has {first.size} points."
@@ -105,17 +110,21 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
             )
             + " To go on all the same, pass `check_deterministic=False`."
         )
+    if evidence is not None:
+        risk._conclude(evidence)
     return same_batches
 
 
 def _examined(
-    risk: EmpiricalRisk, batches: Iterable[Linearization]
+    risk: EmpiricalRisk, batches: Iterable[Linearization], evidence: Evidence | None
 ) -> Iterator[Linearization]:
     """Yield batches, and look at the loss of each once it is found to be sound."""
     for batch in batches:
         yield batch
         if risk.loss_func is not None:
             check_loss_leaves(risk.model, risk.loss_func, batch.output, batch.y)
+        if evidence is not None:
+            evidence.add(batch.output, batch.y, risk._size_or_none(batch.X))
         del batch  # before the next one is evaluated
 
 

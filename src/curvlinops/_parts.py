@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,8 @@ def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
     Raises
     ------
     ValueError
-        If it is not known which outputs belong to which datum.
+        If it is not known which outputs belong to which datum, or the gradients of a
+        loss that was taken for a sum, or a mean over data, do not make up the batch's.
     """
     f, size = batch.output.detach(), risk.batch_size(batch.X)
     if f.ndim == 0 or len(f) % size:
@@ -108,7 +110,17 @@ def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
         ).gradient()
         for i in range(size)
     ]
-    return torch.cat(gradients)
+    G = torch.cat(gradients)
+    if (reduction := risk._reduction) is not None:
+        tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
+        if reduction.found and not close(G, batch.loss.gradient(), tolerance):
+            wrong = (
+                f"of batch {batch.index}, it is not the {reduction.name} of its data's"
+            )
+            reduction = replace(reduction, found=False, wrong=wrong)
+        if reduction.wrong:
+            reduction.require("the empirical Fisher")
+    return G
 
 
 def jacobian_by_datum(

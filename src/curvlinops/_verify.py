@@ -22,6 +22,7 @@ from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model
 from curvlinops._random import Probes, Rng, as_seed
+from curvlinops._reduction import Evidence
 from curvlinops._spaces import rounding
 from curvlinops.losses import Loss, LossFunction, unwrapped
 
@@ -126,6 +127,8 @@ def verify(A: Any, rng: Rng = 0) -> Report:
       other samples then, and skip it.
     * *loss of outputs*: the loss depends on the parameters through the model's output
       only. It fails for a weight decay in the loss, or a second call of the model.
+    * *terms of the loss*: a loss that is not known in closed form is the sum or the
+      mean over data that it is taken for, in every batch.
     * *finite differences*: :math:`A u` equals a product from central differences of
       gradients and outputs, with the user's loss on the concatenated outputs. For a
       diagonal three entries are compared. Parameters on which, to autograd, no output
@@ -174,6 +177,10 @@ def verify(A: Any, rng: Rng = 0) -> Report:
         plain.check_loss()
         return u, u
 
+    def terms_of_the_loss() -> Sides:
+        plain.check_terms()
+        return u, u
+
     def finite_differences(scale: float) -> Sides:
         parameters = A.risk.space.names
         x = plain.restricted(u) if A._in_space.names == parameters else u
@@ -188,6 +195,7 @@ def verify(A: Any, rng: Rng = 0) -> Report:
         _row("freshness", freshness, exact),
         _row("batch split", batch_split, exact),
         _row("loss of outputs", loss_of_outputs, exact),
+        _row("terms of the loss", terms_of_the_loss, exact),
         _converged(finite_differences, _tolerance(A, size, 2 / 3)),
     ]
     return Report(f"{type(A).__name__} of shape {M} x {N}", tuple(rows))
@@ -359,6 +367,21 @@ class _Plain:
                 check_loss_leaves(model, loss_func, model(X), y)
 
         self._run(None, body)
+
+    def check_terms(self) -> None:
+        """Raise if the loss is not the sum or mean that it is taken for."""
+        risk = self.risk
+        if risk.loss is None or (function := risk.undetermined) is None:
+            return
+        evidence = Evidence(function)
+        sizes = [risk._size_or_none(X) for X, _ in risk.data]
+        for batch in zip(self.here, self.targets, sizes, strict=True):
+            evidence.add(*batch)
+        found, used = risk._taken_for(evidence), risk.loss.reduction
+        if found.wrong:
+            found.announce()
+        if found.found and found.name != used:
+            raise ValueError(f"The loss is a {found.name}, but is taken for a {used}.")
 
     def losses(self) -> list[Loss]:
         """Return the loss of every batch, as the package knows it."""

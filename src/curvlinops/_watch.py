@@ -44,7 +44,7 @@ class Watch:
 
     def __init__(
         self,
-        model_func: Callable[..., Any],
+        model_func: Callable[..., Any] | None,
         loss_func: Callable[..., Any] | None,
         params: Mapping[str, Tensor],
         data: Iterable[Any],

@@ -245,6 +245,7 @@ class LossHessian(Middle):
         risk.loss.warn_if_flat("the GGN", stacklevel=3)
         if mc_samples > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
+            risk.require_terms("a Monte-Carlo Fisher")
         self.mc_samples, self.seed = mc_samples, seed if mc_samples else None
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ num_per_example_loss_terms, batch_size_fn, **options
     Raises
     ------
     ValueError
-        If there is no loss function; or, in a product, if a loss that is not known in
-        closed form meets outputs that cannot be told apart by datum.
+        If there is no loss function; if a loss that is not known in closed form is
+        neither a sum nor a mean over data, and comes without ``num_terms_fn``; or, in a
+        product, if such a loss meets outputs that cannot be told apart by datum.
 
     Notes
     -----
@@ -116,6 +117,7 @@ num_per_example_loss_terms, batch_size_fn, **options
             raise ValueError(
                 "The empirical Fisher needs a loss function, got a risk without one."
             )
+        risk.require_terms("the empirical Fisher")
         super().__init__(risk)
         self._middle = LossGradients(risk)
 

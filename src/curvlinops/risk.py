@@ -69,6 +69,7 @@ from curvlinops._plan import (
     numel,
 )
 from curvlinops._reach import CopyLeaksError, Reach
+from curvlinops._reduction import Evidence, Reduction
 from curvlinops._spaces import TensorSpace
 from curvlinops._structure import own_names, require_same_parameters
 from curvlinops._watch import Watch
@@ -91,6 +92,7 @@ _KEPT = (
     "_own",
     "_repeats",
     "_shuffled",
+    "_reduction",
 )
 
 
@@ -109,8 +111,8 @@ class EmpiricalRisk:
     loss_func : nn.Module, callable, or None
         Loss ``(prediction, y) -> scalar`` with reduction ``"mean"`` or ``"sum"``. See
         :mod:`curvlinops.losses` for those that are known in closed form. Any other
-        callable is differentiated automatically and, unless it has an attribute
-        ``reduction = "sum"``, taken as a mean over the batch's data. It may depend on
+        callable is differentiated automatically, and whether it is a sum or a mean over
+        data is found by evaluating it, see the notes. It may depend on
         the parameters through the prediction only: a weight decay, or a second call of
         the model, in the loss is refused in the check. ``None`` if only the model is
         differentiated (Jacobians).
@@ -142,6 +144,9 @@ class EmpiricalRisk:
     num_terms_fn : callable, optional
         Maps ``(prediction, y)`` to the number of terms that a loss not known in closed
         form averages over. Default: data points times ``num_per_example_loss_terms``.
+    reduction : "mean" or "sum", optional
+        What a loss not known in closed form is, where that cannot be found. It changes
+        nothing about the loss. Default: its attribute ``reduction``, if it has one.
     sampler : callable, optional
         Sampler of would-be gradients for Monte-Carlo matrices of a loss not known in
         closed form, see :func:`curvlinops.losses.as_loss_function`.
@@ -186,6 +191,18 @@ class EmpiricalRisk:
     ``prune.remove``, a parametrization, tying), the next product raises: build a new
     operator. Of a module whose parameters are given as copies, only names and shapes
     must stay.
+
+    A loss that is not known in closed form, and comes without ``num_terms_fn``, is
+    evaluated on the model's outputs in the check: those of each batch, the batch twice,
+    its halves, and it together with the first batch. If all of that says that the loss
+    is a sum, or that it is a mean over data, this counts, whatever ``reduction`` says.
+    If a batch twice gives the same, but the others do not weigh by data (class weights,
+    ignored or padded targets, lengths that differ), that is an error, with several
+    batches or for a matrix that needs the number of terms (the empirical Fisher, and
+    sampled ones). If the loss couples data, outputs are 0-d, or targets cannot be cut,
+    ``reduction`` decides, else each batch is weighted by its number of data, with a
+    warning. With ``check_deterministic=False``, the first two batches are looked at
+    before the first product, and again after loss or data have changed.
 
     What is recorded or kept is used only where it agrees, for random vectors and those
     of the user, with products that are computed plainly: parameter by parameter, up to
@@ -239,6 +256,7 @@ class EmpiricalRisk:
         batch_size_fn: Callable[[Any], int] | None = None,
         num_terms_fn: Callable[[Tensor, Any], int] | None = None,
         sampler: Callable[..., Any] | None = None,
+        reduction: str | None = None,
         cache: str | int = "auto",
         max_memory: int | None = None,
     ) -> None:
@@ -252,7 +270,10 @@ class EmpiricalRisk:
         self.loss_options: dict[str, Any] = {
             "num_terms_fn": num_terms_fn,
             "sampler": sampler,
+            "reduction": reduction,
         }
+        #: What a loss that is not known in closed form was found to be, if it was.
+        self._reduction: Reduction | None = None
         self.loss: LossFunction | None = self._make_loss_function()
         self.params = named_parameters(model_func, params)
         self.data = checked_data(data)
@@ -271,6 +292,8 @@ class EmpiricalRisk:
         if cache != "auto":
             budget_bytes(cache, self.space.device)  # raises on a wrong setting
         if check_deterministic:
+            if self.undetermined is not None:
+                self._reduction = Reduction("mean")  # until the check knows better
             self._fit(GRADIENT)
             same_batches = passes_agree(self, num_data)
             self._repeats = self._repeats or same_batches
@@ -301,6 +324,7 @@ class EmpiricalRisk:
         #: is materialised, and Jacobians are kept as soon as the plan says so.
         self._rehearses = False
         self._forget()
+        self._seen_terms = self._terms()  # what a loss was evaluated on
 
     def refresh(self) -> None:
         """Drop all recordings; the next product evaluates model and data anew.
@@ -308,6 +332,12 @@ class EmpiricalRisk:
         Needed only after changes that cannot be seen: Python attributes of the model
         or the loss, what a callable closes over, and the data behind a loader.
         """
+        with self.model.exclusive(), self._lock:
+            self._reduction = None
+            self._renew()
+
+    def _renew(self) -> None:
+        """Drop what depends on the state of model, loss and data."""
         with self.model.exclusive(), self._lock:
             before = self.model
             self.model = Model(self.model_func, self.params)
@@ -338,7 +368,10 @@ class EmpiricalRisk:
         """Read the options of the user's loss."""
         if self.loss_func is None:
             return None
-        return as_loss_function(self.loss_func, **self.loss_options)
+        loss = as_loss_function(self.loss_func, **self.loss_options)
+        if self._reduction is None or loss.undetermined is None:
+            return loss
+        return loss.reduced_by(self._reduction.name)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """Return ``compute()``, kept under ``key`` until recordings are redone.
@@ -363,8 +396,59 @@ class EmpiricalRisk:
                 if seen[:2] != self._seen[:2]:  # there are other objects
                     require_same_parameters(self.model_func, self.params, self._own)
                     self._known_input = False
-                self.refresh()
+                if (terms := self._terms()) != self._seen_terms:
+                    self._reduction, self._seen_terms = None, terms
+                self._renew()
                 self._seen = seen
+            if self._reduction is None and self.undetermined is not None:
+                self._find_reduction(self.undetermined)
+
+    @property
+    def undetermined(self) -> Callable[..., Tensor] | None:
+        """The loss, if what it does with its terms is to be found."""
+        return None if self.loss is None else self.loss.undetermined
+
+    def _terms(self) -> Any:
+        """Return what differs whenever a loss may do something else with its terms."""
+        if self.undetermined is None:
+            return None
+        return Watch(None, self.loss_func, {}, self.data).state()
+
+    def _find_reduction(self, function: Callable[..., Tensor]) -> None:
+        """Look at the first two batches for what the loss does with its terms.
+
+        Costs two evaluations of the model, where nothing was checked, or since loss or
+        data have changed.
+        """
+
+        def run() -> Evidence:
+            evidence = Evidence(function)
+            for index, item in zip(range(2), self.data, strict=False):
+                batch = self._linearize(index, item, index, None)
+                evidence.add(batch.output, batch.y, self._size_or_none(batch.X))
+                del batch
+            return evidence
+
+        self._conclude(self._session(run))
+
+    def _conclude(self, evidence: Evidence) -> None:
+        """Take the loss for what it was seen to be, or raise if it is nothing known."""
+        found = self._taken_for(evidence)
+        found.announce()
+        self._reduction = found
+        self.loss = self._make_loss_function()
+
+    def _taken_for(self, evidence: Evidence) -> Reduction:
+        """Return what the loss is, from what was seen, and what user and loss say."""
+        loss = as_loss_function(self.loss_func, **self.loss_options)
+        declared = None if loss.assumed else loss.reduction
+        return evidence.conclude(self.loss_options["reduction"], declared)
+
+    def require_terms(self, what: str) -> None:
+        """Raise, or warn, if it is not known what one batch's loss averages over."""
+        self._refresh_if_changed()
+        if self._reduction is not None:
+            self._reduction.require(what)
 
     def _check_space(self) -> None:
         first = next(iter(self.params.values()))

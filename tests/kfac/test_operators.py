@@ -437,7 +437,9 @@ def test_generic_loss():
         return (prediction - y).square().sum().square()
 
     with pytest.raises(ValueError, match="couples entries"):
-        KFACLinearOperator(model, coupled, params, data, **EXACT).to_dense()
+        KFACLinearOperator(
+            model, coupled, params, data, reduction="mean", **EXACT
+        ).to_dense()
 
     def sampler(output, target, num_samples, generator):
         noise = torch.randn(

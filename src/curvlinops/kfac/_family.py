@@ -121,6 +121,8 @@ class KroneckerFactored(Represented, RiskOperator):
             risk.require_fixed_order("A Monte-Carlo Fisher")
         if settings.fisher.fisher_type == FisherType.TYPE2:
             risk.loss.warn_if_flat("the GGN that is approximated", stacklevel=3)
+        if settings.fisher.fisher_type in (FisherType.MC, FisherType.EMPIRICAL):
+            risk.require_terms("sampled and empirical Fisher matrices")
         self.settings = settings
         self._matrix: BlockwiseLinearOperator | None = None
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import signature
 from typing import Any
@@ -37,6 +37,8 @@ class LossFunction:
         Keyword arguments of ``loss``.
     num_terms_fn : Callable, optional
         ``num_terms_fn(output, target)``, the number of terms of an opaque loss.
+    assumed : bool, optional
+        Whether nobody has said what the reduction is.
 
     Examples
     --------
@@ -49,6 +51,7 @@ class LossFunction:
     reduction: str
     options: Mapping[str, Any] = field(default_factory=dict)
     num_terms_fn: Callable[..., Number] | None = None
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         """Refuse reductions that are not a scalar."""
@@ -69,6 +72,18 @@ class LossFunction:
                 '`fisher_type="empirical"` of KFAC).',
                 stacklevel=stacklevel + 1,
             )
+
+    @property
+    def undetermined(self) -> Callable[..., Tensor] | None:
+        """The user's function, if it alone decides what is done with the terms."""
+        if not self.loss.opaque or self.num_terms_fn is not None:
+            return None
+        return self.options.get("function")
+
+    def reduced_by(self, reduction: str) -> "LossFunction":
+        """Return the same function, taken for a mean or a sum."""
+        options = {**self.options, "reduction": reduction}
+        return replace(self, reduction=reduction, options=options)
 
     def __call__(
         self, output: Tensor, target: Any, num_terms: Number | None = None
@@ -146,6 +161,7 @@ def as_loss_function(
     loss_func: Any,
     num_terms_fn: Callable[..., Number] | None = None,
     sampler: Callable[..., Tensor] | None = None,
+    reduction: str | None = None,
 ) -> LossFunction:
     """Turn what users hold into a :class:`LossFunction`, without modifying it.
 
@@ -155,11 +171,15 @@ def as_loss_function(
         A loss module, a loss function, or a ``functools.partial`` of one that binds
         options by keyword. Those in :func:`register`'s table are computed in closed
         form, others as :class:`Generic`. The reduction is the one that is bound, or an
-        attribute ``reduction``, or ``"mean"``. The ``"batchmean"`` of
+        attribute ``reduction``, or ``"mean"``; a risk looks whether that of a
+        :class:`Generic` loss is right. The ``"batchmean"`` of
         :class:`torch.nn.KLDivLoss` is a mean over the output's first axis.
     num_terms_fn, sampler : Callable, optional
         For :class:`Generic` losses only, see :class:`LossFunction` and
         :class:`Generic`. By default a batch has as many terms as data.
+    reduction : str, optional
+        For :class:`Generic` losses only: what the reduction is, if the loss does not
+        say so itself.
 
     Raises
     ------
@@ -190,7 +210,8 @@ def as_loss_function(
             f"The loss is bound to the legacy arguments {legacy}: bind "
             "reduction='mean' or reduction='sum', or wrap it in a function."
         )
-    reduction = options.pop("reduction", getattr(function, "reduction", "mean"))
+    declared = options.pop("reduction", getattr(function, "reduction", None))
+    told, reduction = reduction, reduction or declared or "mean"
     known = function if isinstance(function, LossFunction) and not bound else None
     instance = not bound and type(function) in _KNOWN
     key = type(function) if instance else function
@@ -212,11 +233,12 @@ def as_loss_function(
         if reduction == "batchmean":  # of nn.KLDivLoss: over the output's first axis
             reduction, num_terms_fn = "mean", num_terms_fn or _length
         options = {"function": loss_func, "reduction": reduction, "sampler": sampler}
-        return LossFunction(Generic, reduction, options, num_terms_fn)
-    if num_terms_fn is not None or sampler is not None:
+        assumed = told is None and declared is None
+        return LossFunction(Generic, reduction, options, num_terms_fn, assumed)
+    if any(option is not None for option in (num_terms_fn, sampler, told)):
         raise ValueError(
-            "num_terms_fn and sampler are for losses that the package does not know, "
-            "but this one brings its own: leave them out."
+            "num_terms_fn, sampler and reduction are for losses that the package does "
+            "not know, but this one brings its own: leave them out."
         )
     return known
 
