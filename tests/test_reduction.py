@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from curvlinops import (
     EFLinearOperator,
@@ -165,6 +166,20 @@ def test_the_attribute_does_not_count_where_the_loss_says_otherwise():
     for attribute in ("mean", "sum"):
         H = HessianLinearOperator(model, Lies(attribute), "*", ROWS)
         assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_batches_that_differ_between_passes(reduction: str):
+    """The passes of the check weigh their batches as products do."""
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f, y, reduction=reduction)
+
+    (data,) = rows(7)
+    loader = DataLoader(TensorDataset(*data), batch_size=3, shuffle=True)
+    H = HessianLinearOperator(build(), loss, "*", loader)
+    expected = hessian(build(), partial(together, loss, [data]))
+    assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -118,13 +118,19 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
 def _examined(
     risk: EmpiricalRisk, batches: Iterable[Linearization], evidence: Evidence | None
 ) -> Iterator[Linearization]:
-    """Yield batches, and look at the loss of each once it is found to be sound."""
+    """Yield batches, and look at the loss of each.
+
+    What the first one says counts until all have been looked at.
+    """
     for batch in batches:
+        if evidence is not None:
+            evidence.add(batch.output, batch.y, risk._size_or_none(batch.X))
+            if batch.place == 0:
+                risk._conclude(evidence)
+                batch.make_loss = risk._loss_maker(batch.X)
         yield batch
         if risk.loss_func is not None:
             check_loss_leaves(risk.model, risk.loss_func, batch.output, batch.y)
-        if evidence is not None:
-            evidence.add(batch.output, batch.y, risk._size_or_none(batch.X))
         del batch  # before the next one is evaluated
 
 

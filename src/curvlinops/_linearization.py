@@ -164,7 +164,7 @@ class Linearization:
         self.X, self.y = X, y
         self._model = model
         self._leaves = model.leaves
-        self._make_loss = make_loss
+        self.make_loss = make_loss
         self._lock = RLock()
         self._notes: dict[Any, Any] = {}
         self._routes: dict[Hashable, Route] = {}
@@ -209,9 +209,9 @@ class Linearization:
     @_kept
     def loss(self) -> Loss:
         """The batch's loss terms as a function of the output."""
-        if self._make_loss is None:
+        if self.make_loss is None:
             raise ValueError("This product needs a loss function.")
-        loss = self._make_loss(self.output, self.y)
+        loss = self.make_loss(self.output, self.y)
         loss.share = self.share
         return loss
 
