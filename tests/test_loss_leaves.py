@@ -21,6 +21,8 @@ from curvlinops import (
     IdentityLinearOperator,
     ScalarFunction,
 )
+from curvlinops._loss_leaves import check_loss_leaves
+from curvlinops._model import Model
 
 WD = 0.3
 REFUSED = r"depends on the parameters \[.*IdentityLinearOperator.*ScalarFunction"
@@ -323,3 +325,15 @@ def test_the_cures_give_the_whole_hessian():
         HessianLinearOperator(ScalarFunction(total, named)),
     ):
         assert torch.allclose(H.to_dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_lack_of_memory_is_raised():
+    """Not taken for a loss that needs the model's graph."""
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = build()
+    ((X, y), _) = batches()
+    with pytest.raises(torch.OutOfMemoryError):
+        check_loss_leaves(Model(model, {"0.bias": model[0].bias}), loss, model(X), y)

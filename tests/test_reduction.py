@@ -579,3 +579,16 @@ def test_large_outputs_keep_their_precision(monkeypatch):
         evidence.add(torch.randn(size, 3), torch.arange(size), size)
     assert evidence.conclude(None, None).name == "sum"
     assert seen == {torch.float32}
+
+
+def test_lack_of_memory_is_raised():
+    """Not taken for something about the loss."""
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        if len(f) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return SUM(f, y)
+
+    evidence = Evidence(loss)
+    with pytest.raises(torch.OutOfMemoryError):
+        evidence.add(torch.randn(2, 3), torch.arange(2), 2)

@@ -194,8 +194,9 @@ class EmpiricalRisk:
 
     A loss that is not known in closed form, and comes without ``num_terms_fn``, is
     evaluated on the model's outputs in the check: those of each batch, the batch twice,
-    its halves, and it together with the first batch. If all of that says that the loss
-    is a sum, or that it is a mean over data, this counts, whatever ``reduction`` says.
+    its halves, and it together with the first batch. That takes about ten gradients of
+    the loss per batch, and no evaluation of the model. If all of it says that the loss
+    is a sum, or that it is a mean over data, this counts, whatever its attribute says.
     If a batch twice gives the same, but the others do not weigh by data (class weights,
     ignored or padded targets, lengths that differ), that is an error, with several
     batches or for a matrix that needs the number of terms (the empirical Fisher, and
