@@ -690,23 +690,23 @@ class _MathAttention:
 
     def __init__(self) -> None:
         self._lock = RLock()
-        self.users: dict[int, Callable[[], Any]] = {}
+        self._users: dict[int, Callable[[], Any]] = {}
         self._before: list[bool] | None = None
 
     def add(self, key: int, user: Callable[[], Any]) -> None:
         """Turn the switches on behalf of a user, given by a weak reference."""
         with self._lock:
-            self.users[key] = user
+            self._users[key] = user
             self._update()
 
     def remove(self, key: int) -> None:
         """Turn them back unless there are other users. May be repeated."""
         with self._lock:
-            self.users.pop(key, None)
+            self._users.pop(key, None)
             self._update()
 
     def _update(self) -> None:
-        if any(user() is not None for user in list(self.users.values())):
+        if any(user() is not None for user in list(self._users.values())):
             if self._before is None:
                 self._before = [_get_switch(name)() for name in _ATTENTION]
             for name in _ATTENTION:
