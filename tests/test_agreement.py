@@ -12,7 +12,8 @@ from curvlinops import (
     GGNLinearOperator,
     HessianLinearOperator,
 )
-from curvlinops._agreement import agree, balanced
+from curvlinops._agreement import agree, balanced, matrices_agree, rows_agree
+from references import empirical_fisher, ggn, hessian
 from tolerances import assert_close
 
 EPS = torch.finfo(torch.float32).eps
@@ -63,11 +64,15 @@ def test_rounding_errors_need_not_agree():
     assert not agrees(lambda p: [p[0], p[1] + 1000 * noise], cancels)
 
 
-def test_rounding_errors_may_be_small_by_chance():
-    def cancels(vectors):
-        return [3 * vectors[0], 1e-8 * vectors[1][:1]]
+def test_what_is_below_rounding_errors_of_others_is_compared():
+    def scales(vectors):
+        return [1e12 * vectors[0], torch.tensor([1e-8, 1.0, 1.0]) * vectors[1][:3]]
 
-    assert agrees(lambda p: [p[0], -p[1]], cancels)  # below those of the first
+    assert agrees(lambda p: [p[0], p[1] * (1 + 2 * EPS)], scales)
+    assert not agrees(lambda p: [p[0], -p[1]], scales)
+    ones = torch.ones(3)
+    ones[0] = 1.001
+    assert not agrees(lambda p: [p[0], p[1] * ones], scales)
 
 
 def test_rounding_errors_that_are_not_finite_allow_nothing():
@@ -93,6 +98,72 @@ def test_balanced_vectors_have_products_of_one_size():
     assert torch.equal(first, vectors[0])
     assert_close(second, vectors[1] * 2e3, size=1)
     assert torch.equal(third, vectors[2])
+
+
+class Blocks:
+    """A symmetric matrix of blocks, as a function of a list of vectors."""
+
+    def __init__(self, matrix, sizes, noise=None):
+        self.matrix, self.sizes, self.noise = matrix, sizes, noise
+
+    def __call__(self, vectors):
+        v = torch.cat(vectors)
+        product = self.matrix @ v
+        if self.noise is not None:  # what sums of large numbers leave over
+            product = product + ((self.noise @ v + 1e8) - 1e8 - self.noise @ v)
+        return product.split(self.sizes)
+
+
+def block_diagonal(*scales, coupling=0.0):
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(3, 3, generator=generator) for _ in scales]
+    matrix = torch.block_diag(
+        *(s * (p + p.T) for s, p in zip(scales, parts, strict=True))
+    )
+    matrix[:3, 3:6] += coupling
+    matrix[3:6, :3] += coupling
+    return matrix.double()
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 3), (3, 3), (6, 6)])
+@pytest.mark.parametrize("scales", [(1, 1, 1), (1, 1e6, 1e12), (1e20, 1, 1e-20)])
+def test_matrices_are_compared_in_the_scale_of_each_block(scales, place):
+    matrix, like = block_diagonal(*scales), [torch.empty(3).double()] * 3
+    eps = torch.finfo(torch.float64).eps
+    wrong = matrix.clone()
+    i, j = place
+    error = 1e-6 * (scales[i // 3] * scales[j // 3]) ** 0.5
+    wrong[i, j] += error
+    wrong[j, i] = wrong[i, j]
+    right = Blocks(matrix, [3, 3, 3])
+    assert matrices_agree(right, Blocks(matrix.clone(), [3, 3, 3]), like, eps, 0.75)
+    assert not matrices_agree(Blocks(wrong, [3, 3, 3]), right, like, eps, 0.75)
+
+
+def test_rounding_errors_of_other_blocks_are_no_excuse():
+    eps, like = torch.finfo(torch.float64).eps, [torch.empty(3).double()] * 3
+    matrix = block_diagonal(1e-4, 1e-4, 1e9)
+    noise = torch.zeros(9, 9).double()
+    noise[:3, 6:] = torch.rand(3, 3, generator=torch.Generator().manual_seed(1))
+    wrong = matrix.clone()
+    wrong[0, 0] *= 1.01
+    right = Blocks(matrix, [3, 3, 3], noise)
+    assert matrices_agree(right, right, like, eps, 0.75)
+    assert not matrices_agree(Blocks(wrong, [3, 3, 3], noise), right, like, eps, 0.75)
+
+
+def test_outputs_are_compared_in_the_scale_of_each_and_of_each_datum():
+    large = torch.tensor([1.0, 1e10, 1.0])
+    for outputs in (large.expand(3, 3), large.unsqueeze(1).expand(3, 3)):
+        for i, j in ((0, 0), (0, 1), (1, 0), (2, 2)):
+            wrong = outputs.clone()
+            wrong[i, j] *= 1.01
+            assert not rows_agree(wrong, outputs, 1e-4)
+            assert rows_agree(wrong, outputs, 0.1)
+    assert rows_agree(torch.ones(3), torch.ones(3), 0.0)
+    assert rows_agree(torch.ones(0, 2), torch.ones(0, 2), 0.0)
+    assert not rows_agree(torch.ones(3, 1), torch.ones(3), 1.0)
+    assert not rows_agree(torch.full((3, 1), torch.nan), torch.ones(3, 1), 1.0)
 
 
 # -- routes that would be wrong for parameters of small weight -------------------------
@@ -192,3 +263,65 @@ def test_batches_with_a_weak_coupling_are_not_cut(operator):
     args = model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data
     with pytest.raises(MemoryError, match="two data together"):
         operator(*args, check_deterministic=False, max_memory=10) @ np.ones(66)
+
+
+# -- models that couple data, in parts whose units are small -------------------------
+
+
+class Units(nn.Module):
+    """Subtracts a mean over the batch, beside something in other units."""
+
+    def __init__(self, kind, ratio):
+        super().__init__()
+        self.kind, self.ratio = kind, ratio
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.t = nn.Linear(8 if kind == "features" else 4, 1)
+        for p in {"zero": self.b, "raw": self.t}.get(kind, nn.Module()).parameters():
+            nn.init.zeros_(p)
+        if kind == "dead":
+            nn.init.constant_(self.a.bias[:3], -100)
+
+    def forward(self, x):
+        h = (torch.relu if self.kind == "dead" else torch.tanh)(self.a(x))
+        h = self.b(h - h.mean(0))
+        if self.kind == "raw":
+            return h + self.t(self.ratio * x)
+        if self.kind == "features":
+            x = torch.cat([self.ratio * x, x - x.mean(0)], 1)
+            return torch.cat([h, self.t(x)], 1)
+        return torch.cat([h, self.ratio * self.t(x)], 1)
+
+
+REFERENCES = {
+    GGNLinearOperator: ggn,
+    HessianLinearOperator: hessian,
+    EFLinearOperator: empirical_fisher,
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("kind", ["heads", "zero", "dead", "raw", "features"])
+@pytest.mark.parametrize(
+    ("dtype", "ratio"),
+    [(torch.float32, 1e4), (torch.float32, 1e8), (torch.float64, 1e12)],
+)
+@pytest.mark.parametrize("sizes", [[14], [6, 5, 7]])
+def test_coupled_data_are_seen_in_every_unit(operator, kind, dtype, ratio, sizes):
+    torch.manual_seed(0)
+    model = Units(kind, ratio).to(dtype)
+    data = [
+        (
+            torch.randn(n, 4, dtype=dtype),
+            torch.randn(n, 1 + (kind != "raw"), dtype=dtype),
+        )
+        for n in sizes
+    ]
+    args = model, nn.MSELoss(), dict(model.named_parameters()), data
+    expected, A = REFERENCES[operator](*args), operator(*args)
+    for rows in A.risk.space.slices() * 3:
+        block = expected[rows, rows]
+        v = torch.zeros(A.shape[1], dtype=dtype)
+        v[rows] = torch.linspace(1, 2, len(block), dtype=dtype)
+        size = (block.abs() @ v[rows].double()).max()
+        error = ((A @ v)[rows].double() - block @ v[rows].double()).abs().max()
+        assert error <= 3e4 * torch.finfo(dtype).eps * size

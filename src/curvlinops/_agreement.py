@@ -10,8 +10,8 @@ from torch import Tensor
 Multiply = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
-#: How often rounding errors are looked for in tensors that have shown none.
-_TRIES = 4
+#: How often rounding errors are looked for at entries that have shown none.
+_TRIES = 6
 
 
 def random_like(tensors: Sequence[Tensor], seed: int = 20260101) -> list[Tensor]:
@@ -49,92 +49,162 @@ def agree(
     exponent: float,
     multiply: Multiply,
     vectors: list[Tensor],
+    sizes: Sequence[Tensor] | None = None,
+    largest: float | None = None,
 ) -> bool:
-    r"""Whether products agree, tensor by tensor.
+    r"""Whether products agree, entry by entry.
+
+    A gap may be ``eps ** exponent`` times the entry, or what it is in products with
+    other vectors; or ``eps ** (exponent - 1)`` times the entry's rounding errors, as
+    they show in :math:`A (v + w) - A v - A w`. What is wrong about small entries cannot
+    hide behind large ones, whatever units outputs, features or parameters have, and
+    what consists of nothing but rounding errors (the part of a bias that a
+    normalisation takes back, say) need not be the same. But no gap may be above
+    ``eps ** exponent`` times the largest entry.
 
     Parameters
     ----------
     found : sequence of Tensor
         The product in question.
     expected : sequence of Tensor
-        The product to compare it with.
-    eps, exponent, multiply, vectors
-        As in :func:`within`.
+        The product :math:`A v` to compare it with.
+    eps, exponent : float
+        Relative rounding error, and the power of it that is tolerated.
+    multiply : callable
+        Multiplies by :math:`A`. Called twice where the first criterion fails, and twice
+        more as long as the second one does.
+    vectors : list of Tensor
+        The vector :math:`v`.
+    sizes : sequence of Tensor, optional
+        What gaps are compared with in place of the entries, where more is known.
+    largest : float, optional
+        What no gap may come near, by default the largest entry of ``expected``.
     """
-    gaps = [_largest(a - b) for a, b in zip(found, expected, strict=True)]
-    sizes = largest_entries(expected)
-    return within(_numbers(gaps), sizes, eps, exponent, multiply, vectors)
+    tolerance = eps**exponent
+    sizes = sizes or [p.abs() for p in expected]
+    gaps = [(a - b).abs() for a, b in zip(found, expected, strict=True)]
+    allowed = [tolerance * size for size in sizes]
+    if _all_below(gaps, allowed):
+        return True
+    top = max(largest_entries(expected), default=0.0) if largest is None else largest
+    if not all(gap <= tolerance * top for gap in largest_entries(gaps)):
+        return False
+    for seed in range(_TRIES):
+        factors = random_like(vectors, seed)
+        others = [v * (w + 1.5) for v, w in zip(vectors, factors, strict=True)]
+        second = [p.clone() for p in multiply(others)]
+        total = multiply([*map(torch.add, vectors, others)])
+        allowed = [
+            torch.maximum(most, tolerance * _size(q)).maximum(
+                tolerance / eps * _size(s - p - q)
+            )
+            for most, p, q, s in zip(allowed, expected, second, total, strict=True)
+        ]
+        if _all_below(gaps, allowed):
+            return True
+    return False
 
 
-def within(
-    gaps: list[float],
-    sizes: list[float],
+def same_operations_agree(
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
     eps: float,
     exponent: float,
     multiply: Multiply,
     vectors: list[Tensor],
 ) -> bool:
-    r"""Whether the gaps between two products are rounding errors, tensor by tensor.
+    """Whether products agree that are made of the same operations on the same data.
 
-    A gap may be ``eps ** exponent`` times the tensor's largest entry: what is wrong
-    about a small tensor must not hide behind large ones. A tensor that consists of
-    nothing but rounding errors (the part of a bias that a normalisation takes back,
-    say) may have a gap of ``eps ** (exponent - 1)`` times its entries in
-    :math:`A (v + w) - A v - A w`, or any below the rounding errors of the largest
-    tensor; but none above ``eps ** exponent`` of that one's largest entry.
+    As :func:`agree`, at less cost: entries are compared with the largest of a tensor.
+    """
+    sizes = [*map(largest_entry, expected)]
+    return agree(found, expected, eps, exponent, multiply, vectors, sizes)
+
+
+def matrices_agree(
+    found: Multiply,
+    expected: Multiply,
+    like: list[Tensor],
+    eps: float,
+    exponent: float,
+) -> bool:
+    """Whether two symmetric matrices agree, each block compared in its own scale.
+
+    They are multiplied with a random vector whose parts are :func:`balanced`. Blocks
+    whose part of the product is small all the same, or may be nothing but rounding
+    errors of others, are compared once more with a vector that is zero elsewhere; in
+    the end, each by itself.
 
     Parameters
     ----------
-    gaps, sizes : list of float
-        Largest entries of the differences, and of the products.
+    found, expected : callable
+        Multiply by the matrix in question, and by the one to compare it with. The
+        first is called more often.
+    like : list of Tensor
+        Tensors of the blocks' shapes.
     eps, exponent : float
-        Relative rounding error, and the power of it that is tolerated.
-    multiply : callable
-        Linear function that gives the product to compare with, for three evaluations
-        more where the first criterion fails, or a few times three.
-    vectors : list of Tensor
-        Its argument.
+        As in :func:`agree`.
     """
-    tolerance, top = eps**exponent, max(sizes, default=0.0)
-    pairs = zip(gaps, sizes, strict=True)
-    far = [i for i, (gap, size) in enumerate(pairs) if not gap <= tolerance * size]
-    if not far:
-        return True
-    if not all(gap <= tolerance * top for gap in gaps):
+    largest: float | None = None
+    todo = [[*range(len(like))]]
+    while todo:
+        blocks = todo.pop()
+        vectors = [torch.zeros_like(t) for t in like]
+        for i in blocks:
+            vectors[i] = random_like([like[i]], i)[0]
+        vectors = balanced(vectors, found(vectors))
+        product = [p.clone() for p in expected(vectors)]
+        other = [p.clone() for p in found(vectors)]
+        sizes = largest_entries(other)
+        largest = max(sizes) if largest is None else largest
+        if not agree(product, other, eps, exponent, found, vectors, largest=largest):
+            return False
+        gaps = largest_entries([*map(torch.sub, product, other)])
+        least = eps**0.5 * max(sizes[i] for i in blocks)
+        rest = [
+            i for i in blocks if sizes[i] < least or gaps[i] > eps**exponent * sizes[i]
+        ]
+        if len(rest) == len(blocks):
+            todo += [[i] for i in rest] if len(rest) > 1 else []
+        elif rest:
+            todo.append(rest)
+    return True
+
+
+def rows_agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether outputs of the same data agree, each in its own scale.
+
+    That is the largest entry of the datum or that of the output over all data,
+    whichever is less, so that neither large outputs nor large data hide others.
+    """
+    if found.shape != expected.shape:
         return False
-    far = [i for i in far if max(gaps[i], sizes[i]) > eps * top]
-    for seed in range(_TRIES):
-        if not far:
-            break
-        errors = _rounding_errors(multiply, vectors, seed)
-        far = [i for i in far if not gaps[i] <= tolerance / eps * errors[i]]
-    return not far
+    if expected.numel() == 0:
+        return True
+    gap, size = (t.reshape(len(t), -1).abs() for t in (found - expected, expected))
+    scale = torch.minimum(size.amax(0), size.amax(1, keepdim=True))
+    return bool((gap <= tolerance * scale).all())
 
 
 def largest_entries(tensors: Sequence[Tensor]) -> list[float]:
     """Return the largest absolute value in each of some tensors."""
-    return _numbers([*map(_largest, tensors)])
-
-
-def _rounding_errors(
-    multiply: Multiply, vectors: list[Tensor], seed: int
-) -> list[float]:
-    r"""Return the largest entries of :math:`A (v + w) - A v - A w` with a random w."""
-    factors = random_like(vectors, seed)
-    others = [v * (w + 1.5) for v, w in zip(vectors, factors, strict=True)]
-    errors = [p.clone() for p in multiply([*map(torch.add, vectors, others)])]
-    for part in (vectors, others):
-        for error, p in zip(errors, multiply(part), strict=True):
-            error.sub_(p)
-    return largest_entries(errors)
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    if tensor.numel() == 0:
-        return tensor.new_zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(tensor, torch.inf).double()
-
-
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
-    numbers: list[float] = torch.stack([*scalars]).tolist() if scalars else []
+    scalars = [largest_entry(t).double() for t in tensors]
+    numbers: list[float] = torch.stack(scalars).tolist()
     return numbers
+
+
+def largest_entry(tensor: Tensor) -> Tensor:
+    """Return the largest absolute value in a tensor."""
+    if tensor.numel() == 0:
+        return tensor.new_zeros(())
+    return torch.linalg.vector_norm(tensor, torch.inf)
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """Return absolute values; those that are not finite excuse nothing."""
+    return tensor.abs().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _all_below(gaps: Sequence[Tensor], allowed: Sequence[Tensor]) -> bool:
+    pairs = zip(gaps, allowed, strict=True)
+    return bool(torch.stack([(gap <= most).all() for gap, most in pairs]).all())

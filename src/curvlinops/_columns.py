@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from curvlinops._agreement import agree, random_like
+from curvlinops._agreement import random_like, same_operations_agree
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import TensorSpace, rounding
@@ -115,6 +115,8 @@ class Columns:
             raise_if_out_of_memory(error)
             return False
         return all(
-            agree([p[k] for p in both], multiply(column), eps, 0.5, multiply, column)
+            same_operations_agree(
+                [p[k] for p in both], multiply(column), eps, 0.5, multiply, column
+            )
             for k, column in enumerate([v[k] for v in pair] for k in range(2))
         )

@@ -258,7 +258,7 @@ def _jacobian(
     """
     if risk.model.by_datum:
         J = jacobian_by_datum(risk, batch, columns.at_once(VJPS, batch))
-        if J is not None and agrees_with_vjp(J, risk.space, batch, 0.75):
+        if J is not None and is_jacobian(J, risk.space, batch, 0.75):
             return J
         risk.model.by_datum = False
     f = batch.output_space
@@ -273,19 +273,43 @@ def _jacobian(
         raise_if_out_of_memory(error)
         return None
     J = torch.cat(chunks)
-    return J if agrees_with_vjp(J, risk.space, batch, 0.5) else None
+    return J if is_jacobian(J, risk.space, batch, 0.5) else None
 
 
-def agrees_with_vjp(
+def is_jacobian(
     J: Tensor, space: TensorSpace, batch: Linearization, exponent: float
 ) -> bool:
-    """Whether ``u @ J`` is a product in reverse mode, up to ``eps ** exponent``."""
+    r"""Whether a matrix is a batch's Jacobian, up to ``eps ** exponent``.
+
+    Its products with a random vector :math:`u` of output space are compared with those
+    in reverse mode, entry by entry. So are those with vectors that are random for one
+    parameter and zero for the others: what is wrong about an output's derivatives by
+    one of them does not hide behind those by another. That costs one product each way
+    (one with as many vectors as there are parameters), and a few more where rounding
+    errors have to be told from others.
+    """
     f = batch.output_space
     like = torch.empty(f.shapes[0], dtype=f.dtype, device=f.device)
     [u], eps = random_like([like]), rounding(f.dtype, f.device, batch.convolves)
 
-    def multiply(vectors: list[Tensor]) -> Sequence[Tensor]:
+    def pull_back(vectors: list[Tensor]) -> Sequence[Tensor]:
         return batch.vjp(vectors[0])
 
-    found = space.split(u.reshape(-1).to(J.dtype) @ J)
-    return agree(found, multiply([u]), eps, exponent, multiply, [u])
+    size, flat = J.abs(), u.reshape(-1).to(J.dtype)
+    found, sizes = space.split(flat @ J), space.split(flat.abs() @ size)
+    if not agree(found, pull_back([u]), eps, exponent, pull_back, [u], sizes):
+        return False
+    V = J.new_zeros(len(space.shapes), space.dim)
+    for row, place in zip(V, space.slices(), strict=True):
+        row[place] = random_like([row[place]])[0]
+
+    def push_forward(vectors: list[Tensor]) -> Sequence[Tensor]:
+        return [batch.jvp(vectors).reshape(-1, f.dim).to(J.dtype)]
+
+    rows, sizes, vectors = [V @ J.T], [V.abs() @ size.T], space.split(V)
+    try:
+        expected = push_forward(vectors)
+        return agree(rows, expected, eps, exponent, push_forward, vectors, sizes)
+    except RuntimeError as error:  # some operation cannot with several vectors
+        raise_if_out_of_memory(error)
+        return False

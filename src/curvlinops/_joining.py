@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from curvlinops._agreement import agree, random_like
+from curvlinops._agreement import matrices_agree
 from curvlinops._columns import MAX_COLUMN_BYTES
 from curvlinops._data import joined
 from curvlinops._ledger import Ledger
@@ -54,21 +54,19 @@ def joined_batch(
         given.
     """
     f = risk.space
-    like = [torch.empty(s, dtype=f.dtype, device=f.device) for s in f.shapes]
-    vectors, eps = random_like(like), rounding(f.dtype, f.device, risk.model.convolves)
 
-    def product(vectors: list[Tensor], one: Linearization | None = None) -> Any:
+    def product(one: Linearization | None, vectors: list[Tensor]) -> list[Tensor]:
         return f.split(multiply(f.join(vectors).unsqueeze(1), one)[:, 0])
 
-    plain = product(vectors)
+    like = [torch.empty(s, dtype=f.dtype, device=f.device) for s in f.shapes]
+    eps = rounding(f.dtype, f.device, risk.model.convolves)
     try:
         sizes = [risk.batch_size(b.X) for b in batches]
         X = joined([b.X for b in batches], sizes)
         y = joined([b.y for b in batches], sizes, several=True)
         one = Linearization(risk.model, X, y, risk._loss_maker(X))
-        total = product(vectors, one)
+        found, expected = partial(product, one), partial(product, None)
+        return one if matrices_agree(found, expected, like, eps, 0.75) else None
     except Exception as error:  # whatever a model or a loss raises on another batch
         raise_if_out_of_memory(error)
         return None
-    again = partial(product, one=one)  # the batches' own would be recorded by now
-    return one if agree(total, plain, eps, 0.75, again, vectors) else None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvlinops._agreement import agree
+from curvlinops._agreement import matrices_agree
 from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._identity import checked_owner
@@ -397,12 +397,11 @@ class Linearization:
             return None
         route = self._routes.get(key)
         known = route.program if route else None
-        V = [_ramp(leaf.detach()) for leaf in self._leaves]
+        like = [leaf.detach() for leaf in self._leaves]
         multiply: Product = known or partial(body, self)
-        found, expected = self._multiply_folded(*folded, V), multiply(V)
-        eps = rounding(V[0].dtype, V[0].device, self.convolves)
-        same = agree(found, expected, eps, 0.75, multiply, V)
-        return folded if same else None
+        found: Product = partial(self._multiply_folded, *folded)
+        eps = rounding(like[0].dtype, like[0].device, self.convolves)
+        return folded if matrices_agree(found, multiply, like, eps, 0.75) else None
 
     def unfold(self) -> bool:
         """Give up what has been folded; return whether there was anything."""

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from curvlinops._agreement import largest_entries, within
-from curvlinops._data import cut, holds_objects, mapped, tensors_in
-from curvlinops._determinism import close
+from curvlinops._agreement import agree, rows_agree
+from curvlinops._data import cloned, cut, holds_objects, mapped, tensors_in
 from curvlinops._linearization import GraphFreedError, Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding
@@ -63,19 +62,21 @@ def _composes(
     U = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
     us = U.split(len(U) // len(parts))
     eps = rounding(f.dtype, f.device, batch.convolves)
-    rest = risk.space.split(risk.space.join(batch.vjp(U)))
-    sizes = largest_entries(rest)
-    for part, u in zip(parts, us, strict=True):
-        for row, g in zip(rest, part.vjp(u), strict=True):
-            row.sub_(g)
-    gaps = largest_entries(rest)
-    if not within(gaps, sizes, eps, 0.5, lambda v: batch.vjp(v[0]), [U]):
-        return False
     pairs = [(torch.cat([part.output.detach() for part in parts]), f)]
     if risk.loss is not None:
         HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
         pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))
-    return all(a.shape == b.shape and close(a, b, eps**0.5) for a, b in pairs)
+    if not all(rows_agree(a, b, eps**0.5) for a, b in pairs):
+        return False
+    found = risk.space.split(f.new_zeros(risk.space.dim, dtype=risk.space.dtype))
+    for part, u in zip(parts, us, strict=True):
+        for row, g in zip(found, part.vjp(u), strict=True):
+            row.add_(g)
+
+    def pull_back(vectors: list[Tensor]) -> list[Tensor]:
+        return batch.vjp(vectors[0])
+
+    return agree(found, pull_back([U]), eps, 0.5, pull_back, [U])
 
 
 def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
@@ -147,8 +148,9 @@ def jacobian_by_datum(
     f, size = batch.output_space, risk._size_or_none(batch.X)
     if not size or not f.shapes[0] or f.shapes[0][0] % size:
         return None
-    if holds_objects(inputs := batch.fresh_input()):
+    if holds_objects(batch.X):
         return None
+    inputs = cloned(batch.X)  # what leaves a batch alone may write into a datum
     leaves = [leaf.detach() for leaf in risk.model.leaves]
     basis = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
     chunk = width if width < len(basis) else None

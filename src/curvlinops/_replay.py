@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
 )
 
-from curvlinops._agreement import agree, balanced, random_like
+from curvlinops._agreement import balanced, random_like, same_operations_agree
 from curvlinops._cuda_graph import CapturedProgram, captured
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._program import Call, Memory, Program, Slot, leaves, replaced
@@ -156,7 +156,7 @@ class Route:
         """Keep a CUDA graph of what a program does with so many columns."""
         if program.capturable and all(v.is_cuda for v in vectors):
             graph, eps = captured(run, vectors), _eps(vectors, self._convolves)
-            if graph is not None and agree(
+            if graph is not None and same_operations_agree(
                 graph(vectors), plain, eps, 0.75, run, [*vectors]
             ):
                 self.captured[width] = graph
@@ -195,7 +195,9 @@ def _vectorises(program: Program, vectors: list[Tensor], convolves: bool) -> boo
         raise_if_out_of_memory(error)
         return False
     return all(
-        agree([p[k] for p in several], program(column), eps, 0.5, program, column)
+        same_operations_agree(
+            [p[k] for p in several], program(column), eps, 0.5, program, column
+        )
         for k, column in enumerate([v[k] for v in pair] for k in range(2))
     )
 
@@ -207,14 +209,23 @@ def _eps(vectors: Sequence[Tensor], convolves: bool) -> float:
 def _verified(
     product: Product, vectors: list[Tensor], plain: Sequence[Tensor], convolves: bool
 ) -> Program | None:
-    """Record a product with random vectors; return it if it gives ``plain``."""
+    """Record a product with random vectors; return it if it gives ``plain``.
+
+    And if no part of it was taken for constant, which it would give with zeros, too.
+    """
     others, eps = random_like(vectors), _eps(vectors, convolves)
     if [v.shape for v in vectors] == [p.shape for p in plain]:
         others = balanced(others, plain)
     try:
         recorded, program = record(product, others)
-        same = agree(program(others), recorded, eps, 0.75, product, others)
-        same = same and agree(program(vectors), plain, eps, 0.75, product, vectors)
+        same = same_operations_agree(
+            program(others), recorded, eps, 0.75, product, others
+        )
+        same = same and same_operations_agree(
+            program(vectors), plain, eps, 0.75, product, vectors
+        )
+        zeros = [*map(torch.zeros_like, vectors)]
+        same = same and not any(bool(p.any()) for p in program(zeros))
         return program if same else None
     except Exception as error:  # whatever an operation raises when watched or replayed
         raise_if_out_of_memory(error)

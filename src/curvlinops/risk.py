@@ -206,12 +206,13 @@ class EmpiricalRisk:
     before the first product, and again after loss or data have changed.
 
     What is recorded or kept is used only where it agrees, for random vectors and those
-    of the user, with products that are computed plainly: parameter by parameter, up to
-    :math:`\varepsilon^{3/4}` of the largest entry of its part of the product
-    (:math:`\varepsilon` is the rounding error of the dtype; 6e-6 in single, 2e-12 in
-    double precision), several columns at once up to :math:`\varepsilon^{1/2}`. That
-    rules out work which is not torch's or couples data. The products themselves agree
-    up to rounding.
+    of the user, with products that are computed plainly, up to
+    :math:`\varepsilon^{3/4}` (:math:`\varepsilon` is the rounding error of the dtype;
+    6e-6 in single, 2e-12 in double precision), several columns at once up to
+    :math:`\varepsilon^{1/2}`. That rules out work which is not torch's or couples data.
+    What would take data apart or put batches together is compared entry by entry, each
+    parameter in its own scale: units of outputs, features and parameters may differ.
+    The products themselves agree up to rounding.
 
     What fits into ``max_memory`` is predicted from products with two and three data
     of the first batch, made before the first product of each kind and number of
