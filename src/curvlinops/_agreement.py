@@ -81,14 +81,17 @@ def agree(
         What no gap may come near, by default the largest entry of ``expected``.
     """
     tolerance = eps**exponent
-    sizes = sizes or [p.abs() for p in expected]
-    gaps = [(a - b).abs() for a, b in zip(found, expected, strict=True)]
-    allowed = [tolerance * size for size in sizes]
-    if _all_below(gaps, allowed):
+    near = [  # tensor by tensor, which keeps nothing large
+        ((a - b).abs() <= tolerance * (sizes[i] if sizes else b.abs())).all()
+        for i, (a, b) in enumerate(zip(found, expected, strict=True))
+    ]
+    if bool(torch.stack(near).all()):
         return True
+    gaps = [(a - b).abs() for a, b in zip(found, expected, strict=True)]
     top = max(largest_entries(expected), default=0.0) if largest is None else largest
     if not all(gap <= tolerance * top for gap in largest_entries(gaps)):
         return False
+    allowed = [tolerance * size for size in sizes or map(torch.abs, expected)]
     for seed in range(_TRIES):
         factors = random_like(vectors, seed)
         others = [v * (w + 1.5) for v, w in zip(vectors, factors, strict=True)]
@@ -100,7 +103,8 @@ def agree(
             )
             for most, p, q, s in zip(allowed, expected, second, total, strict=True)
         ]
-        if _all_below(gaps, allowed):
+        near = [(gap <= most).all() for gap, most in zip(gaps, allowed, strict=True)]
+        if bool(torch.stack(near).all()):
             return True
     return False
 
@@ -127,6 +131,7 @@ def matrices_agree(
     like: list[Tensor],
     eps: float,
     exponent: float,
+    size: Callable[[Tensor], Tensor] = torch.abs,
 ) -> bool:
     """Whether two symmetric matrices agree, each block compared in its own scale.
 
@@ -144,6 +149,8 @@ def matrices_agree(
         Tensors of the blocks' shapes.
     eps, exponent : float
         As in :func:`agree`.
+    size : callable, optional
+        What gaps in a tensor are compared with; by default its entries.
     """
     largest: float | None = None
     todo = [[*range(len(like))]]
@@ -157,7 +164,8 @@ def matrices_agree(
         other = [p.clone() for p in found(vectors)]
         sizes = largest_entries(other)
         largest = max(sizes) if largest is None else largest
-        if not agree(product, other, eps, exponent, found, vectors, largest=largest):
+        units = [*map(size, other)]
+        if not agree(product, other, eps, exponent, found, vectors, units, largest):
             return False
         gaps = largest_entries([*map(torch.sub, product, other)])
         least = eps**0.5 * max(sizes[i] for i in blocks)
@@ -181,9 +189,20 @@ def rows_agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
         return False
     if expected.numel() == 0:
         return True
-    gap, size = (t.reshape(len(t), -1).abs() for t in (found - expected, expected))
-    scale = torch.minimum(size.amax(0), size.amax(1, keepdim=True))
-    return bool((gap <= tolerance * scale).all())
+    rows = expected.reshape(len(expected), -1)
+    gaps = (found - expected).abs().reshape(rows.shape)
+    return bool((gaps <= tolerance * in_units(rows)).all())
+
+
+def in_units(tensor: Tensor) -> Tensor:
+    """Return the largest entry of each entry's row, or of its column if that is less.
+
+    Rows and columns may have units of their own.
+    """
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        return tensor.abs()
+    rows = tensor.abs().reshape(len(tensor), -1)
+    return torch.minimum(rows.amax(0), rows.amax(1, keepdim=True)).view_as(tensor)
 
 
 def largest_entries(tensors: Sequence[Tensor]) -> list[float]:
@@ -203,8 +222,3 @@ def largest_entry(tensor: Tensor) -> Tensor:
 def _size(tensor: Tensor) -> Tensor:
     """Return absolute values; those that are not finite excuse nothing."""
     return tensor.abs().nan_to_num(0.0, 0.0, 0.0)
-
-
-def _all_below(gaps: Sequence[Tensor], allowed: Sequence[Tensor]) -> bool:
-    pairs = zip(gaps, allowed, strict=True)
-    return bool(torch.stack([(gap <= most).all() for gap, most in pairs]).all())

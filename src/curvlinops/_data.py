@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import pairwise
+from itertools import count, pairwise
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -249,7 +249,14 @@ def cloned(value: Any) -> Any:
     return mapped(torch.clone, value)
 
 
-def cut(value: Any, size: int, start: int, stop: int, several: bool = False) -> Any:
+def cut(
+    value: Any,
+    size: int,
+    start: int,
+    stop: int,
+    several: bool = False,
+    tables: Collection[int] = (),
+) -> Any:
     """Take some data out of a batch: cut every tensor whose first axis is the data's.
 
     A nest with tensors inside of objects is returned as it is.
@@ -264,15 +271,24 @@ def cut(value: Any, size: int, start: int, stop: int, several: bool = False) -> 
         Which to take.
     several : bool, optional
         Whether one datum may have several rows in a tensor.
+    tables : collection of int, optional
+        Which of the tensors stay whole, whatever their length.
     """
+    number = count()
 
     def part(tensor: Tensor) -> Tensor:
-        rows, rest = divmod(len(tensor) if tensor.ndim else 0, size)
-        if rest or not (rows == 1 or (several and rows)):
+        rows = rows_per_datum(tensor, size, several)
+        if next(number) in tables or not rows:
             return tensor
         return tensor[start * rows : stop * rows]
 
     return value if holds_objects(value) else mapped(part, value)
+
+
+def rows_per_datum(tensor: Tensor, size: int, several: bool) -> int:
+    """Return how many rows of a tensor a datum has, by its length; 0 if it has none."""
+    rows, rest = divmod(len(tensor) if tensor.ndim else 0, size)
+    return rows if not rest and (several or rows == 1) else 0
 
 
 def joined(values: Sequence[Any], sizes: Sequence[int], several: bool = False) -> Any:
@@ -316,10 +332,48 @@ def shares(size: int, number: int) -> list[Share]:
     return [Share(a, b, size) for a, b in pairwise(ends)]
 
 
-def part_of(item: tuple[Any, Any], share: Share) -> tuple[Any, Any]:
+class Tables(NamedTuple):
+    """Which tensors in inputs and targets belong to no single data, by position."""
+
+    X: frozenset[int] = frozenset()
+    y: frozenset[int] = frozenset()
+
+
+def rows_in(X: Any, y: Any, size: int) -> tuple[list[int], list[int]]:
+    """Return how many rows a datum has in each tensor of inputs and targets."""
+    return (
+        [rows_per_datum(t, size, False) for t in tensors_in(X)],
+        [rows_per_datum(t, size, True) for t in tensors_in(y)],
+    )
+
+
+def tables_of(rows: Iterable[tuple[list[int], list[int]]]) -> Tables:
+    """Return the tensors that in some batch are not as long as its data.
+
+    Batches that hold different numbers of tensors cannot be compared: there, length
+    alone decides.
+    """
+
+    def tables(batches: Sequence[list[int]]) -> frozenset[int]:
+        if len({*map(len, batches)}) > 1:
+            return frozenset()
+        columns = enumerate(zip(*batches, strict=True))
+        return frozenset(i for i, column in columns if not all(column))
+
+    X, y = zip(*rows, strict=True)
+    return Tables(tables(X), tables(y))
+
+
+def part_of(
+    item: tuple[Any, Any], share: Share, tables: Tables | None = None
+) -> tuple[Any, Any]:
     """Cut inputs and targets; the parts are views."""
     (X, y), (start, stop, size) = item, share
-    return cut(X, size, start, stop), cut(y, size, start, stop, several=True)
+    tables = tables or Tables()
+    return (
+        cut(X, size, start, stop, tables=tables.X),
+        cut(y, size, start, stop, several=True, tables=tables.y),
+    )
 
 
 _RNG_LOCK = RLock()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvlinops._agreement import matrices_agree
+from curvlinops._agreement import in_units, matrices_agree
 from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._identity import checked_owner
@@ -401,7 +401,8 @@ class Linearization:
         multiply: Product = known or partial(body, self)
         found: Product = partial(self._multiply_folded, *folded)
         eps = rounding(like[0].dtype, like[0].device, self.convolves)
-        return folded if matrices_agree(found, multiply, like, eps, 0.75) else None
+        same = matrices_agree(found, multiply, like, eps, 0.75, in_units)
+        return folded if same else None
 
     def unfold(self) -> bool:
         """Give up what has been folded; return whether there was anything."""

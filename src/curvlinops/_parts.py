@@ -11,6 +11,7 @@ from torch.func import vjp, vmap
 
 from curvlinops._agreement import agree, rows_agree
 from curvlinops._data import cloned, cut, holds_objects, mapped, tensors_in
+from curvlinops._determinism import close
 from curvlinops._linearization import GraphFreedError, Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding

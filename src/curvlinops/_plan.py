@@ -30,7 +30,18 @@ from curvlinops._columns import (
     Columns,
     column_bytes,
 )
-from curvlinops._data import Share, part_of, preserved_rng, shares, strided, tensors_in
+from curvlinops._data import (
+    Share,
+    Tables,
+    cloned,
+    part_of,
+    preserved_rng,
+    rows_in,
+    shares,
+    strided,
+    tables_of,
+    tensors_in,
+)
 from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
 from curvlinops._identity import UNRECORDED, Identity, key_of
@@ -264,6 +275,16 @@ def products_of(operator: RiskOperator, columns: int) -> tuple[list[Product], in
     return listener.products, listener.columns
 
 
+def twin_of(risk: EmpiricalRisk, data: list[Any], cache: str | int) -> EmpiricalRisk:
+    """Return a risk of other data, on which products are tried out."""
+    twin = risk.twin(data=data, cache=cache, max_memory=None, progressbar=False)
+    twin.model.behave_like(risk.model)
+    twin._known_input = risk._known_input
+    twin._unwritten = set(risk._unwritten)
+    twin._rehearses, twin._may_fold = True, risk._may_fold
+    return twin
+
+
 # -- what it takes -------------------------------------------------------------------
 
 
@@ -286,6 +307,8 @@ class Data:
         Sizes in this unit: twice the tokens count twice.
     nbytes : float
         Bytes per load that the user holds anyway, hence nobody else need keep.
+    tables : Tables
+        Tensors that belong to no single data.
     """
 
     first: tuple[Any, Any]
@@ -294,6 +317,7 @@ class Data:
     unit: float
     loads: list[float]
     nbytes: float
+    tables: Tables
 
     @classmethod
     def of(cls, risk: EmpiricalRisk) -> Data:
@@ -301,10 +325,13 @@ class Data:
         first: Any = None
         sizes: list[int | None] = []
         entries: list[int] = []
+        rows = []
         with preserved_rng(risk.space.device):
             for X, y in risk.data:
-                sizes.append(risk._size_or_none(X))
+                sizes.append(size := risk._size_or_none(X))
                 entries.append(numel(X))
+                if size:
+                    rows.append(rows_in(X, y, size))
                 if first is None and sizes[-1] != 0:
                     first, place = (X, y), len(sizes) - 1
         if first is None:
@@ -314,7 +341,15 @@ class Data:
         listed, device = isinstance(risk.data, (list, tuple)), risk.space.device
         held = [t for t in strided(tensors_in(list(first))) if t.device == device]
         nbytes = listed * sum(t.numel() * t.element_size() for t in held)
-        return cls(first, sizes[place], sizes, unit, loads, nbytes / loads[place])
+        tables = tables_of(rows) if rows else Tables()
+        held_each = nbytes / loads[place]
+        return cls(first, sizes[place], sizes, unit, loads, held_each, tables)
+
+    def slice(self, n: int) -> tuple[Any, Any]:
+        """Return some data of the first batch, copied, as a model may write there."""
+        share = Share(0, n, self.size or 1)
+        X, y = part_of(self.first, share, self.tables)
+        return cloned(X), cloned(y)
 
 
 def numel(X: Any) -> int:
@@ -505,7 +540,7 @@ class Probe:
         size, dim = self.data.size or 1, self.risk.space.dim
         # To say what would do, it must be known what the least takes.
         bounded = len(slices) > 1 or (width or 1) > 1
-        items = [(part_of(self.data.first, Share(0, n, size)), n) for n in slices]
+        items = [(self.data.slice(n), n) for n in slices]
         runs: list[Any] = []
         widths: list[int] = []
         probe: Any = None
@@ -548,8 +583,8 @@ class Probe:
     ) -> EmpiricalRisk:
         """Return a risk of a slice that multiplies as the given one a whole batch."""
         cache = "off" if self.risk.cache == "off" else 1 << 62
-        probe = self._twin([item], cache)
-        probe._unwritten &= {0}
+        probe = twin_of(self.risk, [item], cache)
+        probe._unwritten &= {(0, None)}
         probe._share = share
 
         def choose(columns: Columns, key: Any, batch: Any) -> int:
@@ -560,16 +595,6 @@ class Probe:
         probe._columns.most = width or self.risk._columns.most
         probe._columns.planned = choose
         return probe
-
-    def _twin(self, data: list[Any], cache: str | int) -> EmpiricalRisk:
-        """Return a risk of other data, on which products are tried out."""
-        risk = self.risk
-        twin = risk.twin(data=data, cache=cache, max_memory=None, progressbar=False)
-        twin.model.behave_like(risk.model)
-        twin._known_input = risk._known_input
-        twin._unwritten = set(risk._unwritten)
-        twin._rehearses, twin._may_fold = True, risk._may_fold
-        return twin
 
     def joined(self, nbytes: int) -> Joined | None:
         """Multiply all data if products put them into one batch.
@@ -583,7 +608,7 @@ class Probe:
         if not risk._may_be_dense(product.key) or not risk._may_put_together():
             return None
         with preserved_rng(risk.space.device):
-            twin = self._twin(list(risk.data), risk.cache)
+            twin = twin_of(risk, list(risk.data), risk.cache)
         with Tracker() as tracker:
             V = product.operand(twin, self.K)
             for number in range(_MAX_PRODUCTS):
@@ -771,11 +796,17 @@ class Fit:
         Most columns multiplied at once.
     budget : int
         Bytes that recordings may take up.
+    tables : Tables
+        Tensors that are not cut.
+    whole : int
+        Bytes that products take if batches are not cut.
     """
 
     entries: float | None
     width: int
     budget: int
+    tables: Tables
+    whole: int
 
 
 def number_of_parts(size: int | None, load: float, most: float | None) -> int:
@@ -804,7 +835,7 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
         return max(least, print_.peak(n) + print_.total + print_.spare)
 
     least = tracker.peak
-    if (needed := peak(load)) > limit:
+    if (needed := (whole := peak(load))) > limit:
         cause, taken = _why_whole(probe)
         if cause is None:
             length, _ = probe.products[0].lengths(0, risk.space.dim)
@@ -815,7 +846,7 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
             print_ = probe.footprint(one, 1, part=True)
             needed = peak(one)
         if needed > limit:
-            raise MemoryError(_refusal(probe, needed, cause))
+            raise MemoryError(refusal(probe.products, probe.K, limit, needed, cause))
         most = one * _largest(lambda k: peak(k * one) <= limit, ceil(load / one))
         parts = [number_of_parts(*p, most) for p in zip(sizes, data.loads, strict=True)]
         loads = [
@@ -825,7 +856,8 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
     width, at = _widest(probe, loads, most is not None, print_)
     room = max(least, *(at(n).room(n) for n in loads))
     entries = None if most is None else most * data.unit
-    return Fit(entries, width, int(max(0, limit - room))), at
+    budget = int(max(0, limit - room))
+    return Fit(entries, width, budget, data.tables, whole), at
 
 
 def _widest(
@@ -881,17 +913,20 @@ def _largest(holds: Callable[[int], bool], stop: int) -> int:
     return low
 
 
-def _refusal(probe: Probe, needed: int, cause: str | None) -> str:
-    title, enough = probe.products[0].title, ceil(1.02 * needed)
+def refusal(
+    products: Sequence[Product], K: int, limit: float, needed: int, cause: str | None
+) -> str:
+    """Say why products do not fit into a bound, and what would do."""
+    title, enough = products[0].title, ceil(1.02 * needed)
     what = "even with one datum at a time" if cause is None else "as batches stay whole"
     return (
-        f"{title} with {probe.K} column{'s' * (probe.K > 1)} needs {needed} bytes, "
-        f"{what}, but `max_memory` is {probe.limit}."
+        f"{title} with {K} column{'s' * (K > 1)} needs {needed} bytes, "
+        f"{what}, but `max_memory` is {limit}."
         + (f" {cause}" if cause else "")
-        + (" Products take more than that." if probe.products[0] is GRADIENT else "")
+        + (" Products take more than that." if products[0] is GRADIENT else "")
         + f" Pass `max_memory={enough}` or more, "
         + ("smaller batches, " if cause else "")
-        + ("fewer columns, " if probe.K > 1 else "")
+        + ("fewer columns, " if K > 1 else "")
         + "or fewer parameters."
     )
 
@@ -918,8 +953,7 @@ def _why_whole(probe: Probe) -> tuple[str | None, int]:
     size = min(2, data.size or 1)
     if size == 1:
         return None, 0
-    item = part_of(data.first, Share(0, size, data.size or 1))
-    few = probe._slice(item, None, (1, 1), None, iter([]), [])
+    few = probe._slice(data.slice(size), None, (1, 1), None, iter([]), [])
     try:
         with Tracker() as tracker:
             apart = few.session(

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvlinops._apart import check_parts
 from curvlinops._columns import VJPS, Body, Columns
 from curvlinops._data import (
     Share,
+    Tables,
     ahead,
     checked_data,
     checked_pair,
@@ -220,8 +222,16 @@ class EmpiricalRisk:
     products of that size, and stops with the largest tensor so far below the bound;
     only what a single datum takes, and whether two contribute apart, is found out in
     any case. A first product may be above a bound for one or two data by a few tensors
-    of three data. Batches are cut only if data contribute apart and the loss is known
-    in closed form or has ``num_terms_fn``. What operations of torch use inside, and
+    of three data.
+
+    Batches are cut only if data contribute apart and the loss is known in closed form
+    or has ``num_terms_fn``. Before the first product that cuts them, and after every
+    change, all parts' outputs are compared with those of whole batches, which costs two
+    evaluations of the model without gradients; and :math:`J^\top u` of every batch's
+    first part with that of its halves. Where not even such an evaluation of a whole
+    batch fits, parts are compared with batches of their size put together from two of
+    them: what a model does with long batches only is then not seen. A tensor is cut if
+    it is as long as the batch in all batches. What operations of torch use inside, and
     estimating Kronecker factors, is not counted; products in several threads take their
     bytes each. No sensitivities are kept, and no factors of small matrices.
 
@@ -352,7 +362,7 @@ class EmpiricalRisk:
     def _forget(self) -> None:
         with self._lock:
             self.loss = self._make_loss_function()
-            self._unwritten: set[int] = set()
+            self._unwritten: set[tuple[int, Share | None]] = set()
             self._recordings: dict[int, Linearization] = {}
             self._ledger = Ledger(bounded=self.max_memory is not None)
             self._dense = Dense(self.space, self._columns, self._ledger)
@@ -361,6 +371,7 @@ class EmpiricalRisk:
             # What keeps products within `max_memory`: for each, and in force.
             self._fits: dict[Hashable, Fit] = {}
             self._entries: float | None = None
+            self._tables = Tables()
             self._columns.most = None
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
@@ -1026,7 +1037,7 @@ class EmpiricalRisk:
 
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
-        entries = self._entries
+        entries, tables = self._entries, self._tables
         for index, item in enumerate(self.data):
             if entries is None:
                 yield index, item, self._share
@@ -1038,7 +1049,7 @@ class EmpiricalRisk:
                 yield index, item, None
                 continue
             for share in shares(size, number):
-                part = part_of((X, y), share)
+                part = part_of((X, y), share, tables)
                 # A part that is kept must not keep a loader's batch alive.
                 listed = isinstance(self.data, (list, tuple))
                 yield index, part if listed else cloned(part), share
@@ -1051,7 +1062,7 @@ class EmpiricalRisk:
         X, y = moved(X, device), moved(y, device)
         make_loss = self._loss_maker(X)
         try:
-            protect = index not in self._unwritten
+            protect = (index, share) not in self._unwritten
             batch = Linearization(self.model, X, y, make_loss, index, protect)
             batch.place, batch.share = place, share
         except RuntimeError as error:
@@ -1073,7 +1084,7 @@ class EmpiricalRisk:
                 f"{type(X).__name__}: {error}. Convert them with `torch.as_tensor`."
             ) from error
         if self._repeats and not batch.writes:
-            self._unwritten.add(index)
+            self._unwritten.add((index, share))
         if not self._known_input:
             self._reach.check(self.model, batch)
             self._known_input = True
@@ -1144,7 +1155,8 @@ class EmpiricalRisk:
                 fit = fitted(Probe(self, data, products, K, limit=bound))[0]
                 self._fits.update(dict.fromkeys(names, fit))
             if fit.entries is not None and fit.entries < (self._entries or inf):
-                self._entries = fit.entries
+                check_parts(self, fit, products, K)
+                self._entries, self._tables = fit.entries, fit.tables
                 self._drop_recordings()
             self._columns.most = fit.width
             if self._ledger.limit(fit.budget, self.cache, self.space.device):

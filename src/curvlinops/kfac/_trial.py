@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvlinops._data import cut, strided, tensors_in
+from curvlinops._data import cloned, cut, strided, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
@@ -125,7 +125,7 @@ def found(
     recorder = Recorder(risk.model.aliases, HANDLERS)
     try:
         with risk.model.left_as_it_is(), recorder:
-            alone = risk.model(cut(batch.fresh_input(), size, 0, 1))
+            alone = risk.model(cut(cloned(batch.X), size, 0, 1))
     except Exception as error:  # whatever a model raises on a single datum
         raise_if_out_of_memory(error)
         return findings
