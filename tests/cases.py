@@ -1144,7 +1144,6 @@ class Operator:
     ``core``          its ways of computing a product are those of the others
     ``datafree``      has no model
     ``derived``       made of other operators, or without a model
-    ``frozen``        keeps its numbers until ``refresh``, whatever changes
     ``indefinite``    self-adjoint, but may have negative eigenvalues
     ``iterative``     a product is a solution, which is linear up to a tolerance
     ``ordered``       its rows or columns are data, in the order in which they come
@@ -1393,7 +1392,7 @@ def _kronecker(
         name,
         partial(cls, **options),
         partial(references.kronecker, **reference),
-        *("frozen", "stored", *tags),
+        *("stored", *tags),
         names=FACTORED,
         **about,
     )
@@ -1458,7 +1457,7 @@ operator(
         KFACLinearOperator(*built, fisher_type="type-2", **options), damping=0.3
     ),
     partial(references.kronecker, damping=0.3),
-    *("derived", "frozen", "stored"),
+    *("derived", "stored"),
     names=FACTORED,
 )
 operator(
@@ -1471,7 +1470,7 @@ operator(
     lambda *built: torch.linalg.inv(
         (K := references.kronecker(*built)) + 0.3 * torch.eye(len(K)).to(K)
     ),
-    *("derived", "frozen", "stored"),
+    *("derived", "stored"),
     names=FACTORED,
 )
 

@@ -124,7 +124,8 @@ def verify(A: Any, rng: Rng = 0) -> Report:
       be seen; ``A.refresh()`` is the cure.
     * *batch split*: :math:`A u` is the same when every batch is cut in two. It fails
       if the model or loss treats the data of a batch jointly. Sampled operators draw
-      other samples then, and skip it.
+      other samples then, and skip it; so do EKFAC and KFOC, whose eigenvectors and
+      iterations rounding may turn.
     * *loss of outputs*: the loss depends on the parameters through the model's output
       only. It fails for a weight decay in the loss, or a second call of the model.
     * *terms of the loss*: a loss that is not known in closed form is the sum or the
@@ -169,6 +170,8 @@ def verify(A: Any, rng: Rng = 0) -> Report:
     def batch_split() -> Sides:
         if _samples(A):
             raise _SkippedError("the samples depend on the batches")
+        if reason := A._depends_on_batches():
+            raise _SkippedError(reason)
         halves = _Halves(A.risk)
         halves.check()
         return product(), _twin(A, data=halves, cache="off") @ u
@@ -262,9 +265,7 @@ def _above(value: Tensor, scale: Tensor) -> Tensor:
 
 def _twin(A: Any, **changes: Any) -> Any:
     """Return the operator on the same problem without its recordings."""
-    twin = copy.copy(A)
-    twin.risk = A.risk.twin(progressbar=False, **changes)
-    return twin
+    return A._of(A.risk.twin(progressbar=False, **changes))
 
 
 def _samples(A: Any) -> int:

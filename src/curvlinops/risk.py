@@ -395,7 +395,7 @@ class EmpiricalRisk:
         self._refresh_if_changed()
         results = self._results
         if key not in results:
-            results[key] = compute()
+            results.setdefault(key, compute())  # of several threads' the first counts
         return results[key]
 
     def _refresh_if_changed(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from scipy.sparse.linalg import LinearOperator
@@ -40,6 +41,16 @@ class RiskOperator(TorchOperator):
     ) -> None:
         super().__init__(in_space or risk.space, out_space or risk.space)
         self.risk = risk
+
+    def _of(self, risk: EmpiricalRisk) -> Self:
+        """Return the same matrix of another risk."""
+        twin = copy.copy(self)
+        twin.risk = risk
+        return twin
+
+    def _depends_on_batches(self) -> str:
+        """Say why other batches of the same data may give another matrix, if so."""
+        return ""
 
     def _title(self, task: str = "_matmat") -> str:
         return f"{type(self).__name__}.{task}"

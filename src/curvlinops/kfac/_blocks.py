@@ -55,6 +55,8 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         Which parameters a block is about, and how they are matrices.
     blocks : sequence of LinearOperator
         The blocks.
+    kind : mapping of str to str, optional
+        What a file is to say about them, for operators that read it.
 
     Notes
     -----
@@ -77,9 +79,14 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
     """
 
     def __init__(
-        self, space: TensorSpace, layouts: Sequence[Layout], blocks: Sequence[Block]
+        self,
+        space: TensorSpace,
+        layouts: Sequence[Layout],
+        blocks: Sequence[Block],
+        kind: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(space, space)
+        self.kind = dict(kind or {})
         self.layouts, self.blocks = tuple(layouts), tuple(blocks)
         index = {name: i for i, name in enumerate(space.names)}
         self._places = [[index[name] for name in lay.names] for lay in self.layouts]
@@ -278,15 +285,13 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
 
     # -- files ------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str], **kind: str) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write everything to an ``npz`` file that :func:`load` reads.
 
         Parameters
         ----------
         path : str or path
             The file.
-        **kind : str
-            What else it is to say about itself.
         """
         arrays: dict[str, np.ndarray] = {}
         described = []
@@ -305,7 +310,7 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         space = self._in_space
         header = {
             "format": "curvlinops-blocks-3",
-            "kind": kind,
+            "kind": self.kind,
             "names": space.names,
             "shapes": space.shapes,
             "dtype": str(space.dtype).removeprefix("torch."),
@@ -384,7 +389,7 @@ def load(
             blocks.append(block)
     dtype = getattr(torch, header["dtype"])
     space = TensorSpace(header["shapes"], dtype, device, header["names"])
-    return BlockwiseLinearOperator(space, layouts, blocks)
+    return BlockwiseLinearOperator(space, layouts, blocks, header["kind"])
 
 
 __all__ = ["BlockwiseLinearOperator", "load"]

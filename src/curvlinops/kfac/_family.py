@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from enum import StrEnum
 from os import PathLike
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from curvlinops._model import Parameters
-from curvlinops._operator import TorchOperator, _is_tensor_list
-from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Factors, load
+from curvlinops.kfac._blocks import BlockwiseLinearOperator, Factors, load
 from curvlinops.kfac._estimation import Settings
+from curvlinops.kfac._following import Represented
 from curvlinops.kfac._layers import Fisher
 from curvlinops.risk import EmpiricalRisk
-from curvlinops.risk_operator import RiskOperator, as_risk
+from curvlinops.risk_operator import as_risk
 
 #: Largest factor that is kept as a matrix: 256 MiB in single precision.
 MAX_FACTOR = 8192
@@ -39,61 +38,7 @@ class KFACType(StrEnum):
     REDUCE = "reduce"
 
 
-class Represented(TorchOperator):
-    """Multiplies through another operator: its ``representation``, made of blocks."""
-
-    @property
-    def representation(self) -> BlockwiseLinearOperator:
-        """The operator that does the work."""
-        raise NotImplementedError
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.representation._apply(V)
-
-    def _product(
-        self, x: Any, columns: int | None = None, ndim: int | None = None
-    ) -> Any:
-        """Hand on a list of tensors, which the blocks need not be joined for."""
-        if _is_tensor_list(x):
-            return self.representation._product(x, columns, ndim)
-        return super()._product(x, columns, ndim)
-
-    def block_of(self, name: str) -> Block:
-        """Return the block that a parameter is in, as an operator of its own."""
-        return self.representation.block_of(name)
-
-    # -- algebra ----------------------------------------------------------------------
-
-    def trace(self) -> Tensor:
-        """Return the trace."""
-        return self.representation.trace()
-
-    def det(self) -> Tensor:
-        """Return the determinant."""
-        return self.representation.det()
-
-    def logdet(self) -> Tensor:
-        """Return the determinant's logarithm."""
-        return self.representation.logdet()
-
-    def frobenius_norm(self) -> Tensor:
-        """Return the Frobenius norm."""
-        return self.representation.frobenius_norm()
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal, of shape ``(P,)``."""
-        return self.representation.diagonal()
-
-    def eigenvalues(self) -> Tensor:
-        """Return all eigenvalues in ascending order."""
-        return self.representation.eigenvalues()
-
-    def __pow__(self, p: Any) -> Any:
-        """Return the power with a real exponent, e.g. ``-0.5``."""
-        return self.representation**p
-
-
-class KroneckerFactored(Represented, RiskOperator):
+class KroneckerFactored(Represented):
     """What KFAC, EKFAC and KFOC share: a block-diagonal matrix computed at first use.
 
     Parameters
@@ -124,51 +69,84 @@ class KroneckerFactored(Represented, RiskOperator):
         if settings.fisher.fisher_type in (FisherType.MC, FisherType.EMPIRICAL):
             risk.require_terms("sampled and empirical Fisher matrices")
         self.settings = settings
-        self._matrix: BlockwiseLinearOperator | None = None
+        #: This operator's own matrix, with the state that it belongs to.
+        self._own: tuple[dict[Any, Any], BlockwiseLinearOperator] | None = None
 
     def _estimate(self, title: str) -> list[Any]:
         """Return blocks with their layouts."""
+        raise NotImplementedError
+
+    def _recipe(self) -> tuple[Any, ...]:
+        """Return all that :meth:`_estimate` depends on, except for the risk.
+
+        Operators of a class that defines this itself share a risk's factors if they
+        return equal values. What a subclass adds is not known, so it shares none.
+        """
         raise NotImplementedError
 
     # -- factors ----------------------------------------------------------------------
 
     @property
     def representation(self) -> BlockwiseLinearOperator:
-        """The matrix as block-diagonal operator, without model and data."""
-        matrix = self._matrix
-        if matrix is not None:
+        """The matrix as block-diagonal operator, without model and data.
+
+        Computed at the first use, and again when parameters, buffers, modes or listed
+        data have changed since.
+        """
+        if (matrix := self._found()) is not None:
             return matrix
         with self._alone():
-            return self._compute() if self._matrix is None else self._matrix
+            matrix = self._found()  # another thread may have been faster
+            return self._compute() if matrix is None else matrix
 
     def compute_kronecker_factors(self) -> None:
-        """Compute the factors at the current parameters, replacing earlier ones."""
+        """Compute the factors anew, also if nothing is known to have changed."""
         with self._alone():
+            self._state().pop(self._key, None)
             self._compute()
 
-    def _alone(self) -> ExitStack:
-        """Take the model's lock and then the risk's, as everything else does."""
-        with ExitStack() as stack:
-            stack.enter_context(self.risk.model.exclusive())
-            stack.enter_context(self.risk._lock)
-            return stack.pop_all()
+    def _state(self) -> dict[Any, BlockwiseLinearOperator]:
+        """Return the matrices of the present parameters and data, by their keys."""
+        return self.risk.once((KroneckerFactored,), dict)
+
+    @property
+    def _key(self) -> tuple[Any, ...] | None:
+        """What names this matrix among those of the risk; ``None`` if nothing does."""
+        cls = type(self)
+        return (cls, *self._recipe()) if "_recipe" in vars(cls) else None
+
+    def _found(self) -> BlockwiseLinearOperator | None:
+        """Return the matrix if it is known for the present parameters and data."""
+        state, own = self._state(), self._own
+        return own[1] if own is not None and own[0] is state else state.get(self._key)
 
     def _compute(self) -> BlockwiseLinearOperator:
         """Compute the matrix, with the locks held, and keep it."""
-        self._matrix = None
+        self._own, state = None, self._state()
         blocks = self._estimate(self._title("compute_kronecker_factors"))
         order = {name: i for i, name in enumerate(self.risk.params)}
         blocks.sort(key=lambda block: order[block[0].names[0]])
         layouts, operators = zip(*blocks, strict=True)
-        matrix = BlockwiseLinearOperator(self._in_space, layouts, operators)
-        self._matrix = matrix
+        matrix = BlockwiseLinearOperator(self._in_space, layouts, operators, self._kind)
+        if self._key is None:
+            self._own = state, matrix
+        else:
+            state[self._key] = matrix
         return matrix
 
-    def refresh(self) -> None:
-        """Forget factors and recordings; the next product computes them anew."""
-        with self._alone():
-            super().refresh()
-            self._matrix = None
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with the matrix if that is known and fresh."""
+        return {**vars(self), "_own": self._found()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; the matrix counts until something changes."""
+        vars(self).update(state)
+        if (matrix := state["_own"]) is not None:
+            self._own = self._state(), matrix
+
+    def _depends_on_batches(self) -> str:
+        sampled = self.settings.fisher.fisher_type == FisherType.MC
+        return "the samples depend on the batches" if sampled else ""
 
     def factors(self) -> dict[str, Factors]:
         """Return every layer's input and output factor.
@@ -209,12 +187,12 @@ class KroneckerFactored(Represented, RiskOperator):
     def _kind(self) -> dict[str, str]:
         return {"class": type(self).__name__, "biases": self.settings.bias}
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the factors, with the parameters' names and shapes, to an npz file."""
-        self.representation.save(path, **self._kind)
-
     def load(self, path: str | PathLike[str]) -> None:
         """Read factors that were saved, for the same parameters, on any device.
+
+        They count as those of the present parameters and data, until these change or
+        :meth:`refresh` is called; then factors are computed. The function
+        :func:`load <curvlinops.kfac.load>` returns a matrix that stays.
 
         Raises
         ------
@@ -231,7 +209,7 @@ class KroneckerFactored(Represented, RiskOperator):
                     f"{getattr(its, what)}, these have {getattr(mine, what)}."
                 )
         with self._alone():
-            self._matrix = matrix
+            self._own = self._state(), matrix
 
 
 def _layer_names(weights: Iterable[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from curvlinops._model import Parameters
 from curvlinops.ggn import DEFAULT_SEED
-from curvlinops.kfac._blocks import BlockwiseLinearOperator, Damping
+from curvlinops.kfac._blocks import Damping
 from curvlinops.kfac._corrections import ekfac, kfoc
 from curvlinops.kfac._estimation import Estimation
 from curvlinops.kfac._factors import blocks_of, sums_of
@@ -18,9 +18,9 @@ from curvlinops.kfac._family import (
     FisherType,
     KFACType,
     KroneckerFactored,
-    Represented,
     checked_settings,
 )
+from curvlinops.kfac._following import KFACInverseLinearOperator
 from curvlinops.risk import EmpiricalRisk
 
 
@@ -106,10 +106,14 @@ num_per_example_loss_terms, batch_size_fn, **options
     expand its input to the batch. Where the model cannot be evaluated so, it is axis 0,
     or else the first one that has the batch's length.
 
-    Cost: factors are computed at the first use and kept until :meth:`refresh` or
-    :meth:`compute_kronecker_factors`: one pass over the data, with one forward pass and
-    backward passes to the layers' outputs, but no gradients by weights. Memory: a
-    gradient's, and the factors. A product: two matrix products per layer.
+    Cost: factors are computed at the first use, and again at the next one after
+    parameters, buffers, modes or listed data have changed (of other changes, tell
+    :meth:`refresh`): one pass over the data, with one forward pass and backward passes
+    to the layers' outputs, but no gradients by weights. Operators of one risk with
+    equal settings share them. Memory: a gradient's, and the factors. A product: two
+    matrix products per layer, and the look for changes, which reads parameters and
+    listed data once. :meth:`frozen` returns the matrix as it is, which does without:
+    for loops that keep factors for several steps.
 
     Backward passes per batch: ``mc_samples`` for ``"mc"``, whatever the number of
     terms, since samples of different terms are independent; :math:`T` for
@@ -192,6 +196,9 @@ num_per_example_loss_terms, batch_size_fn, **options
         estimation = Estimation(self.risk, self.settings, title)
         return blocks_of(estimation, sums_of(estimation))
 
+    def _recipe(self) -> tuple[Any, ...]:
+        return (self.settings,)
+
     def inverse(
         self,
         damping: Damping = 0.0,
@@ -199,7 +206,7 @@ num_per_example_loss_terms, batch_size_fn, **options
         min_damping: float = 1e-8,
         use_exact_damping: bool = False,
         retry_double_precision: bool = True,
-    ) -> BlockwiseLinearOperator:
+    ) -> KFACInverseLinearOperator:
         r"""Return the damped inverse.
 
         Parameters
@@ -223,8 +230,10 @@ num_per_example_loss_terms, batch_size_fn, **options
 
         Returns
         -------
-        BlockwiseLinearOperator
-            A product costs what one with this operator does.
+        KFACInverseLinearOperator
+            It follows this operator: after a change of parameters or data, the next
+            product inverts new factors. A product costs what one with this operator
+            does.
 
         Raises
         ------
@@ -233,7 +242,7 @@ num_per_example_loss_terms, batch_size_fn, **options
         numpy.linalg.LinAlgError
             If a damped block is not positive definite; it is named.
         """
-        return self.representation.inverse(
+        return self._inverse(
             damping,
             use_heuristic_damping=use_heuristic_damping,
             min_damping=min_damping,
@@ -353,7 +362,13 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
         estimation = Estimation(self.risk, self.settings, title, reuse=True)
         return ekfac(estimation)
 
-    def inverse(self, damping: Damping = 0.0) -> BlockwiseLinearOperator:
+    def _recipe(self) -> tuple[Any, ...]:
+        return (self.settings,)
+
+    def _depends_on_batches(self) -> str:
+        return "the eigenvectors of equal eigenvalues are not unique"
+
+    def inverse(self, damping: Damping = 0.0) -> KFACInverseLinearOperator:
         r"""Return the damped inverse, with :math:`(\Lambda + \delta)^{-1}`.
 
         Parameters
@@ -366,7 +381,7 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
         numpy.linalg.LinAlgError
             If a damped block is singular; it is named.
         """
-        return self.representation.inverse(damping)
+        return self._inverse(damping)
 
 
 class KFOCLinearOperator(KroneckerFactored, LinearOperator):
@@ -481,9 +496,15 @@ unsupported, max_factor, **options
         estimation = Estimation(self.risk, self.settings, title, reuse=True)
         return kfoc(estimation, self.max_iter, self.tolerance)
 
+    def _recipe(self) -> tuple[Any, ...]:
+        return self.settings, self.max_iter, self.tolerance
+
+    def _depends_on_batches(self) -> str:
+        return "the iterations end within a tolerance"
+
     def inverse(
         self, damping: Damping = 0.0, **options: Any
-    ) -> BlockwiseLinearOperator:
+    ) -> KFACInverseLinearOperator:
         """Return the damped inverse; arguments of :meth:`KFACLinearOperator.inverse`.
 
         Raises
@@ -491,80 +512,7 @@ unsupported, max_factor, **options
         numpy.linalg.LinAlgError
             If a damped block is not positive definite; it is named.
         """
-        return self.representation.inverse(damping, **options)
-
-
-class KFACInverseLinearOperator(Represented, LinearOperator):
-    """The damped inverse of a Kronecker-factored operator, computed at first use.
-
-    Parameters
-    ----------
-    A : KFACLinearOperator, EKFACLinearOperator, or KFOCLinearOperator
-        The operator.
-    damping, use_heuristic_damping, min_damping, use_exact_damping, \
-retry_double_precision
-        As for :meth:`KFACLinearOperator.inverse`.
-    cache : bool, optional
-        Whether to keep the inverse for later products.
-
-    Raises
-    ------
-    TypeError
-        If ``A`` is no Kronecker-factored operator.
-
-    Notes
-    -----
-    The same as ``A.inverse(...)``, except that it follows ``A`` when its factors are
-    computed anew. As a preconditioner of ``A + damping I``, damp exactly.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
-    >>> net, loss = torch.nn.Linear(3, 2).double(), torch.nn.MSELoss()
-    >>> data = [(torch.rand(4, 3).double(), torch.rand(4, 2).double())]
-    >>> K = KFACLinearOperator(net, loss, list(net.parameters()), data)
-    >>> inverse = KFACInverseLinearOperator(K, damping=0.1, use_exact_damping=True)
-    >>> dense = torch.linalg.inv(K.to_dense() + 0.1 * torch.eye(8))
-    >>> bool(torch.allclose(inverse.to_dense(), dense))
-    True
-    """
-
-    def __init__(
-        self,
-        A: KroneckerFactored,
-        damping: Damping = 0.0,
-        use_heuristic_damping: bool = False,
-        min_damping: float = 1e-8,
-        use_exact_damping: bool = False,
-        cache: bool = True,
-        retry_double_precision: bool = True,
-    ) -> None:
-        if not isinstance(A, KroneckerFactored):
-            raise TypeError(
-                f"Expected a KFAC, EKFAC or KFOC operator, got {type(A).__name__}. For "
-                "others use e.g. `CGInverseLinearOperator`."
-            )
-        super().__init__(A._in_space, A._out_space)
-        self.A, self.damping, self.cache = A, damping, cache
-        self._options = {
-            "use_heuristic_damping": use_heuristic_damping,
-            "min_damping": min_damping,
-            "use_exact_damping": use_exact_damping,
-            "retry_double_precision": retry_double_precision,
-        }
-        self._known: tuple[Any, BlockwiseLinearOperator] | None = None
-
-    @property
-    def representation(self) -> BlockwiseLinearOperator:
-        """The inverse of the current factors."""
-        matrix = self.A.representation
-        if self._known is not None and self._known[0] is matrix:
-            return self._known[1]
-        inverse = matrix.inverse(self.damping, **self._options)
-        if self.cache:
-            self._known = matrix, inverse
-        return inverse
+        return self._inverse(damping, **options)
 
 
 __all__ = [

@@ -1,0 +1,258 @@
+"""Operators that multiply through blocks, and follow what these are computed from."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from os import PathLike
+from typing import Any, Self
+
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvlinops._operator import _is_tensor_list
+from curvlinops._spaces import real_scalar
+from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping
+from curvlinops.risk import EmpiricalRisk
+from curvlinops.risk_operator import RiskOperator
+
+
+class Represented(RiskOperator):
+    """Multiplies through another operator: its ``representation``, made of blocks."""
+
+    @property
+    def representation(self) -> BlockwiseLinearOperator:
+        """The operator that does the work, at the present parameters and data."""
+        raise NotImplementedError
+
+    def frozen(self) -> BlockwiseLinearOperator:
+        """Return the matrix as it is now, which does not follow any changes.
+
+        Returns
+        -------
+        BlockwiseLinearOperator
+            Factors and decompositions only, without model and data: with the same
+            products, scalars, inverses and powers, and files that :func:`load
+            <curvlinops.kfac.load>` reads. Its products do not look for changes. Copies
+            and pickles of it are the same matrix.
+        """
+        return self.representation
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the blocks, with the parameters' names and shapes, to an npz file."""
+        self.representation.save(path)
+
+    def _alone(self) -> ExitStack:
+        """Take the model's lock and then the risk's, as everything else does."""
+        with ExitStack() as stack:
+            stack.enter_context(self.risk.model.exclusive())
+            stack.enter_context(self.risk._lock)
+            return stack.pop_all()
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self.representation._apply(V)
+
+    def _product(
+        self, x: Any, columns: int | None = None, ndim: int | None = None
+    ) -> Any:
+        """Hand on a list of tensors, which the blocks need not be joined for."""
+        if _is_tensor_list(x):
+            return self.representation._product(x, columns, ndim)
+        return super()._product(x, columns, ndim)
+
+    def block_of(self, name: str) -> Block:
+        """Return the block that a parameter is in, as it is now.
+
+        An operator of its own, which does not follow any changes.
+        """
+        return self.representation.block_of(name)
+
+    # -- algebra ----------------------------------------------------------------------
+
+    def trace(self) -> Tensor:
+        """Return the trace."""
+        return self.representation.trace()
+
+    def det(self) -> Tensor:
+        """Return the determinant."""
+        return self.representation.det()
+
+    def logdet(self) -> Tensor:
+        """Return the determinant's logarithm."""
+        return self.representation.logdet()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        return self.representation.frobenius_norm()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, of shape ``(P,)``."""
+        return self.representation.diagonal()
+
+    def eigenvalues(self) -> Tensor:
+        """Return all eigenvalues in ascending order."""
+        return self.representation.eigenvalues()
+
+    def _inverse(self, damping: Damping, **options: Any) -> KFACInverseLinearOperator:
+        """Return the inverse that follows; what cannot be inverted raises now."""
+        inverse = KFACInverseLinearOperator(self, damping, **options)
+        _ = inverse.representation
+        return inverse
+
+    def __pow__(self, p: Any) -> Any:
+        """Return the power with a real exponent, e.g. ``-0.5``; it follows this one."""
+        exponent = real_scalar(p)
+        if exponent is None or (exponent >= 0 and exponent == int(exponent)):
+            return super().__pow__(p)
+        power = KFACPowerLinearOperator(self, exponent)
+        _ = power.representation
+        return power
+
+
+class Following(Represented):
+    """A function of another operator's blocks, computed anew whenever these are.
+
+    Parameters
+    ----------
+    A : Represented
+        The operator.
+    cache : bool, optional
+        Whether to keep the result for later products.
+    """
+
+    def __init__(self, A: Represented, cache: bool = True) -> None:
+        super().__init__(A.risk)
+        self.A, self.cache = A, cache
+        self._known: tuple[Any, BlockwiseLinearOperator] | None = None
+
+    def _function(self, matrix: BlockwiseLinearOperator) -> BlockwiseLinearOperator:
+        """Compute the representation from the other operator's."""
+        raise NotImplementedError
+
+    @property
+    def representation(self) -> BlockwiseLinearOperator:
+        """The function of the other operator's blocks as they are now."""
+        matrix = self.A.representation
+        if (known := self._known) is not None and known[0] is matrix:
+            return known[1]
+        with self._alone():
+            matrix = self.A.representation
+            if (known := self._known) is None or known[0] is not matrix:
+                known = matrix, self._function(matrix)
+                self._known = known if self.cache else None
+            return known[1]
+
+    def inverse(
+        self, damping: Damping = 0.0, **options: Any
+    ) -> KFACInverseLinearOperator:
+        """Return the damped inverse, which follows this operator.
+
+        Parameters
+        ----------
+        damping, **options
+            As for :class:`KFACInverseLinearOperator`.
+
+        Raises
+        ------
+        ValueError
+            If ``damping`` or the options do not fit.
+        numpy.linalg.LinAlgError
+            If a damped block is not positive definite; it is named.
+        """
+        return self._inverse(damping, **options)
+
+    def _of(self, risk: EmpiricalRisk) -> Self:
+        twin = super()._of(risk)
+        twin.A = self.A._of(risk)
+        return twin
+
+    def _depends_on_batches(self) -> str:
+        return self.A._depends_on_batches()
+
+
+class KFACPowerLinearOperator(Following, LinearOperator):
+    """A power of a Kronecker-factored operator, which follows it.
+
+    Parameters
+    ----------
+    A : Represented
+        The operator.
+    exponent : float
+        The exponent.
+    """
+
+    def __init__(self, A: Represented, exponent: float) -> None:
+        super().__init__(A)
+        self.exponent = exponent
+
+    def _function(self, matrix: BlockwiseLinearOperator) -> BlockwiseLinearOperator:
+        return matrix**self.exponent
+
+
+class KFACInverseLinearOperator(Following, LinearOperator):
+    """The damped inverse of a Kronecker-factored operator, which follows it.
+
+    Parameters
+    ----------
+    A : KFACLinearOperator, EKFACLinearOperator, or KFOCLinearOperator
+        The operator.
+    damping, use_heuristic_damping, min_damping, use_exact_damping, \
+retry_double_precision
+        As for :meth:`KFACLinearOperator.inverse`.
+    cache : bool, optional
+        Whether to keep the inverse for later products.
+
+    Raises
+    ------
+    TypeError
+        If ``A`` is no Kronecker-factored operator.
+
+    Notes
+    -----
+    What ``A.inverse(...)`` returns, which computes it at once. It follows ``A``: after
+    a change of parameters, buffers, modes or listed data it is computed anew from the
+    new factors, at the next use. For one that stays as it is, see :meth:`frozen`.
+
+    As a preconditioner of ``A + damping I``, damp exactly.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
+    >>> net, loss = torch.nn.Linear(3, 2).double(), torch.nn.MSELoss()
+    >>> data = [(torch.rand(4, 3).double(), torch.rand(4, 2).double())]
+    >>> K = KFACLinearOperator(net, loss, list(net.parameters()), data)
+    >>> inverse = KFACInverseLinearOperator(K, damping=0.1, use_exact_damping=True)
+    >>> dense = torch.linalg.inv(K.to_dense() + 0.1 * torch.eye(8))
+    >>> bool(torch.allclose(inverse.to_dense(), dense))
+    True
+    """
+
+    def __init__(
+        self,
+        A: Represented,
+        damping: Damping = 0.0,
+        use_heuristic_damping: bool = False,
+        min_damping: float = 1e-8,
+        use_exact_damping: bool = False,
+        cache: bool = True,
+        retry_double_precision: bool = True,
+    ) -> None:
+        if not isinstance(A, Represented):
+            raise TypeError(
+                f"Expected a KFAC, EKFAC or KFOC operator, got {type(A).__name__}. For "
+                "others use e.g. `CGInverseLinearOperator`."
+            )
+        super().__init__(A, cache)
+        self.damping = damping
+        self._options = {
+            "use_heuristic_damping": use_heuristic_damping,
+            "min_damping": min_damping,
+            "use_exact_damping": use_exact_damping,
+            "retry_double_precision": retry_double_precision,
+        }
+
+    def _function(self, matrix: BlockwiseLinearOperator) -> BlockwiseLinearOperator:
+        return matrix.inverse(self.damping, **self._options)
+
+
+__all__ = ["KFACInverseLinearOperator", "Represented"]
