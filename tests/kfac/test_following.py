@@ -335,7 +335,8 @@ class Tempered(nn.Module):
 def test_verify_finds_factors_that_are_not_fresh(method):
     model, loss, _, data = problem()
     model = Tempered(model)
-    A = build(method, model, loss, list(model.parameters()), data)
+    options = {"max_iter": 3} if method == "kfoc" else {}
+    A = build(method, model, loss, list(model.parameters()), data, **options)
     inverse = A.inverse(0.1)
     operators = A, inverse, inverse**-0.5
 

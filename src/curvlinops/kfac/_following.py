@@ -239,8 +239,9 @@ retry_double_precision
     ) -> None:
         if not isinstance(A, Represented):
             raise TypeError(
-                f"Expected a KFAC, EKFAC or KFOC operator, got {type(A).__name__}. For "
-                "others use e.g. `CGInverseLinearOperator`."
+                f"Expected a KFAC, EKFAC or KFOC operator, got {type(A).__name__}. A "
+                "frozen one has `inverse`; for others, use e.g. "
+                "`CGInverseLinearOperator`."
             )
         super().__init__(A, cache)
         self.damping = damping

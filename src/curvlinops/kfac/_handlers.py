@@ -254,7 +254,7 @@ def _project_part(
     x = _swapped(x)
     if recorder.name(whole):
         y = F.linear(x, W, c)
-        recorder.note("linear", whole, x, y, b, counted=i == 0, slot=(i, 3))
+        recorder.note("linear", whole, x, y, b, slot=(i, 3))
         return _swapped(y)
     y = _swapped(F.linear(x, W))
     return y if b is None else _shift_part(recorder, y, c, b, i)
@@ -266,7 +266,7 @@ def _shift_part(recorder: Recorder, y: Tensor, c: Tensor, b: Tensor, i: int) -> 
     if recorder.name(b):
         options = {"part": (i, 3), "size": c.shape}
         one = b.new_ones(())
-        recorder.note("elementwise", b, one, y, counted=i == 0, **options)
+        recorder.note("elementwise", b, one, y, **options)
     return _swapped(y)
 
 

@@ -8,7 +8,6 @@ calls it, or an equivalent, and notes the :class:`Use`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-
-from curvlinops._model import graph_nodes
 
 
 @dataclass
@@ -45,8 +43,6 @@ class Use:
         What else the geometry depends on.
     axis : int or None
         The axis of the result that counts data, if that was found out.
-    counted : tuple of str
-        The parameters that an autograd graph of the result leads to because of it.
     """
 
     kind: str
@@ -57,7 +53,6 @@ class Use:
     shape: torch.Size
     options: dict[str, Any] = field(default_factory=dict)
     axis: int | None = None
-    counted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Remember the version of the input's content."""
@@ -124,17 +119,22 @@ class Recorder(TorchFunctionMode):
         self.uses: list[Use] = []
         self.unknown: dict[str, str] = {}
         self._transposed: dict[int, tuple[Tensor, str]] = {}
+        #: By the nodes of uses, those of their operands; those of the present call's.
+        self._operands: dict[Any, set[Any]] = {}
+        self._given: set[Any] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call a function, and note it if parameters are among its arguments."""
         kwargs = kwargs or {}
-        touched = [t for t in _tensors((args, *kwargs.values())) if self.owner(t)]
+        tensors = [*_tensors((args, *kwargs.values()))]
+        touched = [t for t in tensors if self.owner(t)]
         if not touched or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         handler = self._handlers.get(func)
         if handler is not None and _fits(handler, args, kwargs):
+            self._given = _nodes(t for t in tensors if not self.owner(t))
             result = handler(self, func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -169,46 +169,51 @@ class Recorder(TorchFunctionMode):
         x: Tensor,
         y: Tensor,
         bias: Any = None,
-        *,
-        counted: bool = True,
         **options: Any,
     ) -> Tensor:
         """Note a use with input ``x`` and result ``y``; return the result."""
         name, added = self.owner(weight), self.name(bias)
         assert name is not None
-        names = [] if id(weight) in self._transposed else [name]
-        names += [] if added is None else [added]
-        use = Use(kind, name, added, x.detach(), get_gradient_edge(y), y.shape, options)
-        use.counted = tuple(names) if counted else ()
-        self.uses.append(use)
+        edge = get_gradient_edge(y)
+        self.uses.append(Use(kind, name, added, x.detach(), edge, y.shape, options))
+        self._operands[edge.node] = self._given | _nodes([x])
+        self._given |= {edge.node}  # a handler may go on with this result
         return y
 
     def check_complete(self, output: Tensor) -> None:
-        """Note as unknown what the graph says reaches a parameter, but was not seen.
+        """Note as unknown what leads from the output to a parameter beside the uses.
 
-        Custom autograd functions, for example, are no torch functions. And a view of a
-        result that is changed in place is no longer where it was in the graph.
+        Uses that the output does not depend on are forgotten.
+
+        Of a use, the graph is followed to what its function was given, not to its
+        parameters: those that are reached nevertheless have a share in the output that
+        no use accounts for. So it is with custom autograd functions, which are no torch
+        functions, with derivatives by the input that a model takes, which multiply by
+        its weights once more, and with views of a result that are changed in place,
+        where the result is no longer where it was in the graph.
         """
-        reached: Counter[str] = Counter()
-        users: dict[str, str] = {}
-        nodes = set()
-        for node in graph_nodes(output):
-            nodes.add(node)
-            for following, _ in node.next_functions:
-                name = self.name(getattr(following, "variable", None))
-                if name is not None:
-                    reached[name] += 1
-                    users[name] = node.name()
-        transposed = self._transposed.values()
-        seen = Counter(name for W, name in transposed if W.grad_fn in nodes)
-        for use in self.uses:
-            if use.edge.node in nodes:
-                seen.update(use.counted)
-            elif use.weight not in use.counted:  # a part of a weight, or its transpose
-                seen[use.weight] -= 1
-        for name, count in reached.items():
-            if count > seen[name]:
-                self.unknown.setdefault(name, users[name])
+        stack = [(node, "the output") for node in _nodes([output])]
+        seen: set[Any] = set()
+        while stack:
+            node, user = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = self.name(getattr(node, "variable", None))
+            if name is not None:
+                self.unknown.setdefault(name, user)
+            inner = [n for n, _ in node.next_functions]
+            if len(inner) > 1 or isinstance(node, BackwardCFunction):
+                user = node.name()  # not that of a view or a transpose in between
+            behind = self._operands.get(node, inner)
+            stack += [(n, user) for n in behind if n is not None]
+        self.uses = [use for use in self.uses if use.edge.node in seen]
+        self._operands, self._given = {}, set()
+
+
+def _nodes(tensors: Iterable[Tensor]) -> set[Any]:
+    """Return where the gradients by tensors are in the graph, if they have any."""
+    return {get_gradient_edge(t).node for t in tensors if t.requires_grad}
 
 
 def _fits(handler: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -28,6 +28,11 @@ _NO_AXIS = (
     "no axis of its result counts the data: expand its input, as in "
     "`positions.expand(len(X), -1)`"
 )
+_IN_GRAPH = (
+    "(`...Backward` is a node of the output's graph that no call of a torch function "
+    "explains: of a custom function, or of a derivative by the input that the model "
+    "itself takes.) "
+)
 _NOT_SORTED = "its rows are not sorted by data: keep the data on an axis of their own"
 
 
@@ -109,10 +114,12 @@ def _batches(
                 else f"{n!r} in `{use}`"
                 for n, use in unknown.items()
             )
+            in_graph = any("Backward" in use for use in unknown.values())
             raise ValueError(
-                f"No Kronecker-factored form is known for the use of {listing}. Leave "
-                "these parameters out of `params`, or approximate their blocks by the "
-                "diagonal of the matrix with `unsupported='diagonal'`."
+                f"No Kronecker-factored form is known for the use of {listing}. "
+                + _IN_GRAPH * in_graph
+                + "Leave these parameters out of `params`, or approximate their blocks "
+                "by the diagonal of the matrix with `unsupported='diagonal'`."
             )
         yield Batch(risk, batch, layers, list(unknown), size, findings.interleaved)
 
@@ -126,6 +133,7 @@ def found(
     try:
         with risk.model.left_as_it_is(), recorder:
             alone = risk.model(cut(cloned(batch.X), size, 0, 1))
+        recorder.check_complete(alone)
     except Exception as error:  # whatever a model raises on a single datum
         raise_if_out_of_memory(error)
         return findings

@@ -96,6 +96,11 @@ num_per_example_loss_terms, batch_size_fn, **options
     used several times has one block, for which the uses are further positions; of a
     weight that is both embedding and matrix, rows are rescaled so that the uses match.
 
+    All of the output's dependence on a parameter must go through such uses, or it is
+    refused by name. A model whose output has derivatives by its own input (residuals
+    of differential equations, forces) multiplies by the weights in between once more:
+    these are refused; biases, and layers that follow, are not.
+
     A block is exact (``"type-2"``) for a single datum, if positions do not share
     weights or, under ``"reduce"``, have equal inputs; and for every weight of a deep
     linear network with square loss.
