@@ -306,8 +306,10 @@ def test_plan_without_slices_measures_a_whole_batch():
 
 def test_plan_refuses_what_it_cannot_tell():
     arguments = problem("mlp", [8])
-    with pytest.raises(TypeError, match="run over the data"):
-        KFACLinearOperator(*arguments).plan()
+    K = KFACLinearOperator(*arguments)
+    for operator in (K, K.inverse(0.1), K.inverse(0.1) ** -0.5):
+        with pytest.raises(TypeError, match="run over the data"):
+            operator.plan()
     with pytest.raises(ValueError, match="columns"):
         GGNLinearOperator(*arguments).plan(0)
 

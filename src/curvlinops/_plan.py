@@ -266,10 +266,8 @@ class _Listener:
 
 def products_of(operator: RiskOperator, columns: int) -> tuple[list[Product], int]:
     """Return the loops over data that a product makes, and their columns."""
-    other = object.__new__(type(operator))
-    other.__dict__.update(operator.__dict__)
     listener = _Listener(operator.risk)
-    other.risk = listener  # type: ignore[assignment]
+    other = operator._of(listener)  # type: ignore[arg-type]
     V = torch.zeros(operator.shape[1], 1, dtype=operator.torch_dtype)
     other._apply(V.to(operator.device).expand(-1, columns))
     return listener.products, listener.columns
