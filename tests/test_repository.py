@@ -145,11 +145,12 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 #: this list, never from those below. ``*`` stands for any rest of a dotted name.
 LEVELS = [
     [
-        *["_agreement", "_caching", "_conflicts", "_cuda_graph", "_data", "_hooks"],
-        *["_lockstep", "_memory", "_objects", "_random", "_spaces"],
+        *["_adjoint", "_agreement", "_caching", "_conflicts", "_cuda_graph", "_data"],
+        *["_differences", "_hooks", "_lockstep", "_memory", "_objects", "_random"],
+        *["_spaces", "_substitutes"],
     ],
     [
-        *["_checksum", "_identity", "_model", "_operator", "_program"],
+        *["_checksum", "_foreign", "_identity", "_model", "_operator", "_program"],
         *["_reduction", "_replay", "_watch"],
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache, cached_property, partial
+from math import inf
 from threading import RLock
 from typing import Any, Self, TypeVar, overload
 
@@ -23,12 +24,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvlinops._adjoint import gap, lost, positive_like
 from curvlinops._agreement import in_units, matrices_agree
 from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
+from curvlinops._differences import misfits
 from curvlinops._folding import MAX_RANK, Folded, fold
+from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._identity import checked_owner
 from curvlinops._memory import raise_if_out_of_memory
-from curvlinops._model import Model, graph_leaves, graph_nodes
+from curvlinops._model import (
+    ForwardModeBusyError,
+    Model,
+    graph_leaves,
+    graph_nodes,
+)
 from curvlinops._replay import (
     RECORD_EARLY,
     RECORD_LATE,
@@ -172,7 +181,7 @@ class Linearization:
         self._asked: Counter[Hashable] = Counter()
         self._folded: dict[Hashable, tuple[Folded, Middle | None] | None] = {}
         self._nbytes: tuple[tuple[int, ...], int] = ((), 0)
-        #: Whether a graph for products with the Jacobian pays from now on.
+        #: Whether products with the Jacobian come from a graph in any case.
         self.multiplied = False
         #: Whether the next product is the last one, which may drop the graphs.
         self.final = False
@@ -234,8 +243,8 @@ class Linearization:
 
     @_kept
     def _transposed(self) -> tuple[Tensor, list[Tensor | None]]:
-        """A dummy ``u`` and the graph of ``J^T u``."""
-        u = torch.zeros_like(self.output, requires_grad=True)
+        """A dummy ``u`` and the graph of ``J^T u``, which is linear."""
+        u = positive_like(self.output.detach()).requires_grad_()
         graph = _grad([self.output], self._leaves, [u], create_graph=True)
         return u, self._checked_graph("transposed", graph)
 
@@ -266,8 +275,10 @@ class Linearization:
         if kind not in self._model.checked_graphs:
             for node in graph_nodes(*(g for g in graph if g is not None)):
                 if node.name() == "torch::autograd::Error":
-                    raise RuntimeError(_explained("a once_differentiable function"))
-            self._model.checked_graphs.add(kind)
+                    roots = [self.loss.value()] if kind == "gradient" else []
+                    names = ", ".join(foreign_parts(self.output, *roots))
+                    raise RuntimeError(_explained(f"once_differentiable: {names}"))
+            self._model.checked_graphs[kind] = True
         return graph
 
     @property
@@ -484,10 +495,94 @@ class Linearization:
 
     def jvp(self, V: Sequence[Tensor]) -> Tensor:
         """Multiply by the Jacobian; returns ``[*leading, *output.shape]``."""
+        if not self._model.checked_graphs.get(self._transposed_key, True):
+            return self._pushed(V)
         u, JTu = self._transposed
         leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
         (Jv,) = _pull_back(JTu, [u], V, leading)
-        return Jv
+        if recording() or self._graph_serves(V, Jv):
+            return Jv
+        return self._pushed(V)
+
+    @property
+    def _transposed_key(self) -> Hashable:
+        return ("transposed", self.index, self.share)
+
+    @property
+    def _eps(self) -> float:
+        space = self._model.space
+        return rounding(space.dtype, space.device, self.convolves)
+
+    def _graph_serves(self, V: Sequence[Tensor], Jv: Tensor) -> bool:
+        """Whether :math:`J v` comes from the graph of the transpose, or forward mode.
+
+        Looked at once per batch, and wherever the product is not finite.
+        """
+        known, key = self._model.checked_graphs, self._transposed_key
+        if bool(Jv.isfinite().all()):
+            if key in known:
+                return known[key]
+            share = self._lost_share(V, Jv)
+        elif all(bool(v.isfinite().all()) for v in V):
+            share = inf
+        else:
+            return True
+        known[key] = not share or not self._forward_serves()
+        if known[key] and max(self._eps**0.5, 1e-6) < share < inf:
+            del known[key]
+            raise not_differentiable(
+                foreign_parts(self.output),
+                f"Products with the Jacobian J of batch {self.index} are wrong: "
+                f"w^T (J v) and v^T (J^T w) differ by {share:.1g} of their size.",
+                "; or give it a `jvp` method, for derivatives in forward mode",
+            )
+        return known[key]
+
+    def _lost_share(self, V: Sequence[Tensor], Jv: Tensor) -> float:
+        """Return which share of the Jacobian the graph of its transpose has lost."""
+        u, JTu = self._transposed
+        known = [None if g is None else g.detach() for g in JTu]
+        w, JTw = u.detach(), _filled(known, self._leaves, torch.Size())
+
+        def push(V: Vectors) -> Tensor:
+            return _pull_back(JTu, [u], V, torch.Size())[0]
+
+        if not foreign_parts(self.output):
+            if Jv.ndim > w.ndim:
+                Jv, V = Jv.sum(0), [v.sum(0) for v in V]
+            if not gap(Jv, w, V, JTw, self._eps):
+                return 0.0
+        return lost(push, self._pulled, w, JTw, self._eps)
+
+    def _pulled(self, U: Tensor) -> Vectors:
+        return _pull_back([self.output], self._leaves, [U], torch.Size())
+
+    def _pushed(self, V: Sequence[Tensor], wait: bool = True) -> Tensor:
+        """Multiply by the Jacobian in forward mode, vector by vector."""
+        if V[0].ndim > self._leaves[0].ndim:
+            return torch.stack(
+                [self._pushed([v[k] for v in V]) for k in range(len(V[0]))]
+            )
+        return self._model.directional(self.fresh_input(), V, self.reached, wait)
+
+    def _forward_serves(self) -> bool:
+        """Whether forward mode gives the Jacobian that reverse mode has.
+
+        Looked at once per batch.
+        """
+        model, key = self._model, ("forward", self.index, self.share)
+        if key not in model.checked_graphs and model.forward_mode:
+            try:
+                w = positive_like(self.output.detach())
+                push, pull = partial(self._pushed, wait=False), self._pulled
+                share = lost(push, pull, w, pull(w), self._eps)
+                model.forward_mode = model.checked_graphs[key] = not share
+            except ForwardModeBusyError:
+                return False
+            except Exception as error:  # whatever a model or an operation raises
+                raise_if_out_of_memory(error)
+                model.forward_mode = False
+        return model.checked_graphs.get(key, False)
 
     def vjp(self, U: Tensor) -> Vectors:
         """Multiply by the Jacobian's transpose; returns tensors in parameter shapes."""
@@ -508,29 +603,25 @@ class Linearization:
 
         Notes
         -----
-        A graph of :math:`u \mapsto J^\top u` pays from the second product on. The first
-        one computes :math:`J v` in forward mode, and compares :math:`v^\top (J^\top w)`
-        with :math:`(J v)^\top w` at :math:`w = M J v`: where forward mode differs
-        from reverse mode, the product is computed anew in reverse mode.
+        Where no graph is kept, :math:`J v` is computed in forward mode if that agrees
+        with reverse mode. Otherwise, a graph of :math:`u \mapsto J^\top u` pays.
         """
         several = V[0].ndim > self._leaves[0].ndim
-        again = self.multiplied
-        self.multiplied = again or not self.pays_early
-        if self._model.forward_mode and not (again or several or recording()):
-            try:
-                Jv = self._model.directional(self.fresh_input(), V, self.reached)
-            except Exception as error:  # whatever a model or an operation raises
-                raise_if_out_of_memory(error)
-                Jv, self._model.forward_mode = None, False
+        fresh = self.final and "_transposed" not in vars(self)
+        if fresh and not (self.multiplied or several or recording()):
+            Jv = self._pushed_if_right(V)
             if Jv is not None:
-                w = middle(self, Jv)
-                # No product proves nothing, unless there is none with any vector.
-                if bool(w.any()) or not bool(middle(self, _ramp(Jv)).any()):
-                    JTw = self.vjp(w)
-                    if _adjoint(Jv, w, V, JTw, self.convolves):
-                        return JTw
-                    self._model.forward_mode = False
+                return self.vjp(middle(self, Jv))
         return self.vjp(middle(self, self.jvp(V)))
+
+    def _pushed_if_right(self, V: Sequence[Tensor]) -> Tensor | None:
+        """Multiply by the Jacobian in forward mode, unless that fails."""
+        if not self._forward_serves():
+            return None
+        try:
+            return self._pushed(V, wait=False)
+        except ForwardModeBusyError:
+            return None
 
     def fresh_input(self) -> Any:
         """Return the input for an evaluation that may write into it."""
@@ -538,8 +629,46 @@ class Linearization:
 
     def hvp(self, V: Sequence[Tensor]) -> Vectors:
         """Multiply by the Hessian of the summed loss."""
+        known, key = self._model.checked_graphs, ("gradient", self.index, self.share)
+        if key not in known:
+            self._compare_with_differences()
+            known[key] = True
         leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
         return self._last("_gradient", V, leading)
+
+    def _compare_with_differences(self) -> None:
+        """Raise if the gradient's graph lacks a part of the Hessian.
+
+        Torch's own operations are believed.
+        """
+        graph, names = self._gradient, foreign_parts(self.output, self.loss.value())
+        if not names:
+            return
+
+        def evaluate(
+            tensors: Sequence[Tensor], differentiate: bool
+        ) -> tuple[Tensor, Vectors]:
+            model = self._model.shifted(tensors)
+
+            def body() -> tuple[Tensor, Vectors]:
+                batch = Linearization(model, self.X, self.y, self._make_loss)
+                batch.share = self.share
+                return batch.output, batch.gradient() if differentiate else []
+
+            return model.run(body)
+
+        def multiply(V: Vectors) -> Vectors:
+            return _pull_back(graph, self._leaves, V, torch.Size())
+
+        at = [leaf.detach() for leaf in self._leaves], self.gradient()
+        wrong = misfits(evaluate, multiply, *at, self._pulled, self._eps)
+        if wrong:
+            rows = [list(self._model.params)[i] for i in wrong]
+            raise not_differentiable(
+                names,
+                f"The Hessian of batch {self.index} is wrong in the rows of {rows}: it "
+                "is not the derivative of the gradient, by central differences.",
+            )
 
     def _last(
         self, name: str, vectors: Sequence[Tensor], leading: torch.Size
@@ -650,29 +779,16 @@ def _ramp(like: Tensor) -> Tensor:
     return steps.reshape(like.shape)
 
 
-def _adjoint(
-    Jv: Tensor, w: Tensor, V: Sequence[Tensor], JTw: Sequence[Tensor], convolves: bool
-) -> bool:
-    r"""Whether :math:`(J v)^\top w = v^\top (J^\top w)` up to rounding.
-
-    Rounding errors are taken to be independent among the summed products.
-    """
-    left = (Jv * w).sum(dtype=torch.float64)
-    right, spread = torch.zeros_like(left), torch.zeros_like(left)
-    for v, g in zip(V, JTw, strict=True):
-        products = v * g
-        right += products.sum(dtype=torch.float64)
-        spread += torch.linalg.vector_norm(products) ** 2
-    gap, size = float((left - right).abs()), float(left.abs() + spread.sqrt())
-    return gap <= rounding(Jv.dtype, Jv.device, convolves) ** 0.75 * size
-
-
 def _filled(
     grads: Iterable[Tensor | None], inputs: Sequence[Tensor], leading: torch.Size
 ) -> Vectors:
-    """Replace missing derivatives by zeros."""
+    """Replace missing derivatives by zeros, and sparse ones by dense ones."""
     return [
-        t.new_zeros(()).expand((*leading, *t.shape)) if g is None else g
+        t.new_zeros(()).expand((*leading, *t.shape))
+        if g is None
+        else g
+        if g.layout is torch.strided
+        else g.to_dense()
         for g, t in zip(grads, inputs, strict=True)
     ]
 
@@ -705,6 +821,8 @@ def graph_bytes(roots: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> int:
     def add(tensor: Tensor) -> None:
         nonlocal total
         for part in strided([tensor]):
+            if part._is_zerotensor():  # forward mode's, which has no memory
+                continue
             storage = part.untyped_storage()
             if storage.data_ptr() not in known:
                 known.add(storage.data_ptr())

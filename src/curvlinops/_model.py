@@ -13,7 +13,7 @@ import difflib
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial
@@ -28,9 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from curvlinops._caching import EVALUATIONS
+from curvlinops._data import cloned
 from curvlinops._hooks import hooks_of
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
+from curvlinops._substitutes import Substitutions
 
 T = TypeVar("T")
 
@@ -269,6 +271,7 @@ class Model:
         self, model_func: Callable[..., Any], params: dict[str, Tensor]
     ) -> None:
         self.params = params
+        self._model_func = model_func
         self._module = model_func if isinstance(model_func, nn.Module) else None
         self._lock = nullcontext() if self._module is None else _lock_of(self._module)
         # What is made under `torch.inference_mode()` cannot be differentiated.
@@ -291,8 +294,8 @@ class Model:
         )
         self._function: Callable[[Any], Any]
         self._held: nn.Module | None = None
-        #: Kinds of graphs that were found to be differentiable.
-        self.checked_graphs: set[str] = set()
+        #: Whether graphs serve: by kind, or by kind and batch.
+        self.checked_graphs: dict[Hashable, bool] = {}
         #: Whether forward mode has not failed yet. In scripts, it is blind.
         self.forward_mode = self._module is None or not any(
             isinstance(m, torch.jit.ScriptModule) for m in self._module.modules()
@@ -319,12 +322,18 @@ class Model:
 
     def behave_like(self, other: Model) -> None:
         """Take over what has been found out about the same module."""
-        self.checked_graphs = set(other.checked_graphs)
+        self.checked_graphs = dict(other.checked_graphs)
         self.forward_mode &= other.forward_mode
         self.by_datum &= other.by_datum
         self.may_free &= other.may_free
         if other._held is not None:
             self.evaluate_in_place()
+
+    def shifted(self, tensors: Sequence[Tensor]) -> Model:
+        """Return the same model at other values of its parameters."""
+        other = Model(self._model_func, dict(zip(self.params, tensors, strict=True)))
+        other.behave_like(self)
+        return other
 
     def keeps_to_itself(self) -> bool:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
@@ -345,9 +354,21 @@ class Model:
         return True
 
     def __call__(self, X: Any) -> Any:
-        """Evaluate the model (within :meth:`run`)."""
-        with _Substitutions():
-            return self._function(X)
+        """Evaluate the model (within :meth:`run`).
+
+        Once more if it turns out to differentiate by itself and uses functions whose
+        third derivatives are wrong.
+        """
+        known = self.checked_graphs
+        spare = X if "kernels" in known else cloned(X)
+        with Substitutions(not known.get("kernels", True)) as substitutions:
+            output = self._function(X)
+        if not substitutions.lacking:
+            known.setdefault("kernels", True)
+            return output
+        known["kernels"] = False
+        with Substitutions(differentiates=True):
+            return self._function(spare)
 
     def at(self, X: Any, tensors: Sequence[Tensor]) -> Tensor:
         """Evaluate with other tensors in place of the leaves that functions meet."""
@@ -405,8 +426,8 @@ class Model:
         )
 
     def directional(
-        self, X: Any, tangents: Sequence[Tensor], reached: set[int]
-    ) -> Tensor | None:
+        self, X: Any, tangents: Sequence[Tensor], reached: set[int], wait: bool = False
+    ) -> Tensor:
         """Return the output's derivative along ``tangents`` (within :meth:`run`).
 
         In forward mode, without an autograd graph. This ignores what reverse mode
@@ -421,24 +442,31 @@ class Model:
             The direction, in parameter shapes.
         reached : set of int
             The ``id`` of every leaf that the output depends on.
+        wait : bool, optional
+            Whether to wait for other threads that use forward mode.
 
         Returns
         -------
-        Tensor or None
-            ``None`` if forward mode is in use: torch has one for the whole process, so
-            that other threads cannot enter it meanwhile, either.
+        Tensor
+            The derivative.
 
         Raises
         ------
+        ForwardModeBusyError
+            If forward mode is in use: torch has one for the whole process, so that
+            other threads cannot enter it meanwhile, either.
         RuntimeError
             If an operation has no derivative in forward mode, or a parameter is used
             where it cannot be perturbed (in compiled code, say).
         """
-        if not _FORWARD_MODE.acquire(blocking=False):
-            return None
+        if not _FORWARD_MODE.acquire(blocking=wait):
+            raise ForwardModeBusyError
         try:
             if forward_ad._current_level >= 0:
-                return None
+                raise ForwardModeBusyError(
+                    "This product needs torch's forward mode, which is in use already: "
+                    "multiply outside of `torch.autograd.forward_ad.dual_level()`."
+                )
             _load_forward_mode()
             with torch.no_grad(), forward_ad.dual_level():
                 perturbed = _Perturbed(
@@ -516,6 +544,10 @@ class _Watch(TorchFunctionMode):
             if not torch.is_grad_enabled():
                 self.met_without |= found
         return func(*args, **(kwargs or {}))
+
+
+class ForwardModeBusyError(RuntimeError):
+    """Forward mode is in use elsewhere."""
 
 
 #: Held while forward mode is in use.
@@ -658,26 +690,6 @@ _LOCKS_LOCK = RLock()
 def _lock_of(module: Any) -> RLock:
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(module, RLock())
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return ``g v / |v|`` with norms over all dimensions but ``dim``."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-#: Functions of torch whose second derivative is wrong or missing, and what is called
-#: instead. `torch._weight_norm`'s fused double backward is silently wrong on the CPU
-#: (torch 2.13: `gradgradcheck` fails).
-_SUBSTITUTES: dict[Any, Callable[..., Any]] = {torch._weight_norm: _weight_norm}
-
-
-class _Substitutions(TorchFunctionMode):
-    """Calls the twice differentiable equivalent of a function."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return _SUBSTITUTES.get(func, func)(*args, **(kwargs or {}))
 
 
 class _MathAttention:

@@ -48,6 +48,7 @@ from curvlinops._identity import Identity, checked_owner, key_of
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import (
+    SMALL,
     Congruence,
     GraphFreedError,
     Linearization,
@@ -1131,6 +1132,15 @@ class EmpiricalRisk:
             return False
         return not self._ledger.full or batch.place in self._recordings
 
+    def _has_room(self, batch: Linearization) -> bool:
+        """Whether a batch may be kept, and its output's graph at least would fit."""
+        known = batch.place in self._recordings or batch.size <= SMALL
+        if self._may_keep(batch) and not known:
+            with self._lock:
+                self._ledger.open(self.cache, self.space.device)
+                self._ledger.full |= batch.nbytes > self._ledger.room()
+        return self._may_keep(batch)
+
     def _fit(self, *products: Product, K: int = 1) -> None:
         """Choose parts, columns and budget with which a product fits `max_memory`.
 
@@ -1189,7 +1199,7 @@ class EmpiricalRisk:
         drops its graph, and the sum is allocated after that.
         """
         batch.multiplied |= self.plain > 0
-        batch.final = key is not None and not self._may_keep(batch)
+        batch.final = key is not None and not self._has_room(batch)
         name = None if self.plain else key
         self._fold_if_due(name, body, batch, 1)
         products = list(batch.multiply(name, body, vectors))

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from curvlinops._differences import Vectors, misfits
+from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._spaces import rounding
 from curvlinops.losses._loss import (
     Loss,
     Number,
@@ -90,7 +93,36 @@ class Generic(Loss):
 
     @cached_property
     def _recording(self) -> tuple[Tensor, Tensor]:
-        return self._differentiate(create_graph=True)
+        leaf, gradient = self._differentiate(create_graph=True)
+        if names := foreign_parts(self._evaluate(leaf)):
+            self._compare_with_differences(leaf, gradient, names)
+        return leaf, gradient
+
+    def _compare_with_differences(
+        self, leaf: Tensor, gradient: Tensor, names: list[str]
+    ) -> None:
+        """Raise if the gradient's graph lacks a part of the Hessian."""
+
+        def evaluate(tensors: Vectors, _: bool) -> tuple[Tensor, Vectors]:
+            (f,) = (t.requires_grad_() for t in tensors)
+            value = self._evaluate(f)
+            return value, torch.autograd.grad(value, f)
+
+        def multiply(V: list[Tensor]) -> Vectors:
+            if not gradient.requires_grad:
+                return [torch.zeros_like(v) for v in V]
+            return torch.autograd.grad(
+                gradient, leaf, V, retain_graph=True, materialize_grads=True
+            )
+
+        eps = rounding(leaf.dtype, leaf.device, convolves=False)
+        g = gradient.detach()
+        if misfits(evaluate, multiply, [leaf.detach()], [g], lambda w: [w * g], eps):
+            raise not_differentiable(
+                names,
+                "The loss's Hessian is not the derivative of its gradient by the "
+                "model's output, by central differences.",
+            )
 
     def _hessian_mul(self, U: Tensor) -> Tensor:
         leaf, gradient = self._recording
