@@ -5,7 +5,11 @@ import pytest
 import torch
 from scipy.sparse.linalg import cg
 
-from curvlinops import CGInverseLinearOperator, NystromPreconditionerLinearOperator
+from curvlinops import (
+    CGInverseLinearOperator,
+    GGNLinearOperator,
+    NystromPreconditionerLinearOperator,
+)
 from tolerances import assert_close
 
 
@@ -74,3 +78,22 @@ def test_zero_matrix():
 def test_arguments(shape, rank, damping):
     with pytest.raises(ValueError, match="1 <= rank <= N"):
         NystromPreconditionerLinearOperator(torch.ones(shape), rank, damping)
+
+
+def test_is_a_snapshot():
+    net = torch.nn.Linear(3, 2).double()
+    data = [(torch.rand(6, 3).double(), torch.rand(6, 2).double())]
+    G = GGNLinearOperator(net, torch.nn.MSELoss(), dict(net.named_parameters()), data)
+    M = NystromPreconditionerLinearOperator(G, 8, damping=0.1, rng=0)
+    before = M.to_dense()
+    data[0][0].mul_(2.0)
+    assert_close(M.to_dense(), before, size=1)
+    new = NystromPreconditionerLinearOperator(G, 8, damping=0.1, rng=0)
+    damped = G.to_dense() + 0.1 * torch.eye(8).double()
+    factor = torch.linalg.eigvalsh(damped)[0]
+    assert_close(new.to_dense() @ damped, factor * torch.eye(8).double(), size=10**4)
+    # An old one costs iterations, not accuracy.
+    inverse = CGInverseLinearOperator(damped, preconditioner=M)
+    assert_close(
+        damped @ (inverse @ torch.ones(8).double()), torch.ones(8), size=10**10
+    )

@@ -13,6 +13,7 @@ from curvlinops._checksum import Checksum
 from curvlinops._data import tensors_in
 from curvlinops._linearization import Linearization
 from curvlinops._loss_leaves import check_loss_leaves
+from curvlinops._loss_state import unchanged
 from curvlinops._reduction import Evidence
 from curvlinops._spaces import rounding
 
@@ -72,20 +73,23 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
     ------
     ValueError
         If loss or gradient differ, a module's mode makes them random or dependent on
-        the batches, or the loss depends on parameters by itself, or is neither a sum
-        nor a mean over data.
+        the batches, the loss changes its own buffers, depends on parameters by itself,
+        or is neither a sum nor a mean over data.
     """
     if isinstance(risk.model_func, nn.Module):
         _check_modes(risk.model_func)
 
-    def run() -> tuple[Fingerprint, Fingerprint, Evidence | None]:
+    def run() -> tuple[Fingerprint, Fingerprint, Evidence | None, list[str]]:
         function = risk.undetermined
         evidence = None if function is None else Evidence(function)
-        batches = risk._fresh_batches("check 1/2")
-        first = look(risk, _examined(risk, batches, evidence))
-        return first, look(risk, risk._fresh_batches("check 2/2")), evidence
+        with unchanged(risk.loss_func) as changed:
+            batches = risk._fresh_batches("check 1/2")
+            first = look(risk, _examined(risk, batches, evidence))
+            second = look(risk, risk._fresh_batches("check 2/2"))
+            return first, second, evidence, changed()
 
-    first, second, evidence = risk.session(run)
+    first, second, evidence, state = risk.session(run)
+    _check_state(state)
     if first.size is not None and num_data not in (None, first.size):
         raise ValueError(
             f"`num_data` is {num_data}, but the data has {first.size} points."
@@ -101,7 +105,10 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
             "Two passes over the same data gave different losses or gradients "
             f"({float(first.loss):.6e} and {float(second.loss):.6e}): "
             + (
-                "the model is random although the data repeats. Call "
+                f"the loss changes its attributes {state} whenever it is evaluated. "
+                "Keep them as they are while curvature is computed."
+                if same_batches and state
+                else "the model is random although the data repeats. Call "
                 "`model.eval()`, or remove its randomness."
                 if same_batches
                 else "the data differs between the passes. Is this a shuffling "
@@ -142,6 +149,17 @@ def _checked_loss(batch: Linearization) -> Tensor:
             "that batch's inputs and targets."
         )
     return value
+
+
+def _check_state(changed: list[str]) -> None:
+    """Raise if evaluating the loss changes its buffers."""
+    if buffers := [name for name in changed if not name.startswith(".")]:
+        raise ValueError(
+            f"The loss changes its buffers {buffers} whenever it is evaluated (running "
+            "statistics?), so it is no function of the parameters. Call "
+            "`loss_func.eval()`, or fix them; or pass `check_deterministic=False` to "
+            "use them as they are before each product."
+        )
 
 
 def _check_modes(module: nn.Module) -> None:

@@ -116,11 +116,6 @@ class Substitutions(TorchFunctionMode):
     ----------
     differentiates : bool
         Whether the model itself differentiates, as far as that is known.
-
-    Attributes
-    ----------
-    lacking : bool
-        Whether it turned out to do so, and some function should have been replaced.
     """
 
     def __init__(self, differentiates: bool) -> None:
@@ -130,6 +125,7 @@ class Substitutions(TorchFunctionMode):
 
     @property
     def lacking(self) -> bool:
+        """Whether the model does, and calls a function that had to be replaced."""
         return self._kept and self._differentiated
 
     def __torch_function__(

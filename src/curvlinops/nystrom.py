@@ -53,6 +53,10 @@ class NystromPreconditionerLinearOperator(TorchOperator, LinearOperator):
     to 2 times the effective dimension :math:`\operatorname{tr} A (A + \delta I)^{-1}`,
     the preconditioned condition number is bounded by a constant in expectation.
 
+    It is a snapshot of ``A`` at construction, and does not follow changes of its
+    parameters or data: a solve stays right with an old one, but takes more iterations.
+    Build a new one after such changes.
+
     Cost: ``rank`` products with ``A`` in one block at construction, and
     :math:`O(N k^2)` operations; a product takes :math:`4 N k`. Memory: :math:`N k`.
 

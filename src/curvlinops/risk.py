@@ -54,6 +54,7 @@ from curvlinops._linearization import (
     Linearization,
     Middle,
 )
+from curvlinops._loss_state import unchanged
 from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._model import (
     Model,
@@ -951,7 +952,7 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        with preserved_rng(self.space.device):
+        with preserved_rng(self.space.device), unchanged(self.loss_func):
             while True:  # each cause is found once, and removed
                 model, may_free = self.model, self.model.may_free
                 try:
