@@ -94,7 +94,9 @@ def test_without_the_check_state_is_left_as_it_is():
     net, params, data = problem()
     for loss in (Centred(), Queue()):
         before = repr(getattr(loss, "centre", None)), repr(getattr(loss, "queue", None))
-        H = HessianLinearOperator(net, loss, params, data, check_deterministic=False)
+        H = HessianLinearOperator(
+            net, loss, params, data, check_deterministic=False, reduction="mean"
+        )
         first = H @ torch.ones(8).double()
         assert_close(H @ torch.ones(8).double(), first, size=100)
         H.risk.gradient_and_loss()

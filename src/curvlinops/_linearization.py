@@ -651,7 +651,7 @@ class Linearization:
             model = self._model.shifted(tensors)
 
             def body() -> tuple[Tensor, Vectors]:
-                batch = Linearization(model, self.X, self.y, self._make_loss)
+                batch = Linearization(model, self.X, self.y, self.make_loss)
                 batch.share = self.share
                 return batch.output, batch.gradient() if differentiate else []
 
