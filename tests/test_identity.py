@@ -3,10 +3,16 @@
 import copy
 import gc
 import pickle
+import random
+import sys
 import weakref
+from collections import namedtuple
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial, partialmethod, wraps
+from operator import itemgetter
+from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,11 +26,13 @@ from curvlinops import (
     EFLinearOperator,
     EmpiricalRisk,
     FisherMCLinearOperator,
+    GGNDiagonalLinearOperator,
     GGNLinearOperator,
     GramLinearOperator,
     HessianLinearOperator,
     JacobianLinearOperator,
 )
+from curvlinops import risk as _risk
 from curvlinops._identity import UNRECORDED, identity_of
 from curvlinops._linearization import Middle
 from curvlinops._plan import products_of
@@ -118,6 +126,83 @@ class Choice(Enum):
     B = 2
 
 
+class ByClass(RiskOperator, LinearOperator):
+    """A user's operator whose body gets a number from its class, somehow."""
+
+    scale = 1.0
+    settings: ClassVar = {"scale": 1.0}
+
+    def _apply(self, V):
+        return self.risk.mean(lambda b, v: self._body(b, v), V, self._title())
+
+    def _body(self, b, v):
+        return scaled(self.scale, gram(b, v))
+
+
+class FromDictionary(ByClass):
+    def _body(self, b, v):
+        return scaled(self.settings["scale"], gram(b, v))
+
+
+class FromProperty(ByClass):
+    @property
+    def scale(self):
+        return SCALE / 2
+
+
+class FromMissing(ByClass):
+    def _body(self, b, v):
+        return scaled(self.missing, gram(b, v))
+
+    def __getattr__(self, name):
+        if name == "missing":
+            return SCALE / 2
+        raise AttributeError(name)
+
+
+class FromClassMethod(ByClass):
+    @classmethod
+    def _body(cls, b, v):
+        return scaled(cls._scale(), gram(b, v))
+
+    @staticmethod
+    def _scale():
+        return SCALE / 2
+
+
+class Descriptor:
+    def __get__(self, instance, owner):
+        return SCALE / 2
+
+
+class FromDescriptor(ByClass):
+    scale = Descriptor()
+
+
+class FromMeta(type):
+    scale = 1.0
+
+
+class Named(metaclass=FromMeta):
+    pass
+
+
+class Inherited(Body):
+    def __call__(self, b, v):
+        return scaled(2.0, super().__call__(b, v))
+
+
+def scaled(scale, V):
+    return [scale * g for g in V]
+
+
+def half_scaled(b, v, factor=(0.5,)):
+    return scaled(factor[0] * SCALE, gram(b, v))
+
+
+Pair = namedtuple("Pair", "scale other")
+
+
 @pytest.fixture
 def risk():
     return EmpiricalRisk(*find("mlp-tanh-ce").build())
@@ -205,6 +290,219 @@ def test_global_variables_count(risk, monkeypatch):
     assert_all_right([A], [7 * JTJ])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda risk: Operator(risk, half_scaled),
+        lambda risk: Operator(risk, lambda b, v: half_scaled(b, v)),
+        lambda risk: Operator(risk, wraps(gram)(lambda b, v: half_scaled(b, v))),
+        lambda risk: Operator(risk, lambda b, v: (lambda: half_scaled(b, v))()),
+        *(FromProperty, FromMissing, FromClassMethod, FromDescriptor),
+    ],
+)
+def test_global_variables_count_wherever_they_are_read(risk, monkeypatch, make):
+    JTJ, _, _ = references_of(risk)
+    A = make(risk)
+    assert_all_right([A], [JTJ])
+    assert is_recorded(A)
+    monkeypatch.setitem(globals(), "SCALE", 6.0)
+    assert_all_right([A], [3 * JTJ])
+
+
+@pytest.mark.parametrize(
+    ("make", "owner", "name", "value"),
+    [
+        (ByClass, ByClass, "scale", 3.0),
+        (FromDictionary, ByClass, "settings", {"scale": 3.0}),
+        (
+            lambda risk: Operator(risk, lambda b, v: scaled(Named.scale, gram(b, v))),
+            *(FromMeta, "scale", 3.0),
+        ),
+        (
+            lambda risk: Operator(risk, lambda b, v: scaled(Named.scale, gram(b, v))),
+            *(FromMeta, "scale", 3.0),
+        ),
+        (ByClass, ByClass, "_body", lambda self, b, v: scaled(3.0, gram(b, v))),
+        (
+            lambda risk: Operator(risk, Body()),
+            *(Body, "__call__", lambda self, b, v: scaled(3.0, gram(b, v))),
+        ),
+        (
+            lambda risk: Operator(risk, Inherited()),
+            *(Body, "__call__", lambda self, b, v: scaled(1.5, gram(b, v))),
+        ),
+    ],
+)
+def test_classes_may_change(risk, monkeypatch, make, owner, name, value):
+    JTJ, _, _ = references_of(risk)
+    A = make(risk)
+    first = 2.0 if isinstance(getattr(A, "body", None), Inherited) else 1.0
+    assert_all_right([A], [first * JTJ])
+    assert is_recorded(A)
+    monkeypatch.setattr(owner, name, value)
+    assert_all_right([A], [3 * JTJ])
+
+
+def test_values_in_a_class_may_change(risk, monkeypatch):
+    JTJ, _, _ = references_of(risk)
+    A = FromDictionary(risk)
+    assert_all_right([A], [JTJ])
+    monkeypatch.setitem(ByClass.settings, "scale", 3.0)
+    assert_all_right([A], [3 * JTJ])
+
+
+def test_modules_may_change(risk, monkeypatch):
+    settings = ModuleType("settings_of_a_user")
+    monkeypatch.setitem(sys.modules, settings.__name__, settings)
+    source = """
+scale = 1.0
+def multiply(b, v):
+    return [scale * g for g in b.vjp(b.jvp(v))]
+"""
+    exec(source, vars(settings))
+
+    def imports(b, v):
+        import settings_of_a_user
+
+        return scaled(settings_of_a_user.scale, gram(b, v))
+
+    def imports_the_name(b, v):
+        from settings_of_a_user import scale
+
+        return scaled(scale, gram(b, v))
+
+    JTJ, _, _ = references_of(risk)
+    operators = [
+        Operator(risk, settings.multiply),
+        Operator(risk, lambda b, v: settings.multiply(b, v)),
+        Operator(risk, lambda b, v: scaled(settings.scale, gram(b, v))),
+        Operator(risk, imports),
+        Operator(risk, imports_the_name),
+    ]
+    assert_all_right(operators, [JTJ] * 5)
+    assert all(map(is_recorded, operators))
+    settings.scale = 3.0
+    assert_all_right(operators, [3 * JTJ] * 5)
+
+
+def test_functions_may_change(risk, monkeypatch):
+    JTJ, _, H = references_of(risk)
+
+    def body(b, v):
+        return scaled(body.scale, gram(b, v))
+
+    body.scale = 1.0
+    operators = [Operator(risk, body), Operator(risk, lambda b, v: half_scaled(b, v))]
+    assert_all_right(operators, [JTJ, JTJ])
+    assert all(map(is_recorded, operators))
+    body.scale = 2.0
+    monkeypatch.setattr(half_scaled, "__defaults__", ((1.5,),))
+    assert_all_right(operators, [2 * JTJ, 3 * JTJ])
+    monkeypatch.setattr(half_scaled, "__code__", (lambda b, v, _: b.hvp(v)).__code__)
+    assert_all_right(operators, [2 * JTJ, H])
+
+
+def test_attributes_of_the_risk_count(risk):
+    JTJ, _, _ = references_of(risk)
+    risk.temperature = 1.0
+    A = Operator(risk, lambda b, v: scaled(risk.temperature, gram(b, v)))
+    assert_all_right([A], [JTJ])
+    assert is_recorded(A)
+    risk.temperature = 3.0
+    assert_all_right([A], [3 * JTJ])
+
+
+def test_functions_made_of_others(risk):
+    def times(scale):
+        def decorate(function):
+            @wraps(function)
+            def wrapper(*args):
+                return scaled(scale, function(*args))
+
+            return wrapper
+
+        return decorate
+
+    class Partial(ByClass):
+        def __init__(self, risk, name):
+            super().__init__(risk)
+            self.name = name
+
+        def _times(self, b, v, scale):
+            return scaled(scale, gram(b, v))
+
+        one, two = partialmethod(_times, scale=1.0), partialmethod(_times, scale=2.0)
+
+        def _apply(self, V):
+            return self.risk.mean(getattr(self, self.name), V, self._title())
+
+    JTJ, _, H = references_of(risk)
+    operators = [
+        Operator(risk, times(1.0)(gram)),
+        Operator(risk, times(2.0)(gram)),
+        Operator(risk, times(2.0)(lambda b, v: b.hvp(v))),
+        Partial(risk, "one"),
+        Partial(risk, "two"),
+    ]
+    assert_all_right(operators, [JTJ, 2 * JTJ, 2 * H, JTJ, 2 * JTJ])
+    assert all(map(is_recorded, operators))
+
+
+def test_two_objects_written_in_c(risk):
+    """They keep what they are made of out of sight."""
+
+    def cached(scale):
+        return lru_cache(lambda: scale)
+
+    def body(get, *args):
+        return lambda b, v: scaled(get(*args), gram(b, v))
+
+    JTJ, _, _ = references_of(risk)
+    numbers = {"s": 1.0}
+    operators = [
+        Operator(risk, body(itemgetter(0), [1.0, 2.0])),
+        Operator(risk, body(itemgetter(1), [1.0, 2.0])),
+        Operator(risk, body(cached(1.0))),
+        Operator(risk, body(cached(2.0))),
+        Operator(risk, body(numbers.get, "s")),
+        Operator(risk, body({"s": 2.0}.get, "s")),
+    ]
+    assert_all_right(operators, [JTJ, 2 * JTJ] * 3)
+    numbers["s"] = 3.0
+    assert_all_right(operators[4:], [3 * JTJ, 2 * JTJ])
+
+
+def test_a_diagonal_and_its_subclass(risk):
+    class Scaled(GGNDiagonalLinearOperator):
+        def __init__(self, risk, scale):
+            super().__init__(risk)
+            self.scale = scale
+
+        def _products(self, b):
+            return scaled(self.scale, super()._products(b))
+
+    _, G, _ = references_of(risk)
+    D = G.diag().diag()
+    operators = [GGNDiagonalLinearOperator(risk), Scaled(risk, 2.0), Scaled(risk, 3.0)]
+    assert_all_right(operators, [D, 2 * D, 3 * D])
+
+
+def test_bodies_that_never_stay_the_same_do_not_pile_up(risk, monkeypatch):
+    class Counted(Scaled):
+        def _apply(self, V):
+            self.products = getattr(self, "products", 0) + 1
+            return super()._apply(V)
+
+    monkeypatch.setattr(_risk, "MAX_MATRICES", 5)
+    JTJ, _, H = references_of(risk)
+    A, other = Counted(risk, 2.0), HessianLinearOperator(risk)
+    assert_all_right([other, A], [H, 2 * JTJ])
+    assert is_recorded(other)
+    assert not is_recorded(A)
+    assert all(len(b._routes) <= 5 for b in risk._recordings.values())
+    assert len(risk._joined) <= 5
+
+
 def test_functions_that_are_defined_anew_count(risk, monkeypatch):
     JTJ, _, H = references_of(risk)
     A = Operator(risk, lambda b, v: gram(b, v))
@@ -240,8 +538,13 @@ def test_a_dataclass_and_its_subclass(risk):
         iter([1]),
         [torch.tensor(2.0)],
         list(range(2000)),
+        random.Random(),
+        torch.ops.aten.sin.default._schema,
     ],
-    ids=["tensor", "array", "module", "iterator", "list", "much"],
+    ids=[
+        *("tensor", "array", "module", "iterator", "list", "much"),
+        *("generator", "schema"),
+    ],
 )
 def test_what_may_change_unseen_is_not_recorded(risk, captured):
     JTJ, _, _ = references_of(risk)
@@ -258,6 +561,18 @@ def test_a_captured_tensor_may_change(risk):
     assert_all_right([A], [JTJ])
     scale.mul_(3)
     assert_all_right([A], [3 * JTJ])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda b, v: scaled(globals()["SCALE"], gram(b, v)),
+        lambda b, v: scaled(eval("SCALE"), gram(b, v)),
+        lambda b, v: (__import__("nowhere_yet") and None) or gram(b, v),
+    ],
+)
+def test_what_reads_variables_unseen_is_not_recorded(risk, body):
+    assert not is_recorded(Operator(risk, body))
 
 
 @pytest.mark.parametrize("name", ["JTJ", ("my", "JTJ"), 1, gram])
@@ -330,6 +645,11 @@ def test_copies_have_the_same_name(risk):
         (nn.Linear, nn.Conv1d),
         (np.dtype("f4"), np.dtype("f8")),
         (Body(1.0), OtherBody(1.0)),
+        (Pair(1, 2), Pair(1, 3)),
+        (Pair(1, 2), (1, 2)),
+        (np.float32(1), np.float32(2)),
+        (np.float32(1), np.float64(1)),
+        ([10**5000], [10**5000 + 1]),
         ({"a": 1}, {"b": 1}),
     ],
 )

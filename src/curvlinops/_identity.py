@@ -10,10 +10,22 @@ from __future__ import annotations
 import builtins
 import dis
 import sys
-from collections.abc import Hashable
-from functools import cache, partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from enum import Enum
+from functools import cached_property, lru_cache, partial, reduce
+from types import (
+    BuiltinFunctionType,
+    ClassMethodDescriptorType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,16 +33,32 @@ from torch import Tensor
 
 from curvlinops._spaces import TensorSpace
 
-#: Values that are told apart by what they print.
-_PLAIN = (
-    *(type(None), bool, int, float, complex, str, bytes, range, type(...)),
+#: Values that are told apart by equality, once their types are known.
+_PLAIN = {
+    *(type(None), bool, int, str, bytes, range, type(...), type(NotImplemented)),
     *(torch.dtype, torch.device, torch.layout, torch.Size),
-)
+}
+#: Values that are told apart by what they print, since equality does not see all.
+_PRINTED = {float, complex}
 #: Objects that are told apart by which they are, since they do not change.
 _FIXED = (
-    *(type, ModuleType, BuiltinFunctionType, type(str.join)),
-    *(np.ufunc, TensorSpace),
+    *(GetSetDescriptorType, MemberDescriptorType),
+    *(MethodDescriptorType, ClassMethodDescriptorType, WrapperDescriptorType),
+    *(Enum, TensorSpace),
 )
+#: Packages whose functions and classes do not change: they are not looked into.
+_LIBRARIES = {*("torch", "numpy", "scipy", "curvlinops"), *sys.stdlib_module_names}
+#: How code loads variables from around all functions.
+_LOADS = "LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"
+#: What reaches variables whose names are not in the code.
+_DYNAMIC = {"__import__", "eval", "exec", "globals"}
+#: Methods with two underscores that are called by name, if at all.
+_CALLED_BY_NAME = {
+    *("__init__", "__new__", "__init_subclass__", "__class_getitem__", "__del__"),
+    *("__setattr__", "__delattr__", "__repr__", "__str__", "__format__", "__dir__"),
+    *("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__sizeof__"),
+    *("__copy__", "__deepcopy__"),
+}
 #: Most marks of a function that is told apart: it is looked at before every product.
 _MOST = 1000
 
@@ -80,7 +108,8 @@ def key_of(method: str, body: Any, risk: Any, given: Any = None) -> Identity | N
     Returns
     -------
     Identity or None
-        ``None`` if the body cannot be told from others, hence is not recorded.
+        ``None`` if the body cannot be told from others, hence is not recorded; or if
+        the risk has met too many.
 
     Raises
     ------
@@ -88,7 +117,8 @@ def key_of(method: str, body: Any, risk: Any, given: Any = None) -> Identity | N
         If a name is given that others might use, too.
     """
     if given is None:
-        return identity_of(body, risk, method)
+        found = identity_of(body, risk, method)
+        return found if found is not None and risk.admits(found) else None
     if isinstance(given, Identity):
         return None if given is UNRECORDED else given
     raise TypeError(
@@ -136,15 +166,18 @@ def identity_of(body: Any, risk: Any = None, *marks: Hashable) -> Identity | Non
     Notes
     -----
     A function is its code, its defaults, and the values of the variables that it takes
-    from around it, global ones included. What can be imported under its own name is
-    taken for what it is now. An object is its class and its attributes. Numbers and
-    strings count by value, modules, classes and functions of C by which they are.
+    from around it, global ones included, and so on for the functions among these. An
+    object is its class and its attributes. Of classes and modules those attributes
+    count whose names are in the code, and methods that are called without a name.
+    Numbers and strings count by value. What comes with Python, torch, NumPy or SciPy
+    does not change.
 
-    Cost: a microsecond or two for functions that capture little.
+    Cost: a few microseconds for functions that capture little.
     """
     walk = _Walk(risk)
     try:
-        walk.body(body)
+        walk.value(body)
+        walk.attributes()
     except (_UnknownError, RecursionError):
         return None
     return Identity((*marks, *walk.marks), walk.held)
@@ -159,124 +192,298 @@ class _Walk:
 
     def __init__(self, risk: Any) -> None:
         self._risk = risk
-        self._open: dict[int, int] = {}
+        #: Where marks of what is being looked into, or not looked into twice, begin.
+        self._places: dict[int, int] = {}
+        #: Names in the code, and what has attributes that they may refer to.
+        self._names: dict[str, None] = {}
+        self._owners: list[_Owner] = []
+        self._classes: set[type] = set()
         self.marks: list[Any] = []
         self.held: list[Any] = []
 
-    def body(self, value: Any) -> None:
-        """Look into a function, or an object that can be called."""
-        if isinstance(value, FunctionType):
-            self._function(value)
-            return
-        self._value(value)
-        if isinstance(call := vars(type(value)).get("__call__"), FunctionType):
-            self._function(call)
+    def value(self, value: Any) -> None:
+        """Look into anything."""
+        kind: Any = type(value)
+        marks = self.marks
+        if kind in _PLAIN:
+            marks += (kind, value)
+            if kind is str:
+                self._names[value] = None  # for `getattr`
+        elif kind in _PRINTED:
+            marks += (kind, repr(value))
+        elif (place := self._places.get(id(value))) is not None:
+            marks.append(place)
+        elif len(marks) > _MOST:
+            raise _UnknownError
+        else:
+            self._places[id(value)] = len(marks)
+            marks.append(kind)
+            _way_into(kind)(self, value)
+            if kind in _MAY_BE_EQUAL:
+                del self._places[id(value)]
+
+    def attributes(self) -> None:
+        """Look into attributes whose names are in the code, or are called unnamed."""
+        asked: list[int] = []
+        while asked != [len(self._names)] * len(self._owners):
+            asked += [0] * (len(self._owners) - len(asked))
+            for number, owner in enumerate([*self._owners]):
+                names = [*self._names][asked[number] :]
+                asked[number] += len(names)
+                for namespace in owner.namespaces:
+                    for name in filter(namespace.__contains__, names):
+                        value = namespace[name]
+                        if owner.looked_into or type(value) in _PLAIN | _PRINTED:
+                            self.marks += (number, name)
+                            self.value(value)
 
     def _same(self, value: Any) -> None:
         """Mark an object by which it is."""
         self.held.append(value)
         self.marks.append(id(value))
 
-    def _value(self, value: Any) -> None:
-        kind = type(value)
-        if len(self.marks) > _MOST:
-            raise _UnknownError
-        if kind in _PLAIN or isinstance(value, np.dtype):
-            self.marks += (kind, repr(value))
-        elif value is self._risk:
-            self.marks.append("the risk")
-        elif isinstance(value, _FIXED) or _is_importable(value):
-            self._same(value)
-        elif id(value) in self._open:
-            self.marks.append(self._open[id(value)])
-        else:
-            self._open[id(value)] = len(self._open)
-            self.marks.append(kind)
-            self._compound(value, kind)
-            del self._open[id(value)]
+    def _class(self, kind: type) -> None:
+        """Note a class whose methods and attributes may count."""
+        if _is_library_class(kind) or kind in self._classes:
+            return
+        own = [vars(base) for base in kind.__mro__ if not _is_library_class(base)]
+        self._classes.add(kind)
+        self._owners.append(_Owner(True, own))
+        for namespace in own:
+            for name, method in [*namespace.items()]:
+                if (
+                    type(method) is FunctionType
+                    and name[:2] == "__" == name[-2:]
+                    and name not in _CALLED_BY_NAME
+                ):
+                    self.marks.append(name)
+                    self.value(method)
 
-    def _compound(self, value: Any, kind: type) -> None:
-        """Look into what consists of other values."""
-        if kind is FunctionType:
-            self._function(value)
-        elif kind in (tuple, list):
-            self.marks.append(len(value))
-            for part in value:
-                self._value(part)
-        elif kind is dict:
-            self.marks.append(len(value))
-            for key, part in value.items():
-                self._value(key)
-                self._value(part)
-        elif kind is MethodType:
-            self._value(value.__func__)
-            self._value(value.__self__)
-        elif kind is partial:
-            self._value(value.func)
-            self._value(value.args)
-            self._value(value.keywords)
-        elif _keeps_all_in_attributes(kind):
-            self._value(vars(value))
+    def _object(self, value: Any) -> None:
+        if value is self._risk:
+            self._owners.append(_Owner(False, [vars(value)]))
         else:
+            self._attributes_of(value)
+        self._class(type(value))
+
+    def _type(self, value: type) -> None:
+        self._same(value)
+        self._class(value)
+        self._class(type(value))
+
+    def _module(self, value: ModuleType) -> None:
+        self._same(value)
+        own = not _is_library(value.__name__)
+        self._owners.append(_Owner(own, [vars(value)]))
+
+    def _fixed(self, value: Any) -> None:
+        self._same(value)
+        self._class(type(value))
+
+    def _library(self, value: Any) -> None:
+        if not _is_of_library(value):
             raise _UnknownError
+        self._same(value)
+
+    def _number(self, value: np.number[Any]) -> None:
+        self.marks.append(value.tobytes())
+
+    def _data_type(self, value: np.dtype[Any]) -> None:
+        self.marks.append(repr(value))
+
+    def _property(self, value: property) -> None:
+        self.value(value.fget)
+
+    def _cached_property(self, value: cached_property[Any]) -> None:
+        self.value(value.func)
+
+    def _named_tuple(self, value: tuple[Any, ...]) -> None:
+        self._sequence(value)
+        self._class(type(value))
+
+    def _sequence(self, value: tuple[Any, ...] | list[Any]) -> None:
+        if len(value) > _MOST:
+            raise _UnknownError
+        self.marks.append(len(value))
+        for part in value:
+            self.value(part)
+
+    def _mapping(self, value: dict[Any, Any]) -> None:
+        self.marks.append(len(value))
+        for key, part in value.items():
+            self.value(key)
+            self.value(part)
+
+    def _attributes_of(self, value: Any) -> None:
+        attributes = vars(value)
+        self.marks.append(len(attributes))
+        for name, part in attributes.items():
+            self.marks.append(name)
+            self.value(part)
+
+    def _partial(self, value: partial[Any]) -> None:
+        self.value(value.func)
+        self._sequence(value.args)
+        self._mapping(value.keywords)
+
+    def _wrapped(
+        self, value: staticmethod[Any, Any] | classmethod[Any, Any, Any]
+    ) -> None:
+        self.value(value.__func__)
+
+    def _method(self, value: MethodType | BuiltinFunctionType) -> None:
+        """Look into a method, and the object it belongs to."""
+        if isinstance(value, MethodType):
+            self.value(value.__func__)
+        elif value.__self__ is None or isinstance(value.__self__, (type, ModuleType)):
+            self._same(value)  # a function
+            return
+        else:
+            self.marks.append(value.__name__)
+        self.value(value.__self__)
 
     def _function(self, function: FunctionType) -> None:
         code, surroundings = function.__code__, function.__globals__
         self._same(code)
-        self._same(surroundings)
-        for captured in (function.__defaults__, function.__kwdefaults__):
-            if captured is not None:
-                self._value(captured)
+        if function.__defaults__ or function.__kwdefaults__:
+            self.value(function.__defaults__)
+            self.value(function.__kwdefaults__)
         for cell in function.__closure__ or ():
             try:
-                self._value(cell.cell_contents)
+                self.value(cell.cell_contents)
             except ValueError:  # not assigned yet
                 raise _UnknownError from None
-        for name in _global_names(code):
+        if _is_library(surroundings.get("__name__")):
+            return
+        names = _names_in(code)
+        self._names.update(names.attributes)
+        for name in names.variables:
             if name in surroundings:
-                self._value(surroundings[name])
-            elif not hasattr(builtins, name):
-                raise _UnknownError  # it may come later
+                self.value(surroundings[name])
+            elif hasattr(builtins, name) and name not in _DYNAMIC:
+                self.value(getattr(builtins, name))
+            else:
+                raise _UnknownError  # or it may come later
+        for name in names.modules:
+            if name not in sys.modules:
+                raise _UnknownError
+            self.value(sys.modules[name])
+        if function.__dict__:
+            self._attributes_of(function)
 
 
-#: Names of global variables by the ``id`` of the code that asks for them, and the code.
-_NAMES: dict[int, tuple[tuple[str, ...], CodeType]] = {}
+class _Owner(NamedTuple):
+    """Something with attributes: a class or a module.
+
+    Of what is not looked into, only numbers and strings count.
+    """
+
+    looked_into: bool
+    namespaces: Sequence[Mapping[str, Any]]
 
 
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """Return the names of the global variables that code asks for."""
-    if (known := _NAMES.get(id(code))) is not None:
+#: How to look into values of a type, and of its subclasses.
+_WAYS: dict[type, Callable[[_Walk, Any], None]] = {
+    type: _Walk._type,
+    ModuleType: _Walk._module,
+    **dict.fromkeys(_FIXED, _Walk._fixed),
+    type(vars(_Owner)["namespaces"]): _Walk._fixed,  # of any field of a named tuple
+    np.number: _Walk._number,
+    np.dtype: _Walk._data_type,
+    property: _Walk._property,
+    cached_property: _Walk._cached_property,
+}
+#: The same, of a type alone.
+_WAYS_OF_ONE: dict[type, Callable[[_Walk, Any], None]] = {
+    FunctionType: _Walk._function,
+    BuiltinFunctionType: _Walk._method,
+    MethodType: _Walk._method,
+    tuple: _Walk._sequence,
+    list: _Walk._sequence,
+    dict: _Walk._mapping,
+    partial: _Walk._partial,
+    staticmethod: _Walk._wrapped,
+    classmethod: _Walk._wrapped,
+}
+#: Of which one and the same object counts as much as one that is equal.
+_MAY_BE_EQUAL = {tuple, list, dict, partial}
+
+
+class _Names(NamedTuple):
+    """What code refers to by name: as in `_Walk`, each as an ordered set."""
+
+    variables: dict[str, None]
+    modules: dict[str, None]
+    attributes: dict[str, None]
+
+
+#: By the ``id`` of the code, and the code, which is kept for its ``id``.
+_KNOWN: dict[int, tuple[_Names, CodeType]] = {}
+
+
+def _names_in(code: CodeType) -> _Names:
+    """Return the names in code, and in the functions that it defines."""
+    if (known := _KNOWN.get(id(code))) is not None:
         return known[0]
-    loads = ("LOAD_GLOBAL", "LOAD_NAME")
-    found = (i.argval for i in dis.get_instructions(code) if i.opname in loads)
-    names = dict.fromkeys(found)
+    names = _Names({}, {}, dict.fromkeys(code.co_names))
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _LOADS:
+            names.variables[instruction.argval] = None
+        elif instruction.opname == "IMPORT_NAME":
+            names.modules[instruction.argval] = None
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names.update(dict.fromkeys(_global_names(constant)))
-    _NAMES[id(code)] = tuple(names), code
-    return tuple(names)
+            for all_names, more in zip(names, _names_in(constant), strict=True):
+                all_names.update(more)
+        elif isinstance(constant, str):  # for `getattr`
+            names.attributes[constant] = None
+    _KNOWN[id(code)] = names, code
+    return names
 
 
-def _is_importable(value: Any) -> bool:
-    """Whether something is a function, and what its module has under its name."""
-    if not isinstance(value, FunctionType):
+def _is_library(module: Any) -> bool:
+    """Whether a module of that name does not change."""
+    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
+
+
+def _is_of_library(value: Any) -> bool:
+    """Whether something is what a library has under its name."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
+    if not isinstance(module, str) or not isinstance(name, str):
         return False
-    module = sys.modules.get(value.__module__)
-    return getattr(module, value.__qualname__, None) is value
+    path = getattr(value, "__qualname__", name).split(".")
+    start: Any = sys.modules.get(module) if _is_library(module) else None
+    return reduce(lambda part, name: getattr(part, name, None), path, start) is value
 
 
-@cache
+@lru_cache(4096)
+def _is_library_class(kind: type) -> bool:
+    """Whether a class is written in C, or what a library has under its name."""
+    return not kind.__flags__ & _ON_THE_HEAP or _is_of_library(kind)
+
+
+#: A flag of classes that are made by a class statement.
+_ON_THE_HEAP = 1 << 9
+
+
+@lru_cache(4096)
+def _way_into(kind: type) -> Callable[[_Walk, Any], None]:
+    """Return how to look into objects of a type."""
+    if kind in _WAYS_OF_ONE:
+        return _WAYS_OF_ONE[kind]
+    for base, way in _WAYS.items():
+        if issubclass(kind, base):
+            return way
+    if issubclass(kind, tuple) and kind.__basicsize__ == tuple.__basicsize__:
+        return _Walk._named_tuple
+    return _Walk._object if _keeps_all_in_attributes(kind) else _Walk._library
+
+
 def _keeps_all_in_attributes(kind: type) -> bool:
     """Whether an object of a class consists of nothing but its attributes."""
     if issubclass(kind, (Tensor, np.ndarray, torch.nn.Module)):
         return False
-    # Classes of C keep something out of sight, and so do slots.
-    return all(
-        _is_python_class(base) and not vars(base).get("__slots__")
-        for base in kind.__mro__[:-1]
-    )
-
-
-def _is_python_class(kind: type) -> bool:
-    """Whether a class was made by a class statement: on the heap, and open."""
-    return kind.__flags__ & (1 << 8 | 1 << 9) == 1 << 9
+    # Slots, and what classes of C keep out of sight, take room in the object.
+    pointers = (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    size = object.__basicsize__ + pointers * tuple.__itemsize__
+    return bool(kind.__dictoffset__) and kind.__basicsize__ == size

@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._columns import MAX_COLUMNS, column_bytes
-from curvlinops._identity import UNRECORDED
+from curvlinops._identity import UNRECORDED, identity_of
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
@@ -125,7 +125,7 @@ batch_size_fn, mc_samples, seed, **options
 
     def _current(self) -> Tensor:
         """Return the diagonal, computed once until parameters or data change."""
-        risk, middle = self.risk, self._middle
+        risk = self.risk
 
         def compute() -> Tensor:
             ones = torch.ones(risk.space.dim, 1, dtype=risk.space.dtype)
@@ -134,7 +134,8 @@ batch_size_fn, mc_samples, seed, **options
                 :, 0
             ]
 
-        return risk.once((type(self), middle.mc_samples, middle.seed), compute)
+        name = identity_of(self._products, risk)
+        return compute() if name is None else risk.once((type(self), name), compute)
 
     def _products(self, b: Linearization) -> list[Tensor]:
         r"""Return :math:`\sum_i (J^\top a_i) \odot (J^\top b_i)` of a batch."""

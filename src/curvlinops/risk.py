@@ -80,6 +80,8 @@ from curvlinops._watch import Watch
 from curvlinops.losses import Loss, LossFunction, as_loss_function
 
 T = TypeVar("T")
+#: Most matrices of one state that are recorded.
+MAX_MATRICES = 256
 #: Attributes of a risk that are pickled and copied; all others are made from them.
 _KEPT = (
     "model_func",
@@ -378,6 +380,17 @@ class EmpiricalRisk:
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
             self._results: dict[Any, Any] = {}
+            self._admitted: set[Identity] = set()
+
+    def admits(self, key: Identity) -> bool:
+        """Whether products under a name are recorded, since there are few names.
+
+        A body that counts its products, say, has another name in each.
+        """
+        admitted = self._admitted
+        if key not in admitted and len(admitted) < MAX_MATRICES:
+            admitted.add(key)
+        return key in admitted
 
     def _make_loss_function(self) -> LossFunction | None:
         """Read the options of the user's loss."""
