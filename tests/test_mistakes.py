@@ -1006,6 +1006,17 @@ LOSSES = (
         "BCEWithLogitsLoss",
     ),
     (
+        "labels that are no probabilities",
+        lambda: make(
+            model=nn.Sequential(nn.Linear(3, 2), nn.Sigmoid()),
+            loss=nn.BCELoss(),
+            data=[(torch.zeros(4, 3), torch.full((4, 2), -1.0))],
+        ),
+        V,
+        r"target contains -1\.0.*no probability",
+        "map labels to 0 and 1",
+    ),
+    (
         "labels without an axis",
         lambda: make(
             model=nn.Sequential(nn.Linear(3, 2), nn.Flatten(0)),

@@ -155,8 +155,8 @@ class BCE(Elementwise):
     Raises
     ------
     ValueError
-        If the output has entries that are no probabilities, the target's shape is not
-        the output's, or weights do not broadcast to it.
+        If the output or the target has entries that are no probabilities, the target's
+        shape is not the output's, or weights do not broadcast to it.
 
     Examples
     --------
@@ -172,14 +172,21 @@ class BCE(Elementwise):
         self, output: Tensor, target: Tensor, *, weight: Tensor | None = None
     ) -> None:
         super().__init__(output, target, weight=weight)
-        f = output.detach()
-        wrong = ~((f >= 0) & (f <= 1))
-        if wrong.any():
-            raise ValueError(
-                f"The model's output contains {f[wrong][0].item()}, which is no "
-                "probability: end the model with a sigmoid, or use "
-                "nn.BCEWithLogitsLoss() for logits."
-            )
+        for what, values, cure in (
+            (
+                "model's output",
+                output.detach(),
+                "end the model with a sigmoid, or use nn.BCEWithLogitsLoss() for "
+                "logits",
+            ),
+            ("target", self.target, "map labels to 0 and 1"),
+        ):
+            wrong = ~((values >= 0) & (values <= 1))
+            if wrong.any():
+                raise ValueError(
+                    f"The {what} contains {values[wrong][0].item()}, which is no "
+                    f"probability: {cure}."
+                )
 
     def _evaluate(self, output: Tensor) -> Tensor:
         return self._total(F.binary_cross_entropy, output)
