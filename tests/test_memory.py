@@ -58,6 +58,7 @@ def test_free_memory_without_proc(monkeypatch):
         np._core._exceptions._ArrayMemoryError((1,), np.dtype(float)),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("unable to mmap 4096 bytes: Cannot allocate memory (12)"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.04 GB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublas...`"),
     ],
@@ -71,6 +72,24 @@ def test_out_of_memory_is_recognised(error):
     wrapped.__cause__ = error
     with pytest.raises(ValueError, match="failed"):
         raise_if_out_of_memory(wrapped)
+
+
+def test_an_error_of_the_models_own_does_not_hide_it():
+    def model(hides):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        except RuntimeError:
+            if hides:
+                raise ValueError("the model failed") from None
+            raise ValueError("the model failed")  # noqa: B904
+
+    with pytest.raises(ValueError, match="failed") as caught:
+        model(hides=False)
+    with pytest.raises(ValueError, match="failed"):
+        raise_if_out_of_memory(caught.value)
+    with pytest.raises(ValueError, match="failed") as caught:
+        model(hides=True)
+    raise_if_out_of_memory(caught.value)
 
 
 def test_a_real_allocation_that_fails():

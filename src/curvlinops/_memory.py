@@ -10,9 +10,11 @@ import torch
 #: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
 AUTO_FRACTION = 0.4
 #: What torch says where it raises a mere `RuntimeError`: its allocators for a CPU and
-#: for Apple's GPUs, and CUDA with its libraries.
+#: for Apple's GPUs, CUDA with its libraries, and what maps files into memory.
 _OUT_OF_MEMORY = re.compile(
-    "can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
+    "(can't|cannot|unable to|failed to) allocate|not enough memory|out of memory"
+    "|ALLOC_FAILED",
+    re.IGNORECASE,
 )
 _CURE = (
     "Memory ran out in a part of the work that can be bounded: pass `max_memory=`, "
@@ -25,7 +27,8 @@ def raise_if_out_of_memory(error: BaseException) -> None:
 
     To be called first wherever an error means that something optional cannot be done,
     since lack of memory passes: it is no property of the model, its data, or an
-    operation.
+    operation. Errors that were raised while handling another one have the cause of
+    that one, unless they say ``from None``.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -35,7 +38,8 @@ def raise_if_out_of_memory(error: BaseException) -> None:
             if _CURE not in getattr(error, "__notes__", ()):
                 error.add_note(_CURE)
             raise error
-        cause = cause.__cause__
+        hidden = cause.__suppress_context__
+        cause = cause.__cause__ or (None if hidden else cause.__context__)
 
 
 def free_memory(device: torch.device) -> int:
