@@ -117,8 +117,11 @@ def key_of(method: str, body: Any, risk: Any, given: Any = None) -> Identity | N
         If a name is given that others might use, too.
     """
     if given is None:
-        found = identity_of(body, risk, method)
-        return found if found is not None and risk.admits(found) else None
+        walk = _walked(body, risk)
+        if walk is None:
+            return None
+        known: Identity | None = risk.admitted((method, *walk.marks), walk.held)
+        return known
     if isinstance(given, Identity):
         return None if given is UNRECORDED else given
     raise TypeError(
@@ -174,13 +177,20 @@ def identity_of(body: Any, risk: Any = None, *marks: Hashable) -> Identity | Non
 
     Cost: a few microseconds for functions that capture little.
     """
+    walk = _walked(body, risk)
+    return None if walk is None else Identity((*marks, *walk.marks), walk.held)
+
+
+def _walked(body: Any, risk: Any) -> _Walk | None:
+    """Look into all that a function is made of, if that can be told."""
     walk = _Walk(risk)
     try:
         walk.value(body)
-        walk.attributes()
+        if walk.names and walk.owners:
+            walk.attributes()
     except (_UnknownError, RecursionError):
         return None
-    return Identity((*marks, *walk.marks), walk.held)
+    return walk
 
 
 class _UnknownError(Exception):
@@ -190,13 +200,15 @@ class _UnknownError(Exception):
 class _Walk:
     """Notes all that a function is made of."""
 
+    __slots__ = "_classes", "_places", "_risk", "held", "marks", "names", "owners"
+
     def __init__(self, risk: Any) -> None:
         self._risk = risk
         #: Where marks of what is being looked into, or not looked into twice, begin.
         self._places: dict[int, int] = {}
         #: Names in the code, and what has attributes that they may refer to.
-        self._names: dict[str, None] = {}
-        self._owners: list[_Owner] = []
+        self.names: dict[str, None] = {}
+        self.owners: list[_Owner] = []
         self._classes: set[type] = set()
         self.marks: list[Any] = []
         self.held: list[Any] = []
@@ -208,7 +220,7 @@ class _Walk:
         if kind in _PLAIN:
             marks += (kind, value)
             if kind is str:
-                self._names[value] = None  # for `getattr`
+                self.names[value] = None  # for `getattr`
         elif kind in _PRINTED:
             marks += (kind, repr(value))
         elif (place := self._places.get(id(value))) is not None:
@@ -225,10 +237,10 @@ class _Walk:
     def attributes(self) -> None:
         """Look into attributes whose names are in the code, or are called unnamed."""
         asked: list[int] = []
-        while asked != [len(self._names)] * len(self._owners):
-            asked += [0] * (len(self._owners) - len(asked))
-            for number, owner in enumerate([*self._owners]):
-                names = [*self._names][asked[number] :]
+        while asked != [len(self.names)] * len(self.owners):
+            asked += [0] * (len(self.owners) - len(asked))
+            for number, owner in enumerate([*self.owners]):
+                names = [*self.names][asked[number] :]
                 asked[number] += len(names)
                 for namespace in owner.namespaces:
                     for name in filter(namespace.__contains__, names):
@@ -248,7 +260,7 @@ class _Walk:
             return
         own = [vars(base) for base in kind.__mro__ if not _is_library_class(base)]
         self._classes.add(kind)
-        self._owners.append(_Owner(True, own))
+        self.owners.append(_Owner(True, own))
         for namespace in own:
             for name, method in [*namespace.items()]:
                 if (
@@ -261,7 +273,7 @@ class _Walk:
 
     def _object(self, value: Any) -> None:
         if value is self._risk:
-            self._owners.append(_Owner(False, [vars(value)]))
+            self.owners.append(_Owner(False, [vars(value)]))
         else:
             self._attributes_of(value)
         self._class(type(value))
@@ -274,7 +286,7 @@ class _Walk:
     def _module(self, value: ModuleType) -> None:
         self._same(value)
         own = not _is_library(value.__name__)
-        self._owners.append(_Owner(own, [vars(value)]))
+        self.owners.append(_Owner(own, [vars(value)]))
 
     def _fixed(self, value: Any) -> None:
         self._same(value)
@@ -356,7 +368,7 @@ class _Walk:
         if _is_library(surroundings.get("__name__")):
             return
         names = _names_in(code)
-        self._names.update(names.attributes)
+        self.names.update(names.attributes)
         for name in names.variables:
             if name in surroundings:
                 self.value(surroundings[name])
@@ -441,6 +453,7 @@ def _names_in(code: CodeType) -> _Names:
     return names
 
 
+@lru_cache(4096)
 def _is_library(module: Any) -> bool:
     """Whether a module of that name does not change."""
     return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES

@@ -380,17 +380,18 @@ class EmpiricalRisk:
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
             self._results: dict[Any, Any] = {}
-            self._admitted: set[Identity] = set()
+            self._admitted: dict[tuple[Any, ...], Identity] = {}
 
-    def admits(self, key: Identity) -> bool:
-        """Whether products under a name are recorded, since there are few names.
+    def admitted(self, marks: tuple[Any, ...], held: list[Any]) -> Identity | None:
+        """Return the name of a matrix that is recorded, if there are not too many.
 
-        A body that counts its products, say, has another name in each.
+        A body that counts its products, say, has another name in each. Equal names are
+        one object, which is fast to look up.
         """
-        admitted = self._admitted
-        if key not in admitted and len(admitted) < MAX_MATRICES:
-            admitted.add(key)
-        return key in admitted
+        known = self._admitted.get(marks)
+        if known is None and len(self._admitted) < MAX_MATRICES:
+            known = self._admitted[marks] = Identity(marks, held)
+        return known
 
     def _make_loss_function(self) -> LossFunction | None:
         """Read the options of the user's loss."""
