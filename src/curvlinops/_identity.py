@@ -200,8 +200,6 @@ class _UnknownError(Exception):
 class _Walk:
     """Notes all that a function is made of."""
 
-    __slots__ = "_classes", "_places", "_risk", "held", "marks", "names", "owners"
-
     def __init__(self, risk: Any) -> None:
         self._risk = risk
         #: Where marks of what is being looked into, or not looked into twice, begin.
