@@ -320,14 +320,14 @@ class _Walk:
 
     def _mapping(self, value: dict[Any, Any]) -> None:
         self.marks.append(len(value))
-        for key, part in value.items():
+        for key, part in [*value.items()]:  # others may write meanwhile
             self.value(key)
             self.value(part)
 
     def _attributes_of(self, value: Any) -> None:
         attributes = vars(value)
         self.marks.append(len(attributes))
-        for name, part in attributes.items():
+        for name, part in [*attributes.items()]:  # others may write meanwhile
             self.marks.append(name)
             self.value(part)
 
