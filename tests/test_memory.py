@@ -154,6 +154,10 @@ def ggn(**options):
     return GGNLinearOperator(*problem(), **options)
 
 
+def uncached_ggn(**_):
+    return ggn(cache="off")
+
+
 def hooked_ggn(**options):
     model, *others = problem()
     model[0].register_forward_hook(lambda *_: None)
@@ -194,7 +198,7 @@ def ekfac(**options):
 
 
 ROADS = {
-    "forward mode": (ggn, _model.Model, "directional", None),
+    "forward mode": (uncached_ggn, _model.Model, "directional", None),
     "recording": (wide_ggn, _replay, "record", None),
     "several replayed at once": (wide_ggn, _replay.Program, "vectorised", None),
     "columns at once": (
