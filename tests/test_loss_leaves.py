@@ -84,6 +84,22 @@ class Penalised(nn.Module):
         return self(f, y)
 
 
+class SquaredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        ctx.save_for_backward(p)
+        return p.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (p,) = ctx.saved_tensors
+        return 2 * g * p
+
+
+def squared_norm(p: Tensor) -> Tensor:
+    return p.square().sum()
+
+
 X = joined()[0]
 DEPENDENT = {
     "decay": with_term(decay),
@@ -102,6 +118,13 @@ DEPENDENT = {
     "listed": prepared(lambda m: [*m.parameters()]),
     "views": prepared(lambda m: [m[0].weight.view(-1)[3:], m[2].weight.T]),
     "shared memory": prepared(lambda m: [nn.Parameter(m[0].weight.detach()[1:])]),
+    "function of one's own": with_term(lambda m: SquaredNorm.apply(m[0].weight)),
+    "gradient": with_term(lambda m: torch.func.grad(squared_norm)(m[2].bias).sum()),
+    "slope": with_term(lambda m: torch.func.jacrev(m)(X[0]).square().sum()),
+    "tangent": with_term(
+        lambda m: torch.func.jvp(squared_norm, (m[2].bias,), (m[2].bias,))[1]
+    ),
+    "each row": with_term(lambda m: torch.vmap(squared_norm)(m[0].weight).sum()),
     "temperature": lambda m: lambda f, y: F.cross_entropy(f * m[2].bias, y),
     "module": Penalised,
     "method": lambda m: Penalised(m).method,
@@ -113,6 +136,16 @@ CONSTANT = {
     "plain": with_term(lambda m: 0.0),
     "detached": with_term(lambda m: m[0].weight.detach().norm()),
     "data": with_term(lambda m: m[0].weight.data.norm()),
+    "function of what is detached": with_term(
+        lambda m: SquaredNorm.apply(m[0].weight.detach())
+    ),
+    "function without gradients": with_term(
+        lambda m: torch.no_grad()(SquaredNorm.apply)(m[0].weight)
+    ),
+    "detached slope": with_term(lambda m: torch.func.jacrev(m)(X[0]).detach().sum()),
+    "inference": with_term(
+        lambda m: torch.inference_mode()(lambda: float(m[0].weight.norm()))()
+    ),
     "numbers": with_term(lambda m: m[0].weight.norm().item()),
     "numpy": with_term(lambda m: np.abs(m[0].weight.detach().numpy()).sum()),
     "own policy": with_term(

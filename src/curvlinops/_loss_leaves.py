@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -71,11 +72,9 @@ def parameters_in_loss(
     through: set[int] = set()
     roots = {id(_root(p)) for p, _ in model.users if not _leaves_traces(p)}
     for f in (constant, output):
+        mode = _Differentiable(roots)
         try:
-            with (
-                warnings.catch_warnings(),
-                _Differentiable(roots) if roots else nullcontext(),
-            ):
+            with warnings.catch_warnings(), mode if roots else nullcontext():
                 warnings.simplefilter("ignore")  # what is evaluated anyway warns, too
                 value = loss_func(f, target)
                 value = value.value() if isinstance(value, Loss) else value
@@ -85,7 +84,7 @@ def parameters_in_loss(
             continue
         if not isinstance(value, Tensor):
             return []
-        leaves = [t for t in graph_leaves(value) if id(t) not in through]
+        leaves = [t for t in graph_leaves(value) if id(t) not in through] + mode.hidden
         named = [*model.users, *((p, name) for name, p in model.aliases.items())]
         return sorted({n for p, n in named if any(_overlap(t, p) for t in leaves)})
     return []
@@ -95,6 +94,8 @@ def parameters_in_loss(
 _FUNCTIONS = [
     getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")
 ]
+#: What asks or says something of a tensor itself, not of what it holds.
+_OF_ITSELF = [torch.autograd.grad, Tensor.requires_grad_]
 #: What refuses tensors that require gradients.
 _TO_NUMPY = [Tensor.numpy, Tensor.__array__, Tensor.__dlpack__]
 
@@ -106,26 +107,60 @@ class _Differentiable(TorchFunctionMode):
     ----------
     roots : set of int
         The ``id`` of the tensors that are replaced, with their views.
+
+    Attributes
+    ----------
+    hidden : list of Tensor
+        Those that are met in the forward pass of an `autograd.Function`, which builds
+        no graph.
     """
 
     def __init__(self, roots: set[int]) -> None:
         super().__init__()
+        self.hidden: list[Tensor] = []
         self._roots = roots
+        #: Whether nobody but such a function has turned gradients off.
+        self._asked_for = torch.is_grad_enabled()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__" and func not in _FUNCTIONS:
+        self._asked_for |= torch.is_grad_enabled()
+        if func is torch._C._set_grad_enabled:
+            (self._asked_for,) = args
+        if func in _OF_ITSELF or _is_question(func):
             return func(*args, **kwargs)
         change = torch.detach if func in _TO_NUMPY else self._replaced
         args, kwargs = tree_map_only(Tensor, change, (args, kwargs))
         return func(*args, **kwargs)
 
     def _replaced(self, tensor: Tensor) -> Tensor:
-        if _leaves_traces(tensor) or id(_root(tensor)) not in self._roots:
+        plain = _unwrapped(tensor)
+        if _leaves_traces(plain) or id(_root(plain)) not in self._roots:
             return tensor
-        return tensor.detach().requires_grad_()
+        if not torch.is_grad_enabled():
+            if self._asked_for and not torch.is_inference_mode_enabled():
+                self.hidden.append(plain)
+            return tensor
+        with temporarily_clear_interpreter_stack():
+            leaf = plain.detach().requires_grad_()
+            if plain is tensor:
+                return leaf
+            zero = (leaf - leaf.detach()).sum()
+        return tensor + zero
+
+
+def _is_question(function: Any) -> bool:
+    """Whether a function asks what kind of tensor its argument is."""
+    return getattr(function, "__name__", "") == "__get__" and function not in _FUNCTIONS
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor that transformations of `torch.func` have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _leaves_traces(tensor: Tensor) -> bool:
