@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -349,7 +350,8 @@ def in_batch_negatives(f: Tensor, y: Tensor) -> Tensor:
 
 
 def pairs(*sizes: int) -> Data:
-    return [(X, X.exp() @ torch.ones(2, 3, dtype=DOUBLE)) for X, _ in rows(*sizes)]
+    weight = torch.tensor([[1.0, -0.5, 0.2], [0.3, 1.0, -1.0]], dtype=DOUBLE)
+    return [(X, X.exp() @ weight) for X, _ in rows(*sizes)]
 
 
 @EVERYWHERE
@@ -373,6 +375,16 @@ def test_in_batch_negatives(checked: bool):
     )
     assert torch.allclose(H.to_dense(), total, rtol=1e-10)
     HessianLinearOperator(model, in_batch_negatives, "*", data[:1])  # without a word
+
+
+@EVERYWHERE
+def test_losses_whose_derivatives_are_rounding_errors(checked: bool):
+    """All targets have one direction, so that all scores of a datum are alike."""
+    data = [(X, torch.ones(len(X), 3, dtype=DOUBLE)) for X, _ in rows(2, 5)]
+    arguments: Any = build(), in_batch_negatives, "*", data
+    with pytest.warns(UserWarning, match="derivative by the outputs is zero"):
+        H = HessianLinearOperator(*arguments, check_deterministic=checked)
+        assert H.to_dense().abs().max() < 1e-12
 
 
 def test_an_attribute_decides_what_cannot_be_found():
@@ -425,6 +437,39 @@ def test_targets_that_cannot_be_cut():
         EmpiricalRisk(build(), label_by_label, "*", data)
     H = HessianLinearOperator(build(), label_by_label, "*", data, reduction="sum")
     expected = hessian(build(), partial(together, SUM, ROWS))
+    assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("kind", ["list", "array", "number", "tensor"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_single_data_with_targets_that_cannot_be_put_together(
+    reduction: str, kind: str, checked: bool
+):
+    """Of a batch twice, they give what they should."""
+
+    def loss(f: Tensor, y: Any) -> Tensor:
+        gaps = f - torch.as_tensor(y, dtype=f.dtype)
+        return gaps.square().sum() if reduction == "sum" else gaps.square().mean()
+
+    X = torch.cat([X for X, _ in rows(3)])
+    y = torch.tensor([[0.5], [1.5], [-0.5]], dtype=DOUBLE)
+    make = {
+        "list": Tensor.tolist,
+        "array": Tensor.numpy,
+        "number": float,
+        "tensor": Tensor.squeeze,
+    }[kind]
+    data = [(x[None], make(t)) for x, t in zip(X, y, strict=True)]
+    arguments: Any = build(), loss, "*", data
+    expected = hessian(build(), lambda model: loss(model(X), y))
+    warned: Any = pytest.warns(UserWarning, match="cannot be put together")
+    with nullcontext() if reduction == "sum" else warned:
+        H = HessianLinearOperator(*arguments, check_deterministic=checked)
+        assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
+    H = HessianLinearOperator(
+        *arguments, reduction=reduction, check_deterministic=checked
+    )
     assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from curvlinops._data import cut, joined, leaves_in, mapped
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._objects import content_of, described
 
 #: Outputs of more entries keep their precision: what is evaluated here in float64 would
 #: take several times as much memory as their gradient.
@@ -99,6 +100,11 @@ class Batch:
     target: Any
     size: int
 
+    @property
+    def datum(self) -> tuple[int, ...]:
+        """Shape of the outputs of one datum."""
+        return len(self.output) // self.size, *self.output.shape[1:]
+
     def to(self, dtype: torch.dtype, scale: float = 1.0) -> Batch:
         """Convert floating-point numbers, and divide outputs by a scale."""
         f, y = self.output, self.target
@@ -128,9 +134,12 @@ def put_together(batches: Iterable[Batch]) -> Batch:
     """
     batches = list(batches)
     values, sizes = [(b.output, b.target) for b in batches], [b.size for b in batches]
-    others = [[x for x in leaves_in(v) if not torch.is_tensor(x)] for v in values]
+    others = [
+        [content_of(x) or described(x) for x in leaves_in(v) if not torch.is_tensor(x)]
+        for v in values
+    ]
     if any(other != others[0] for other in others):
-        raise ValueError("The batches differ in more than their data.")
+        raise ValueError("they differ in more than tensors with an axis for data")
     try:
         f, y = joined(values, sizes, several=True)
     except RuntimeError as error:
@@ -169,7 +178,8 @@ class Evidence:
         self._first: Batch | None = None
         self._batches = 0
         #: What was seen, with a reason: that the loss is a "sum", or a "mean", or
-        #: "neither", that batches stay "apart", or that something is "unknown".
+        #: "neither", that batches stay "apart", or their targets "uncut", or that
+        #: something is "unknown".
         self._seen: dict[str, str] = {}
 
     def add(self, output: Tensor, target: Any, size: int | None) -> None:
@@ -229,8 +239,13 @@ class Evidence:
                 f"{'twice that' if name == 'sum' else 'that'} of the batch. "
                 "`reduction` says what the loss does, and changes nothing about it."
             )
-        if name == "mean" and "apart" in seen:
-            return assumed if told else replace(assumed, wrong=seen["apart"])
+        if name == "mean" and {"apart", "uncut"} & seen.keys():
+            assumed = replace(assumed, name=name)
+            if told or ("apart" not in seen and declared == name):
+                return assumed
+            doubt = f"batches cannot be put together ({seen.get('uncut')})"
+            wrong = seen.get("apart", "")
+            return replace(assumed, wrong=wrong, doubt="" if wrong else doubt)
         return replace(assumed, name=name, found=True)
 
     def _look(self, batch: Batch) -> dict[str, str]:
@@ -251,11 +266,12 @@ class Evidence:
     def _noise(self, batch: Batch) -> float:
         """Return what gradients may be from rounding errors only."""
         try:
-            usual = self._evaluate(batch, curvature=True).gradient.abs().max()
+            value, usual = self._evaluate(batch, curvature=True)
         except Exception as error:  # of a loss that takes no other outputs
             raise_if_out_of_memory(error)
             return 0.0
-        return 4 * EPS * float(usual.nan_to_num(0.0, 0.0))
+        sizes = torch.stack([value.abs() / usual.numel(), usual.abs().max()])
+        return 4 * EPS * float(sizes.nan_to_num(0.0, 0.0).max())
 
     def _converted(self, batch: Batch) -> tuple[Batch, Batch | None]:
         """Return a batch, and the first one, in the best precision the loss takes."""
@@ -295,6 +311,8 @@ class Evidence:
             try:
                 together = put_together(batches)
             except ValueError as error:
+                if batches[0].datum == batch.datum:  # but targets are no tensors, say
+                    return {**seen, "uncut": f"{error}"}
                 reason = (
                     f"The loss is a {kind} of each batch, but their weights are not "
                     f"known, since they cannot be put together ({error}). Pass "
