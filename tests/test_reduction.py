@@ -485,6 +485,22 @@ def test_targets_with_constants():
     assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
 
 
+@EVERYWHERE
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_targets_with_constants_as_long_as_a_batch(size: int, checked: bool):
+    prototypes = torch.randn(4, 3, dtype=DOUBLE)
+
+    def loss(f: Tensor, y: tuple[Tensor, Tensor]) -> Tensor:
+        labels, prototypes = y
+        return F.cross_entropy(f @ prototypes.T, labels)
+
+    data = [(X, (y, prototypes.clone())) for X, y in rows(size, size, size)]
+    H = HessianLinearOperator(build(), loss, "*", data, check_deterministic=checked)
+    X, y = (torch.cat(part) for part in zip(*rows(size, size, size), strict=True))
+    expected = hessian(build(), lambda model: loss(model(X), (y, prototypes)))
+    assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
+
+
 def test_no_targets():
     def loss(f: Tensor, _: None) -> Tensor:
         return f.square().sum()

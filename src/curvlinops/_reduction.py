@@ -19,13 +19,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from curvlinops._data import cut, joined, leaves_in, mapped
+from curvlinops._data import (
+    cut,
+    holds_objects,
+    joined,
+    leaves_in,
+    mapped,
+    tensors_in,
+)
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._objects import content_of, described
 
@@ -34,6 +41,9 @@ from curvlinops._objects import content_of, described
 LARGE = 1 << 22
 #: Rounding error of what is evaluated here; losses may compute in single precision.
 EPS = torch.finfo(torch.float32).eps
+
+#: What speaks against a sum or a mean.
+_DOUBTS = {"neither", "unknown"}
 
 _CURE = (
     "Pass `num_terms_fn`, which maps (prediction, y) to the number of terms that the "
@@ -94,11 +104,16 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Batch:
-    """Outputs and targets of ``size`` data."""
+    """Outputs and targets of ``size`` data.
+
+    Tensors among the targets at places that are ``fixed`` are no data, whatever their
+    length.
+    """
 
     output: Tensor
     target: Any
     size: int
+    fixed: frozenset[int] = frozenset()
 
     @property
     def datum(self) -> tuple[int, ...]:
@@ -116,12 +131,39 @@ class Batch:
     def halves(self) -> list[Batch]:
         """Cut the data in two, if there are two."""
         ends = [0, self.size // 2, self.size] if self.size > 1 else []
-        return [self._part(start, stop) for start, stop in pairwise(ends)]
+        return [
+            self.with_tensors(
+                cut(self.tensors(), self.size, start, stop, several=True), stop - start
+            )
+            for start, stop in pairwise(ends)
+        ]
 
-    def _part(self, start: int, stop: int) -> Batch:
-        value = self.output, self.target
-        f, y = cut(value, self.size, start, stop, several=True)
-        return Batch(f, y, stop - start)
+    def tensors(self) -> list[Tensor]:
+        """Return outputs and targets that have an axis for data, or might.
+
+        Raises
+        ------
+        ValueError
+            If it is not known which do.
+        """
+        if holds_objects(self.target):
+            raise ValueError("which tensors of objects have data is not known")
+        targets = enumerate(tensors_in(self.target))
+        return [self.output, *(t for place, t in targets if place not in self.fixed)]
+
+    def with_tensors(self, tensors: Iterable[Tensor], size: int) -> Batch:
+        """Return other data, whose :meth:`tensors` are given."""
+        output, *others = tensors
+        given, places = iter(others), count()
+        target = mapped(
+            lambda t: t if next(places) in self.fixed else next(given), self.target
+        )
+        return replace(self, output=output, target=target, size=size)
+
+    def alike(self, other: Batch) -> frozenset[int]:
+        """Return places of targets that are tensors of the same entries in another."""
+        pairs = zip(tensors_in(self.target), tensors_in(other.target), strict=False)
+        return frozenset(i for i, (a, b) in enumerate(pairs) if torch.equal(a, b))
 
 
 def put_together(batches: Iterable[Batch]) -> Batch:
@@ -133,19 +175,23 @@ def put_together(batches: Iterable[Batch]) -> Batch:
         If they differ in shape, or in something else than their data.
     """
     batches = list(batches)
-    values, sizes = [(b.output, b.target) for b in batches], [b.size for b in batches]
     others = [
-        [content_of(x) or described(x) for x in leaves_in(v) if not torch.is_tensor(x)]
-        for v in values
+        [
+            content_of(x) or described(x)
+            for x in leaves_in(batch.target)
+            if not torch.is_tensor(x)
+        ]
+        for batch in batches
     ]
     if any(other != others[0] for other in others):
         raise ValueError("they differ in more than tensors with an axis for data")
+    sizes = [batch.size for batch in batches]
     try:
-        f, y = joined(values, sizes, several=True)
+        together = joined([b.tensors() for b in batches], sizes, several=True)
     except RuntimeError as error:
         raise_if_out_of_memory(error)
         raise ValueError(str(error)) from error
-    return Batch(f, y, sum(sizes))
+    return batches[0].with_tensors(together, sum(sizes))
 
 
 class Evaluated(NamedTuple):
@@ -193,17 +239,21 @@ class Evidence:
             reason = "the first axis of the model's output is not that of the data"
             self._seen.setdefault("unknown", reason)
             return
-        batch = Batch(output.detach(), target, size)
-        try:
-            seen = self._look(batch)
-        except Exception as error:  # whatever a user's loss raises for such data
-            raise_if_out_of_memory(error)
-            seen = {
-                "unknown": "it fails if batches are cut or put together "
-                f"({type(error).__name__}: {str(error)[:200]})"
-            }
-        self._seen = {**seen, **self._seen}
-        self._first = self._first or batch
+        batch, first = Batch(output.detach(), target, size), self._first
+        if first is None:
+            self._first = batch
+            self._seen = {**self._looked_at(batch), **self._seen}
+            return
+        batch = replace(batch, fixed=first.fixed)
+        seen = {**self._looked_at(batch, first), **self._seen}
+        if self._batches == 2 and _DOUBTS & seen.keys():
+            # Some targets may be constants, though they are as long as a batch.
+            first, batch = (replace(b, fixed=first.alike(batch)) for b in (first, batch))
+            if first.fixed:
+                again = {**self._looked_at(batch, first), **self._looked_at(first)}
+                if not _DOUBTS & again.keys():
+                    self._first, seen = first, again
+        self._seen = seen
 
     def conclude(self, told: str | None, declared: str | None) -> Reduction:
         """Return what the loss is taken for.
@@ -248,10 +298,21 @@ class Evidence:
             return replace(assumed, wrong=wrong, doubt="" if wrong else doubt)
         return replace(assumed, name=name, found=True)
 
-    def _look(self, batch: Batch) -> dict[str, str]:
-        """Return what is seen of one batch, or nothing where derivatives are zero."""
-        batch, first = self._converted(batch)
-        known = [b for b in (first, batch) if b is not None]
+    def _looked_at(self, batch: Batch, *others: Batch) -> dict[str, str]:
+        """Return what is seen of one batch, alone and together with others."""
+        try:
+            return self._look(batch, *others)
+        except Exception as error:  # whatever a user's loss raises for such data
+            raise_if_out_of_memory(error)
+            return {
+                "unknown": "it fails if batches are cut or put together "
+                f"({type(error).__name__}: {str(error)[:200]})"
+            }
+
+    def _look(self, batch: Batch, *others: Batch) -> dict[str, str]:
+        """Return what is seen, or nothing where derivatives are zero."""
+        batch = self._converted(batch)
+        known = [*(b.to(batch.output.dtype) for b in others), batch]
         scale = max(1.0, *(float(b.output.abs().max()) for b in known))
         bounded = [b.to(b.output.dtype, scale) for b in known]
         noise = self._noise(bounded[-1])
@@ -273,8 +334,8 @@ class Evidence:
         sizes = torch.stack([value.abs() / usual.numel(), usual.abs().max()])
         return 4 * EPS * float(sizes.nan_to_num(0.0, 0.0).max())
 
-    def _converted(self, batch: Batch) -> tuple[Batch, Batch | None]:
-        """Return a batch, and the first one, in the best precision the loss takes."""
+    def _converted(self, batch: Batch) -> Batch:
+        """Return a batch in the best precision the loss takes."""
         own = batch.output.dtype
         single = torch.promote_types(own, torch.float32)
         best = torch.float64 if batch.output.numel() <= LARGE else single
@@ -284,8 +345,8 @@ class Evidence:
             except Exception as error:  # of weights in another precision, say
                 raise_if_out_of_memory(error)
                 continue
-            return converted, self._first and self._first.to(dtype)
-        return batch, self._first
+            return converted
+        return batch
 
     def _compare(
         self, batches: list[Batch], noise: float, curvature: bool
