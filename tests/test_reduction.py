@@ -310,7 +310,7 @@ def test_weights_that_fit_outputs_in_single_precision_only():
         GGNLinearOperator(model, weighted_in_single, "*", data)
     even = partial(F.cross_entropy, weight=torch.ones(3))
     risk = EmpiricalRisk(model, lambda f, y: even(f, y), "*", data)
-    assert risk.loss.reduction == "mean" and risk._reduction.found
+    assert risk.loss.reduction == "mean" and risk.terms.reduction.found
 
 
 @EVERYWHERE
@@ -339,7 +339,7 @@ def test_empirical_fisher_of_data_with_unequal_numbers_of_terms():
     data = sequences((4, 4, 0))
     data[0][1][::2, 1:] = -100
     risk = EmpiricalRisk(build(), by_token, "*", data)
-    assert risk._reduction.found
+    assert risk.terms.reduction.found
     with pytest.raises(ValueError, match="num_terms_fn"):
         EFLinearOperator(risk).to_dense()
 
@@ -385,6 +385,27 @@ def test_losses_whose_derivatives_are_rounding_errors(checked: bool):
     with pytest.warns(UserWarning, match="derivative by the outputs is zero"):
         H = HessianLinearOperator(*arguments, check_deterministic=checked)
         assert H.to_dense().abs().max() < 1e-12
+
+
+@EVERYWHERE
+def test_matrices_of_one_risk_warn_once(checked: bool):
+    arguments: Any = build(), in_batch_negatives, "*", pairs(4)
+    risk = EmpiricalRisk(*arguments, check_deterministic=checked)
+    HessianLinearOperator(risk).to_dense()
+    with pytest.warns(UserWarning, match="num_terms_fn") as warned:
+        for make in (EFLinearOperator, FisherMCLinearOperator, EFLinearOperator):
+            make(risk)
+    assert len(warned) == 1
+
+
+def test_copies_of_a_risk_whose_data_have_changed_look_again():
+    data = rows(3, 4)
+    arguments: Any = build(), lambda f, y: F.cross_entropy(f, y), "*", data
+    risk = EmpiricalRisk(*arguments)
+    data[1][1][2] = -100
+    for again in (copy.copy(risk), copy.deepcopy(risk)):
+        with pytest.raises(ValueError, match="num_terms_fn"):
+            HessianLinearOperator(again).to_dense()
 
 
 def test_an_attribute_decides_what_cannot_be_found():
@@ -555,7 +576,9 @@ def test_known_losses_and_those_with_a_number_of_terms_are_not_evaluated():
 
     EmpiricalRisk(build(), loss, "*", ROWS, num_terms_fn=lambda f, y: len(f))
     assert set(calls) == {2, 5}
-    assert EmpiricalRisk(build(), nn.MSELoss(), "*", pairs(2, 3))._reduction is None
+    assert (
+        EmpiricalRisk(build(), nn.MSELoss(), "*", pairs(2, 3)).terms.reduction is None
+    )
 
 
 def test_the_model_is_evaluated_no_more_often():

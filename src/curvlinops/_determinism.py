@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,8 +81,7 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
         _check_modes(risk.model_func)
 
     def run() -> tuple[Fingerprint, Fingerprint, Evidence | None, list[str]]:
-        function = risk.undetermined
-        evidence = None if function is None else Evidence(function)
+        evidence = risk.terms.evidence()
         with unchanged(risk.loss_func) as changed:
             batches = risk._fresh_batches("check 1/2")
             first = look(risk, _examined(risk, batches, evidence))
@@ -117,9 +117,26 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
             )
             + " To go on all the same, pass `check_deterministic=False`."
         )
-    if evidence is not None:
-        risk._conclude(evidence)
+    risk.terms.conclude(evidence)
     return same_batches
+
+
+def find_terms(risk: EmpiricalRisk) -> None:
+    """Look at the first two batches for what the loss does with its terms.
+
+    Costs two evaluations of the model, where nothing was checked, or since loss or
+    data have changed.
+    """
+
+    def run() -> Evidence | None:
+        if (evidence := risk.terms.evidence()) is not None:
+            for batch in islice(risk._fresh_batches("terms"), 2):
+                evidence.add(batch.output, batch.y, risk._size_or_none(batch.X))
+                del batch  # before the next one is evaluated
+        return evidence
+
+    with risk.terms.supposed():
+        risk.terms.conclude(risk.session(run))
 
 
 def _examined(
@@ -133,7 +150,7 @@ def _examined(
         if evidence is not None:
             evidence.add(batch.output, batch.y, risk._size_or_none(batch.X))
             if batch.place == 0:
-                risk._conclude(evidence)
+                risk.terms.conclude(evidence)
                 batch.make_loss = risk._loss_maker(batch.X)
         yield batch
         if risk.loss_func is not None:

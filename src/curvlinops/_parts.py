@@ -113,7 +113,7 @@ def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
         for i in range(size)
     ]
     G = torch.cat(gradients)
-    if (reduction := risk._reduction) is not None:
+    if (reduction := risk.terms.reduction) is not None:
         tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
         if reduction.found and not close(G, batch.loss.gradient(), tolerance):
             wrong = (

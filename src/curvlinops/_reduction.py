@@ -248,7 +248,9 @@ class Evidence:
         seen = {**self._looked_at(batch, first), **self._seen}
         if self._batches == 2 and _DOUBTS & seen.keys():
             # Some targets may be constants, though they are as long as a batch.
-            first, batch = (replace(b, fixed=first.alike(batch)) for b in (first, batch))
+            first, batch = (
+                replace(b, fixed=first.alike(batch)) for b in (first, batch)
+            )
             if first.fixed:
                 again = {**self._looked_at(batch, first), **self._looked_at(first)}
                 if not _DOUBTS & again.keys():

@@ -23,7 +23,6 @@ from curvlinops._loss_state import unchanged
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model
 from curvlinops._random import Probes, Rng, as_seed
-from curvlinops._reduction import Evidence
 from curvlinops._spaces import rounding
 from curvlinops.losses import Loss, LossFunction, unwrapped
 
@@ -374,17 +373,12 @@ class _Plain:
     def check_terms(self) -> None:
         """Raise if the loss is not the sum or mean that it is taken for."""
         risk = self.risk
-        if risk.loss is None or (function := risk.undetermined) is None:
+        if (evidence := risk.terms.evidence()) is None:
             return
-        evidence = Evidence(function)
         sizes = [risk._size_or_none(X) for X, _ in risk.data]
         for batch in zip(self.here, self.targets, sizes, strict=True):
             evidence.add(*batch)
-        found, used = risk._taken_for(evidence), risk.loss.reduction
-        if found.wrong:
-            found.announce()
-        if found.found and found.name != used:
-            raise ValueError(f"The loss is a {found.name}, but is taken for a {used}.")
+        risk.terms.confirm(evidence)
 
     def losses(self) -> list[Loss]:
         """Return the loss of every batch, as the package knows it."""

@@ -43,7 +43,7 @@ from curvlinops._data import (
     tensors_in,
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
-from curvlinops._determinism import look, passes_agree
+from curvlinops._determinism import find_terms, look, passes_agree
 from curvlinops._identity import Identity, checked_owner, key_of
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
@@ -73,11 +73,11 @@ from curvlinops._plan import (
     numel,
 )
 from curvlinops._reach import CopyLeaksError, Reach
-from curvlinops._reduction import Evidence, Reduction
 from curvlinops._spaces import TensorSpace
 from curvlinops._structure import own_names, require_same_parameters
+from curvlinops._terms import Terms
 from curvlinops._watch import Watch
-from curvlinops.losses import Loss, LossFunction, as_loss_function
+from curvlinops.losses import Loss, LossFunction
 
 T = TypeVar("T")
 #: Most matrices of one state that are recorded.
@@ -98,7 +98,6 @@ _KEPT = (
     "_own",
     "_repeats",
     "_shuffled",
-    "_reduction",
 )
 
 
@@ -288,9 +287,7 @@ class EmpiricalRisk:
             "sampler": sampler,
             "reduction": reduction,
         }
-        #: What a loss that is not known in closed form was found to be, if it was.
-        self._reduction: Reduction | None = None
-        self.loss: LossFunction | None = self._make_loss_function()
+        self.terms = Terms(loss_func, self.loss_options, data)
         self.params = named_parameters(model_func, params)
         self.data = checked_data(data)
         self.progressbar = progressbar
@@ -308,10 +305,9 @@ class EmpiricalRisk:
         if cache != "auto":
             budget_bytes(cache, self.space.device)  # raises on a wrong setting
         if check_deterministic:
-            if self.undetermined is not None:
-                self._reduction = Reduction("mean")  # until the check knows better
-            self._fit(GRADIENT)
-            same_batches = passes_agree(self, num_data)
+            with self.terms.supposed():
+                self._fit(GRADIENT)
+                same_batches = passes_agree(self, num_data)
             self._repeats = self._repeats or same_batches
             self._shuffled = not same_batches
 
@@ -340,7 +336,6 @@ class EmpiricalRisk:
         #: is materialised, and Jacobians are kept as soon as the plan says so.
         self._rehearses = False
         self._forget()
-        self._seen_terms = self._terms()  # what a loss was evaluated on
 
     def refresh(self) -> None:
         """Drop all recordings; the next product evaluates model and data anew.
@@ -349,12 +344,7 @@ class EmpiricalRisk:
         or the loss, what a callable closes over, and the data behind a loader.
         """
         with self.model.exclusive(), self._lock:
-            self._reduction = None
-            self._renew()
-
-    def _renew(self) -> None:
-        """Drop what depends on the state of model, loss and data."""
-        with self.model.exclusive(), self._lock:
+            self.terms.restore(None)
             before = self.model
             self.model = Model(self.model_func, self.params)
             self.model.by_datum &= before.by_datum
@@ -365,7 +355,7 @@ class EmpiricalRisk:
 
     def _forget(self) -> None:
         with self._lock:
-            self.loss = self._make_loss_function()
+            self.terms.read()
             self._unwritten: set[tuple[int, Share | None]] = set()
             self._recordings: dict[int, Linearization] = {}
             self._ledger = Ledger(bounded=self.max_memory is not None)
@@ -393,14 +383,10 @@ class EmpiricalRisk:
             known = self._admitted[marks] = Identity(marks, held)
         return known
 
-    def _make_loss_function(self) -> LossFunction | None:
-        """Read the options of the user's loss."""
-        if self.loss_func is None:
-            return None
-        loss = as_loss_function(self.loss_func, **self.loss_options)
-        if self._reduction is None or loss.undetermined is None:
-            return loss
-        return loss.reduced_by(self._reduction.name)
+    @property
+    def loss(self) -> LossFunction | None:
+        """The loss, as the package knows it; ``None`` if there is none."""
+        return self.terms.loss
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """Return ``compute()``, kept under ``key`` until recordings are redone.
@@ -425,59 +411,17 @@ class EmpiricalRisk:
                 if seen[:2] != self._seen[:2]:  # there are other objects
                     require_same_parameters(self.model_func, self.params, self._own)
                     self._known_input = False
-                if (terms := self._terms()) != self._seen_terms:
-                    self._reduction, self._seen_terms = None, terms
-                self._renew()
+                known = self.terms.known
+                self.refresh()
+                self.terms.restore(known)
                 self._seen = seen
-            if self._reduction is None and self.undetermined is not None:
-                self._find_reduction(self.undetermined)
-
-    @property
-    def undetermined(self) -> Callable[..., Tensor] | None:
-        """The loss, if what it does with its terms is to be found."""
-        return None if self.loss is None else self.loss.undetermined
-
-    def _terms(self) -> Any:
-        """Return what differs whenever a loss may do something else with its terms."""
-        if self.undetermined is None:
-            return None
-        return Watch(None, self.loss_func, {}, self.data).state()
-
-    def _find_reduction(self, function: Callable[..., Tensor]) -> None:
-        """Look at the first two batches for what the loss does with its terms.
-
-        Costs two evaluations of the model, where nothing was checked, or since loss or
-        data have changed.
-        """
-
-        def run() -> Evidence:
-            evidence = Evidence(function)
-            for index, item in zip(range(2), self.data, strict=False):
-                batch = self._linearize(index, item, index, None)
-                evidence.add(batch.output, batch.y, self._size_or_none(batch.X))
-                del batch
-            return evidence
-
-        self._conclude(self._session(run))
-
-    def _conclude(self, evidence: Evidence) -> None:
-        """Take the loss for what it was seen to be, or raise if it is nothing known."""
-        found = self._taken_for(evidence)
-        found.announce()
-        self._reduction = found
-        self.loss = self._make_loss_function()
-
-    def _taken_for(self, evidence: Evidence) -> Reduction:
-        """Return what the loss is, from what was seen, and what user and loss say."""
-        loss = as_loss_function(self.loss_func, **self.loss_options)
-        declared = None if loss.assumed else loss.reduction
-        return evidence.conclude(self.loss_options["reduction"], declared)
+            if self.terms.unknown:
+                find_terms(self)
 
     def require_terms(self, what: str) -> None:
         """Raise, or warn, if it is not known what one batch's loss averages over."""
         self._refresh_if_changed()
-        if self._reduction is not None:
-            self._reduction.require(what)
+        self.terms.require(what)
 
     def _check_space(self) -> None:
         first = next(iter(self.params.values()))
@@ -492,11 +436,15 @@ class EmpiricalRisk:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without recordings, private copies, and locks."""
-        return {name: getattr(self, name) for name in _KEPT}
+        state = {name: getattr(self, name) for name in _KEPT}
+        return {**state, "reduction": self.terms.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and rebuild what was left out."""
-        self.__dict__.update(state)
+        self.__dict__.update({name: state[name] for name in state if name in _KEPT})
+        self.terms = Terms(
+            self.loss_func, self.loss_options, self.data, state["reduction"]
+        )
         self._start()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
