@@ -124,6 +124,12 @@ FOUND: dict[str, tuple[Callable, Data, str, Callable]] = {
         "sum",
         partial(together, SUM, ROWS),
     ),
+    "large constant": (
+        lambda f, y: SUM(f, y) + 1e8 * len(f),
+        ROWS,
+        "sum",
+        partial(together, SUM, ROWS),
+    ),
     "one by one": (
         lambda f, y: SUM(f, y),
         rows(*[1] * 4),

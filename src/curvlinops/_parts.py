@@ -117,7 +117,8 @@ def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
         tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
         if reduction.found and not close(G, batch.loss.gradient(), tolerance):
             wrong = (
-                f"of batch {batch.index}, it is not the {reduction.name} of its data's"
+                f"Of batch {batch.index}, the loss is not the {reduction.name} of its "
+                "data's"
             )
             reduction = replace(reduction, found=False, wrong=wrong)
         if reduction.wrong:

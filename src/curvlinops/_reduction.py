@@ -211,12 +211,13 @@ class Evidence:
 
     Notes
     -----
-    Evaluates the loss and its gradient seven times per batch, on outputs that are at
+    Evaluates the loss and its gradient eight times per batch, on outputs that are at
     hand: of the batch, of the batch twice, of its halves, and of the first batch and
     this one together. Where that gradient is zero (a divergence from what the model is
     now), so as good as nothing beside curvature, the same is done with the derivative
-    of loss and gradient along a fixed vector, for outputs of at most one. The first
-    batch's outputs and targets are kept.
+    of loss and gradient along a fixed vector, for outputs of at most one. Where two
+    batches leave doubts, it is done once more with targets that are equal in both taken
+    for constants. The first batch's outputs and targets are kept.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -333,8 +334,9 @@ class Evidence:
         except Exception as error:  # of a loss that takes no other outputs
             raise_if_out_of_memory(error)
             return 0.0
-        sizes = torch.stack([value.abs() / usual.numel(), usual.abs().max()])
-        return 4 * EPS * float(sizes.nan_to_num(0.0, 0.0).max())
+        share = torch.finfo(value.dtype).eps * value.abs() / usual.numel()
+        sizes = torch.stack([share, EPS * usual.abs().max()])
+        return 4 * float(sizes.nan_to_num(0.0, 0.0).max())
 
     def _converted(self, batch: Batch) -> Batch:
         """Return a batch in the best precision the loss takes."""

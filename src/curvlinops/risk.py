@@ -441,10 +441,9 @@ class EmpiricalRisk:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and rebuild what was left out."""
-        self.__dict__.update({name: state[name] for name in state if name in _KEPT})
-        self.terms = Terms(
-            self.loss_func, self.loss_options, self.data, state["reduction"]
-        )
+        reduction = state["reduction"]
+        self.__dict__.update({n: value for n, value in state.items() if n in _KEPT})
+        self.terms = Terms(self.loss_func, self.loss_options, self.data, reduction)
         self._start()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
