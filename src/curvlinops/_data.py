@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import count, pairwise
 from threading import RLock
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlinops._objects import copied, is_object, parts_of, with_parts
+from curvlinops._objects import ATOMS, is_object, parts_of, with_parts
 
 
 def checked_data(data: Any) -> Iterable[Any]:
@@ -66,11 +66,12 @@ def mapped(
     function: Callable[[Tensor], Tensor],
     value: Any,
     whole: Callable[[Any], Any] | None = None,
-    above: tuple[int, ...] = (),
+    anew: bool = False,
 ) -> Any:
     """Apply a function to every tensor in a nest of containers and objects.
 
-    Those in which nothing changes are returned as they are, of others copies.
+    Those in which nothing changes are returned as they are, of others copies. What is
+    met several times stays one object; within a circle, it is the old one.
 
     Parameters
     ----------
@@ -81,22 +82,42 @@ def mapped(
     whole : callable, optional
         Maps an object, or a container that is not one of Python's own, to what takes
         its place, or to ``None`` if its parts are to be mapped.
-    above : tuple of int, optional
-        The ``id`` of everything that the nest is itself a part of.
+    anew : bool, optional
+        Whether all is copied that may be written into, arrays included.
     """
+    return _mapped(function, value, whole, anew, {})
+
+
+def _mapped(
+    function: Callable[[Tensor], Tensor],
+    value: Any,
+    whole: Callable[[Any], Any] | None,
+    anew: bool,
+    known: dict[int, tuple[Any, Any]],
+) -> Any:
+    """Map a nest, of which some containers and objects are known with their copies."""
     if torch.is_tensor(value):
         return function(value)
+    if id(value) in known:
+        return known[id(value)][1]
     found = parts_of(value)
-    if found is None or id(value) in above:
-        return value
-    own = type(value) not in (dict, list, tuple)
-    if whole is not None and own and (new := whole(value)) is not None:
-        return new
-    above = (*above, id(value))
-    parts = [mapped(function, part, whole, above) for part in found[1]]
-    if all(a is b for a, b in zip(parts, found[1], strict=True)):
-        return value
-    return with_parts(value, parts)
+    if found is None:
+        return value.copy() if anew and isinstance(value, np.ndarray) else value
+    known[id(value)] = value, value  # held, so that its `id` stays its own
+    new = None
+    if whole is not None and type(value) not in (dict, list, tuple):
+        new = whole(value)
+    if new is None:
+        parts = [_mapped(function, part, whole, anew, known) for part in found[1]]
+        same = all(a is b for a, b in zip(parts, found[1], strict=True))
+        if not same:
+            new = with_parts(value, parts)
+        elif anew and (found[0] or found[1]):
+            with suppress(TypeError):  # it has no tensors, and is used as it is
+                new = with_parts(value, parts)
+    new = value if new is None else new
+    known[id(value)] = value, new
+    return new
 
 
 def tensors_in(value: Any, inside: bool = True) -> list[Tensor]:
@@ -117,32 +138,39 @@ def leaves_in(
     value : Any
         The nest.
     form : list, optional
-        To this is added what the nest is beside its leaves: types, keys, lengths, and
-        names of attributes.
+        To this is added what the nest is beside its leaves: types, keys, lengths, names
+        of attributes, where among the leaves each container and object begins, and
+        which of them are met again.
     inside : bool, optional
         Whether objects are looked into, see :func:`~curvlinops._objects.is_object`.
     """
     leaves: list[Any] = []
-    _collect(value, leaves, [] if form is None else form, inside, ())
+    _collect(value, leaves, [] if form is None else form, inside, {})
     return leaves
 
 
 def _collect(
-    value: Any, leaves: list[Any], form: list[Any], inside: bool, above: tuple[int, ...]
+    value: Any,
+    leaves: list[Any],
+    form: list[Any],
+    inside: bool,
+    known: dict[int, tuple[Any, int]],
 ) -> None:
-    """Add the leaves of a nest and its form to lists, unless it is above itself."""
+    """Add the leaves of a nest and its form to lists, but for what is known."""
+    if id(value) in known:
+        form += len(leaves), known[id(value)][1]
+        return
     found = parts_of(value) if inside or not is_object(value) else None
     if found is None:
         leaves.append(value)
         return
-    form += type(value), found[0]
-    if id(value) not in above:
-        above = (*above, id(value))
-        for part in found[1]:
-            if isinstance(part, Tensor):
-                leaves.append(part)
-            else:
-                _collect(part, leaves, form, inside, above)
+    form += type(value), found[0], len(leaves)
+    known[id(value)] = value, len(known)  # held, so that its `id` stays its own
+    for part in found[1]:
+        if isinstance(part, Tensor) or type(part) in ATOMS:
+            leaves.append(part)
+        else:
+            _collect(part, leaves, form, inside, known)
 
 
 def holds_objects(value: Any) -> bool:
@@ -187,7 +215,7 @@ def moved(value: Any, device: torch.device) -> Any:
         tensors = tensors_in(value)
         if not moves_itself(value) or all(t.device == device for t in tensors):
             return None
-        copy = copied(value)
+        copy = mapped(lambda t: t, value, anew=True)
         new = copy.to(device)
         return mapped(usable, copy if new is None else new)
 
@@ -246,7 +274,8 @@ def _copying_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def cloned(value: Any) -> Any:
-    return mapped(torch.clone, value)
+    """Copy whatever in a nest may be written into."""
+    return mapped(torch.clone, value, anew=True)
 
 
 def cut(

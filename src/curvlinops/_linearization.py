@@ -20,6 +20,7 @@ from math import inf
 from threading import RLock
 from typing import Any, Self, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -38,6 +39,7 @@ from curvlinops._model import (
     graph_leaves,
     graph_nodes,
 )
+from curvlinops._objects import content_of
 from curvlinops._replay import (
     RECORD_EARLY,
     RECORD_LATE,
@@ -206,6 +208,7 @@ class Linearization:
             or form != form_now
             or versions != [t._version for t in seen]
             or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
+            or _arrays(given) != _arrays(leaves_in(self.X))
         )
         return output
 
@@ -791,6 +794,11 @@ def _filled(
         else g.to_dense()
         for g, t in zip(grads, inputs, strict=True)
     ]
+
+
+def _arrays(leaves: Iterable[Any]) -> list[Any]:
+    """Return what NumPy's arrays among a nest's leaves contain."""
+    return [content_of(x) for x in leaves if isinstance(x, np.ndarray)]
 
 
 def _checked_output(output: Any, index: int) -> Tensor:

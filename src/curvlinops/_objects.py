@@ -8,12 +8,14 @@ import decimal
 import enum
 import fractions
 import functools
+import io
+import logging
 import pathlib
 import re
 import types
 import uuid
 import weakref
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from threading import Lock, RLock
@@ -22,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from curvlinops._memory import raise_if_out_of_memory
 
 #: Types whose values never change, hence are compared by what they are.
 _VALUES = (
@@ -35,9 +39,11 @@ _VALUES = (
 _HANDLES = (
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType),
     *(types.ModuleType, weakref.ref, type(Lock()), type(RLock()), nn.Module),
-    *(torch.Generator, torch.Stream, torch.Event),
+    *(torch.Generator, torch.Stream, torch.Event, io.IOBase, logging.Logger),
     *(np.random.Generator, np.random.RandomState, np.random.BitGenerator, np.ufunc),
 )
+#: The commonest of these types, and no subclasses, which are looked for first.
+ATOMS = frozenset({bool, int, str, bytes, type(None)})
 #: Containers whose attributes, if a class adds such, are not their items.
 _BUILTIN = (dict, list, tuple, set, frozenset, deque)
 
@@ -71,11 +77,11 @@ def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
     if kind is tuple or kind is list:
         return [len(value)], [*value]
     if kind is dict:
-        return [*map(_label, value)], [*value.values()]
+        return _labels(value), [*value.values()]
     if _have_no_parts(kind):
         return None
     if isinstance(value, Mapping):
-        labels, parts = [*map(_label, value)], [*value.values()]
+        labels, parts = _labels(value), [*value.values()]
     elif isinstance(value, _BUILTIN):
         labels, parts = [len(value)], [*value]
     elif isinstance(value, np.ndarray):
@@ -89,15 +95,33 @@ def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
         if names is None:
             return None
         return [*names], [_attribute(value, name) for name in names]
-    if kind not in _BUILTIN and isinstance(value, _BUILTIN):
-        own = _own(value) or {}
-        if own is not value:  # of dictionaries whose items are attributes
-            labels, parts = [*labels, *own], [*parts, *own.values()]
+    if isinstance(value, (UserDict, *_BUILTIN)):
+        beside = _beside(value)
+        labels, parts = [*labels, *beside], [*parts, *beside.values()]
     return labels, parts
 
 
+def _beside(value: Any) -> dict[str, Any]:
+    """Return the attributes of a container, but not those in which its items are.
+
+    Nor those that a tokenizer's result keeps for itself, whatever they are.
+    """
+    own = _own(value) or {}
+    if own is value:  # a dictionary whose items are attributes
+        return {}
+    if isinstance(value, UserDict):
+        return {n: x for n, x in own.items() if n != "data" and not n.startswith("_")}
+    return own if isinstance(value, _BUILTIN) else {}
+
+
 def with_parts(value: Any, parts: Iterable[Any]) -> Any:
-    """Return a copy of a container or an object that is made of other parts."""
+    """Return a copy of a container or an object that is made of other parts.
+
+    Raises
+    ------
+    TypeError
+        If it is an object that cannot be copied.
+    """
     parts, kind = list(parts), type(value)
     new: Any
     if isinstance(value, np.ndarray):
@@ -119,14 +143,28 @@ def with_parts(value: Any, parts: Iterable[Any]) -> Any:
     elif isinstance(value, (set, frozenset)):
         new = kind(parts[: len(value)])
     else:
-        new = copy.copy(value)
+        new = _shell(value)
         _set_attributes(new, zip(attributes_of(value) or [], parts, strict=True))
         return new
-    if (own := _own(value)) is value:
+    if _own(value) is value:
         new.__dict__ = new
     elif rest := parts[len(value) :]:
-        _set_attributes(new, zip(own or {}, rest, strict=True))
+        _set_attributes(new, zip(_beside(value), rest, strict=True))
     return new
+
+
+def _shell(value: Any) -> Any:
+    """Return another object of the same kind, whose attributes are to be set."""
+    try:
+        return copy.copy(value)
+    except Exception as error:  # whatever a user's class raises
+        raise_if_out_of_memory(error)
+        with suppress(TypeError):
+            return object.__new__(type(value))
+        raise TypeError(
+            f"An object of type {type(value).__qualname__} in the data has tensors "
+            f"that are to be moved or copied, but cannot be copied itself: {error}"
+        ) from error
 
 
 def _set_attributes(value: Any, items: Iterable[tuple[str, Any]]) -> None:
@@ -150,14 +188,6 @@ def _mapping_with(value: Mapping[Any, Any], parts: list[Any]) -> Any:
         return type(value)(items)  # type: ignore[call-arg]
     except TypeError:
         return items
-
-
-def copied(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Return a copy of containers and objects, of the same tensors and values."""
-    found = parts_of(value)
-    if found is None or id(value) in above:
-        return value
-    return with_parts(value, [copied(part, (*above, id(value))) for part in found[1]])
 
 
 def is_object(value: Any) -> bool:
@@ -213,10 +243,11 @@ def _own(value: Any) -> dict[str, Any] | None:
         return None
 
 
-def _label(key: Any) -> Any:
-    if type(key) is str:
-        return key
-    return type(key), key if is_value(key) else id(key)
+def _labels(mapping: Mapping[Any, Any]) -> list[Any]:
+    """Return what differs if keys do; those that are no values by which they are."""
+    if {*map(type, mapping)} == {str}:
+        return [*mapping]
+    return [(type(key), key if is_value(key) else id(key)) for key in mapping]
 
 
 def is_array(value: Any) -> bool:
@@ -242,6 +273,8 @@ def described(value: Any) -> Any:
 
 def content_of(value: Any) -> bytes | None:
     """Return the content of an array, or of what has one; ``None`` if it has none."""
+    if type(value) is np.ndarray and not value.dtype.hasobject:
+        return value.tobytes()
     if isinstance(value, np.ma.MaskedArray):
         return value.data.tobytes() + np.ma.getmaskarray(value).tobytes()
     if not isinstance(value, np.ndarray):
