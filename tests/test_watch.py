@@ -3,6 +3,8 @@
 import copy
 import datetime
 import enum
+import io
+import logging
 import operator
 import pathlib
 import pickle
@@ -28,6 +30,7 @@ from curvlinops import (
     EmpiricalRisk,
     GGNLinearOperator,
     HessianLinearOperator,
+    JacobianLinearOperator,
 )
 from curvlinops._data import cut, joined, leaves_in, mapped, moved, tensors_in
 from curvlinops._watch import Watch
@@ -221,6 +224,46 @@ def test_names_order_lengths_and_types_are_seen(change: Callable):
     problem.check(2)
 
 
+def _nest_otherwise(X: list) -> None:
+    X[:] = [[X[0]], X[1][0], X[2], X[3]]
+
+
+def _exchange(X: list) -> None:
+    X[2:] = [X[3], X[2]]
+
+
+class Nest(nn.Linear):
+    """Uses what there is by its place in lists within lists."""
+
+    def forward(self, X: list) -> Tensor:
+        h = 0
+        for place, x in enumerate(X):
+            h = h + (place + 1) * (torch.as_tensor(x[0]) if type(x) is list else x**2)
+        return super().forward(h)
+
+
+@pytest.mark.parametrize("change", [_nest_otherwise, _exchange])
+def test_places_in_nests_are_seen(change: Callable):
+    a, b, c = pairs()[0][0], pairs()[1][0], pairs()[0][0] + 1
+    problem = Problem(Nest(4, 2).double(), [([a, [b], c, 2.0], pairs()[0][1])])
+    change(problem.data[0][0])
+    problem.check(2)
+
+
+class Either(nn.Linear):
+    def forward(self, X: Any) -> Tensor:
+        return super().forward(X["x"] if isinstance(X, dict) else X)
+
+
+def test_the_order_of_batches_of_several_kinds_is_seen():
+    (a, y), (b, z), _ = pairs()
+    model, data = Either(4, 2).double(), [({"x": a}, y), (b, z)]
+    J = JacobianLinearOperator(model, dict(model.named_parameters()), data)
+    before = J.to_dense()
+    data.reverse()
+    torch.testing.assert_close(J.to_dense(), before.roll(8, 0))
+
+
 def test_values_that_do_not_change_are_no_change():
     data = [({"x": X, "n": float("nan"), "z": 0.0, "c": b"1"}, y) for X, y in pairs()]
     watch = Watch(net(), LOSS, {}, data)
@@ -276,6 +319,34 @@ def test_hooks_that_come_and_go_are_seen(kind: str):
     model = net()
     problem = Problem(model, pairs())
     handle = ADD_HOOK[kind](model)
+    try:
+        problem.check(3)
+    finally:
+        handle.remove()
+    problem.check(3)
+
+
+def _either(module: nn.Module, inputs: Any, *others: Any) -> Any:
+    if len(others) == 2:
+        return others[1].cos()
+    return others[0].sin() if others else (inputs[0].tanh(),)
+
+
+MOVE_HOOK = {
+    "to another module": lambda m: m[2].register_forward_hook(_either),
+    "before": lambda m: m[0].register_forward_pre_hook(_either),
+    "by keyword": lambda m: m[0].register_forward_hook(_either, with_kwargs=True),
+    "to all": lambda _: nn.modules.module.register_module_forward_hook(_either),
+}
+
+
+@pytest.mark.parametrize("kind", MOVE_HOOK)
+def test_hooks_that_are_registered_elsewhere_are_seen(kind: str):
+    model = net()
+    handle = model[0].register_forward_hook(_either)
+    problem = Problem(model, pairs())
+    handle.remove()
+    handle = MOVE_HOOK[kind](model)
     try:
         problem.check(3)
     finally:
@@ -646,6 +717,87 @@ def test_what_cannot_be_looked_at_is_named(value: Any):
     kind = type(value).__name__
     with pytest.raises(TypeError, match=f"builtins.{kind}.*cannot be looked at"):
         EmpiricalRisk(model, LOSS, dict(model.named_parameters()), data)
+
+
+class Noting(nn.Linear):
+    def forward(self, X: dict) -> Tensor:
+        X["notes"].count += 1
+        X["list"].append(1)
+        X["array"] *= 2
+        factor = X["notes"].count + len(X["list"]) + float(X["array"][0])
+        return super().forward(X["x"]) * factor
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_what_holds_no_tensors_is_left_as_it_is(cache: str):
+    X = {"x": pairs()[0][0], "notes": SimpleNamespace(count=0), "list": []}
+    X["array"] = np.ones(3)
+    data = [(X, pairs()[0][1])]
+    model = Noting(4, 2).double()
+    A = GGNLinearOperator(
+        model, LOSS, dict(model.named_parameters()), data, cache=cache
+    )
+    first = A.to_dense()
+    J = torch.cat([X["x"], torch.ones(4, 1).double()], 1) * 4
+    torch.testing.assert_close(first[:4, :4], 2 * (J.T @ J)[:4, :4])
+    for _ in range(3):
+        torch.testing.assert_close(A.to_dense(), first)
+    assert X["notes"].count == 0 and X["list"] == [] and X["array"].sum() == 3
+
+
+class Uncopied:
+    """Cannot be copied as it wants to be."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("not this one")
+
+
+def test_objects_that_refuse_to_be_copied():
+    old = Uncopied(torch.ones(2))
+    new = mapped(torch.neg, old)
+    assert type(new) is Uncopied and torch.equal(new.x, -old.x)
+
+    class Bound(np.ndarray):
+        __reduce_ex__ = Uncopied.__reduce_ex__
+
+    stays = {"x": old.x, "file": io.StringIO(), "bound": np.zeros(2).view(Bound)}
+    assert mapped(torch.neg, stays, anew=True)["file"] is stays["file"]
+
+
+def test_what_is_met_again_is_walked_once():
+    class Node:
+        pass
+
+    nodes = [Node() for _ in range(30)]
+    for node in nodes:
+        node.neighbours = [other for other in nodes if other is not node]
+        node.x = torch.ones(2)
+        node.log = logging.getLogger("a.b")
+    assert len(tensors_in(nodes)) == 30
+    new = mapped(torch.neg, nodes)
+    assert torch.equal(new[1].x, -nodes[1].x)
+    one = [torch.ones(2)]
+    new = mapped(torch.neg, {"a": one, "b": (one, one)})
+    assert new["a"] is new["b"][0] is new["b"][1]
+    watch = Watch(net(), LOSS, {}, [({"x": torch.ones(2), "n": nodes}, None)])
+    before = watch.state()
+    nodes[3].x.data.add_(1)
+    assert watch.state() != before
+
+
+def test_attributes_of_a_users_dictionary_are_seen():
+    X = User(x=pairs()[0][0], weight=1.0, extra=None)
+    X.scale = 2.0
+    X._private = iter([1])
+    watch = Watch(net(), LOSS, {}, [(X, None)])
+    before = watch.state()
+    X.scale = 3.0
+    assert watch.state() != before
+    new = mapped(torch.neg, X)
+    assert new.scale == 3.0 and torch.equal(new.x, -X["x"])
 
 
 def test_circles_end():

@@ -16,12 +16,15 @@ _OF_ALL: list[dict[int, Any]] = [
 ]
 
 
-def hooks_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return all hooks that run along with some modules."""
-    found = [hook for hooks in _OF_ALL for hook in hooks.values()]
+def hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """Return all hooks that run along with some modules, by torch's numbers of them.
+
+    Whoever registers one anew, elsewhere or for something else, gets another number.
+    """
+    found = [hooks for hooks in _OF_ALL if hooks]
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks:
-            found += [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
+            found += m._forward_hooks, m._forward_pre_hooks
         if m._backward_hooks or m._backward_pre_hooks:
-            found += [*m._backward_hooks.values(), *m._backward_pre_hooks.values()]
+            found += m._backward_hooks, m._backward_pre_hooks
     return found
