@@ -217,6 +217,66 @@ def test_a_thread_may_cache_while_another_multiplies():
         assert other.first.weight is other.first.weight
 
 
+def test_a_context_entered_while_another_thread_multiplies():
+    model, params, data = build(InPlace)
+    wanted = dense(model, params, data, GGNLinearOperator)
+    A = GGNLinearOperator(model, LOSS, params, data, cache="off")
+    inside, done = threading.Event(), threading.Event()
+
+    class Waits(Net):
+        def forward(self, X: Tensor) -> Tensor:
+            inside.set()
+            done.wait(10)
+            return super().forward(X)
+
+    def multiply() -> None:
+        other = Waits()
+        given = dict(other.named_parameters())
+        GGNLinearOperator(
+            other, LOSS, given, data, check_deterministic=False
+        ).to_dense()
+
+    thread = threading.Thread(target=multiply)
+    thread.start()
+    inside.wait(10)
+    with cached():  # counted as if a model entered it
+        done.set()
+        thread.join(20)
+        for _ in range(2):
+            model(data[0][0])  # the user's weight is in the cache
+            torch.testing.assert_close(A.to_dense(), wanted)
+    with cached():
+        model(data[0][0])
+        torch.testing.assert_close(A.to_dense(), wanted)
+
+
+class Multiplies(Net):
+    """Multiplies by a matrix of another model, inside of the context."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        with cached():
+            OTHER["model"](X)
+            OTHER["found"].append(OTHER["A"].to_dense())
+            return super().forward(X)
+
+
+OTHER: dict[str, Any] = {}
+
+
+def test_an_evaluation_within_another_uses_none_of_its_weights():
+    model, params, data = build(InPlace)
+    A = GGNLinearOperator(model, LOSS, params, data, cache="off")
+    OTHER.update(model=model, A=A, found=[])
+    outer = Multiplies()
+    given = dict(outer.named_parameters())
+    found = GGNLinearOperator(outer, LOSS, given, data).to_dense()
+    wanted = dense(model, params, data, GGNLinearOperator)
+    assert OTHER["found"]
+    for other in OTHER["found"]:
+        torch.testing.assert_close(other, wanted)
+    torch.testing.assert_close(found, wanted)
+
+
 def _old_weight_norm(layer: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

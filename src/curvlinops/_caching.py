@@ -18,6 +18,16 @@ from torch.nn.utils import parametrize
 EVALUATIONS: dict[int, Callable[[], Any]] = {}
 
 
+class _Inside(threading.local):
+    """How often the model has entered torch's context in a thread's evaluation."""
+
+    number = 0
+
+
+#: Of this thread's current evaluation. Each begins with 0, also within another one.
+INSIDE = _Inside()
+
+
 class _Entered(int):
     """How often torch's context has been entered: true where its cache may be used.
 
@@ -26,24 +36,17 @@ class _Entered(int):
     nothing is to be turned on or off, and threads or interrupts cannot come between.
     """
 
-    _inside = threading.local()
-
     def __add__(self, number: int) -> _Entered:
         if _evaluating():
-            self._inside.number = self._depth + number
+            INSIDE.number += number
         return _Entered(int(self) + number)
 
     def __sub__(self, number: int) -> _Entered:
         return self + -number
 
-    @property
-    def _depth(self) -> int:
-        """How often the model has entered it, in this thread's evaluation."""
-        return getattr(self._inside, "number", 0)
-
     def __bool__(self) -> bool:
         entered = int(self)
-        return entered != 0 and (not _evaluating() or entered == self._depth)
+        return entered != 0 and (not _evaluating() or entered == INSIDE.number)
 
 
 def _evaluating() -> bool:

@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from curvlinops._caching import EVALUATIONS
+from curvlinops._caching import EVALUATIONS, INSIDE
 from curvlinops._data import cloned
 from curvlinops._hooks import hooks_of
 from curvlinops._memory import raise_if_out_of_memory
@@ -765,6 +765,8 @@ class _Changes:
         #: Where tensors were replaced, and which ones.
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._owner: Callable[[], Any] | None = ref(owner, self._forsaken)
+        #: Of the evaluation in which this one takes place.
+        self._inside = INSIDE.number
 
     def _forsaken(self, _: Any) -> None:
         self.undo()
@@ -774,6 +776,7 @@ class _Changes:
         assert self._owner is not None
         _MATH_ATTENTION.add(id(self), self._owner)
         EVALUATIONS[id(self)] = self._owner
+        INSIDE.number = 0
         if module is None:
             return
         others: dict[int, Tensor] = {id(b): b.clone() for b in module.buffers()}
@@ -799,6 +802,7 @@ class _Changes:
             self._places.pop()
         _MATH_ATTENTION.remove(id(self))
         EVALUATIONS.pop(id(self), None)
+        INSIDE.number = self._inside  # matters within an evaluation only
         self._owner = None  # it need not call any more
 
 
