@@ -274,6 +274,15 @@ def test_values_that_do_not_change_are_no_change():
     assert watch.state() != before
 
 
+def test_scripted_modules_are_looked_at():
+    model = torch.jit.script(nn.Sequential(nn.Linear(4, 2), nn.Tanh())).double()
+    watch = Watch(model, LOSS, dict(model.named_parameters()), pairs())
+    before = watch.state()
+    assert watch.state() == before
+    next(model.parameters()).data.mul_(2)
+    assert watch.state() != before
+
+
 def test_renamed_tensors_of_a_module_are_seen():
     class Renamed(nn.Module):
         def __init__(self) -> None:
@@ -352,6 +361,36 @@ def test_hooks_that_are_registered_elsewhere_are_seen(kind: str):
     finally:
         handle.remove()
     problem.check(3)
+
+
+def test_a_module_whose_forward_is_wrapped_is_seen():
+    model = net()
+    problem = Problem(model, pairs())
+    old = model[1].forward
+    model[1].forward = lambda X: old(X).sin()
+    problem.check(3)
+    del model[1].forward
+    problem.check(3)
+
+
+@pytest.mark.parametrize("part", [nn.Dropout(0.5), nn.BatchNorm1d(2)])
+def test_modes_that_are_random_are_refused_later_on(part: nn.Module):
+    model = nn.Sequential(net(), part).double().eval()
+    problem = Problem(model, pairs())
+    model.train()
+    v = torch.ones(problem.A.shape[1], dtype=torch.float64)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="in train mode"):
+            problem.A @ v
+    model.eval()
+    problem.check(2)
+
+
+def test_modes_that_are_random_may_be_meant():
+    model = nn.Sequential(net(), nn.BatchNorm1d(2)).double().eval()
+    problem = Problem(model, pairs()[:1], check_deterministic=False)
+    model.train()
+    problem.check(2)
 
 
 def test_hooks_that_reach_a_parameter_of_the_user_are_found():
@@ -682,6 +721,7 @@ def test_plain_values_are_not_refused():
             datetime.datetime(2020, 1, 1),
             datetime.timedelta(1),
         ),
+        *(torch.finfo(torch.float32), torch.iinfo(torch.int8), torch.qint8),
         *(pathlib.Path("a"), len, torch.sin, lambda: None, int, np, object()),
         *({1, 2}, frozenset({"a"}), deque([1]), memoryview(b"abc"), nn.Linear(2, 2)),
         *(SimpleNamespace(a=1), Data(torch.ones(2)), (), {}, [], [[]]),
@@ -699,6 +739,20 @@ def test_plain_values_are_not_refused():
     assert watch.state() != before
     before = watch.state()
     next(v for v in values if isinstance(v, nn.Linear)).weight.data.add_(1)
+    assert watch.state() != before
+
+
+def test_jagged_tensors_are_seen():
+    jagged = torch.nested.nested_tensor(
+        [torch.ones(2, 4), torch.ones(1, 4)], layout=torch.jagged
+    )
+    watch = Watch(net(), LOSS, {}, [({"x": torch.ones(2), "j": jagged}, None)])
+    before = watch.state()
+    assert watch.state() == before
+    jagged.values().data[2, 3] = 0
+    assert watch.state() != before
+    before = watch.state()
+    jagged.offsets().data[1] = 1
     assert watch.state() != before
 
 

@@ -182,7 +182,7 @@ def holds_objects(value: Any) -> bool:
 
 
 def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return tensors with the sparse ones replaced by their indices and values."""
+    """Return tensors with sparse and jagged ones replaced by what these consist of."""
     found: list[Tensor] = []
     for t in tensors:
         if t.layout is torch.strided:
@@ -193,6 +193,9 @@ def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
             found += [t.crow_indices(), t.col_indices(), t.values()]
         elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
             found += [t.ccol_indices(), t.row_indices(), t.values()]
+        elif t.layout is torch.jagged:
+            names = t.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+            found += strided(getattr(t, name) for name in names)
         else:
             found.append(t.to_dense())
     return found

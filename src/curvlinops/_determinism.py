@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,7 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
         the batches, the loss changes its own buffers, depends on parameters by itself,
         or is neither a sum nor a mean over data.
     """
-    if isinstance(risk.model_func, nn.Module):
-        _check_modes(risk.model_func)
+    check_modes(risk.model_func)
 
     def run() -> tuple[Fingerprint, Fingerprint, Evidence | None, list[str]]:
         evidence = risk.terms.evidence()
@@ -179,9 +178,11 @@ def _check_state(changed: list[str]) -> None:
         )
 
 
-def _check_modes(module: nn.Module) -> None:
+def check_modes(model_func: Callable[..., Any]) -> None:
     """Raise if a module's mode makes results random or dependent on batches."""
-    for name, part in module.named_modules():
+    if not isinstance(model_func, nn.Module):
+        return
+    for name, part in model_func.named_modules():
         kind = type(part).__name__
         label = f"{kind} {name!r}" if name else kind
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and (

@@ -31,7 +31,16 @@ from curvlinops._memory import raise_if_out_of_memory
 _VALUES = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), range, slice),
     *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.Size),
-    *(torch.memory_format, enum.Enum, uuid.UUID, re.Pattern, pathlib.PurePath),
+    *(
+        torch.finfo,
+        torch.iinfo,
+        torch.qscheme,
+        torch.memory_format,
+        enum.Enum,
+        uuid.UUID,
+        re.Pattern,
+        pathlib.PurePath,
+    ),
     *(decimal.Decimal, fractions.Fraction, datetime.date, datetime.time),
     *(datetime.timedelta, datetime.tzinfo),
 )
@@ -264,7 +273,7 @@ def described(value: Any) -> Any:
 
     NaN is equal to itself, and 1 is neither 1.0 nor True.
     """
-    if isinstance(value, (float, complex)):
+    if isinstance(value, (float, complex, decimal.Decimal)):
         return type(value), repr(value)
     if isinstance(value, np.generic):
         return type(value), value.dtype, value.tobytes()

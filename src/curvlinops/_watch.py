@@ -99,17 +99,20 @@ class Watch:
         objects: list[Any] = list(self._params.values())
         values: list[Any] = []
         for module in self._modules:
-            # No loop, since this is done before every product.
+            # No loop, since this is done before every product. (Those of scripted
+            # modules can be iterated over by their keys only.)
             if module._modules:
                 objects += module._modules.values()
-                values += module._modules
+                values += module._modules.keys()
             if module._parameters:
                 objects += module._parameters.values()
-                values += module._parameters
+                values += module._parameters.keys()
             if module._buffers:
                 objects += module._buffers.values()
-                values += module._buffers
-            objects += module.__class__, module.training
+                values += module._buffers.keys()
+            # Libraries that wrap modules set `forward` of the single module.
+            forward = module.__dict__.get("forward")
+            objects += module.__class__, module.training, forward
         for hooks in hooks_of(self._modules):
             objects += hooks.values()
             values += hooks

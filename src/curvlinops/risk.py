@@ -43,7 +43,7 @@ from curvlinops._data import (
     tensors_in,
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
-from curvlinops._determinism import find_terms, look, passes_agree
+from curvlinops._determinism import check_modes, find_terms, look, passes_agree
 from curvlinops._identity import Identity, checked_owner, key_of
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
@@ -95,6 +95,7 @@ _KEPT = (
     "cache",
     "max_memory",
     "plain",
+    "_checks_modes",
     "_own",
     "_repeats",
     "_shuffled",
@@ -137,7 +138,7 @@ class EmpiricalRisk:
     check_deterministic : bool, optional
         Whether to evaluate loss and gradient twice (two passes over the data) and
         raise if they differ, and to refuse modules in a mode that makes the result
-        random or dependent on the batches.
+        random or dependent on the batches, now and in later products.
     num_data : int, optional
         Number of data points; compared with the data if ``check_deterministic``.
         Nothing else needs it.
@@ -301,6 +302,9 @@ class EmpiricalRisk:
         self._repeats = isinstance(self.data, (list, tuple))
         #: ... or known not to.
         self._shuffled = False
+        #: Whether modules must not be random, which the check looks for, and every
+        #: product after a change.
+        self._checks_modes = check_deterministic
         self._start()
         if cache != "auto":
             budget_bytes(cache, self.space.device)  # raises on a wrong setting
@@ -410,6 +414,8 @@ class EmpiricalRisk:
                 self._check_space()
                 if seen[:2] != self._seen[:2]:  # there are other objects
                     require_same_parameters(self.model_func, self.params, self._own)
+                    if self._checks_modes:
+                        check_modes(self.model_func)
                     self._known_input = False
                 known = self.terms.known
                 self.refresh()
