@@ -8,6 +8,7 @@ import logging
 import operator
 import pathlib
 import pickle
+import warnings
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -275,7 +276,9 @@ def test_values_that_do_not_change_are_no_change():
 
 
 def test_scripted_modules_are_looked_at():
-    model = torch.jit.script(nn.Sequential(nn.Linear(4, 2), nn.Tanh())).double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script")
+        model = torch.jit.script(nn.Sequential(nn.Linear(4, 2), nn.Tanh())).double()
     watch = Watch(model, LOSS, dict(model.named_parameters()), pairs())
     before = watch.state()
     assert watch.state() == before
