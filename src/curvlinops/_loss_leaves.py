@@ -128,7 +128,7 @@ class _Differentiable(TorchFunctionMode):
         kwargs = kwargs or {}
         self._asked_for |= torch.is_grad_enabled()
         if func is torch._C._set_grad_enabled:
-            (self._asked_for,) = (*args, *kwargs.values())
+            self._asked_for = bool([*args, *kwargs.values()][0])
         if func in _OF_ITSELF or _is_question(func):
             return func(*args, **kwargs)
         change = torch.detach if func in _TO_NUMPY else self._replaced
