@@ -24,7 +24,8 @@ from curvlinops import (
     KFACLinearOperator,
     TransposedJacobianLinearOperator,
 )
-from curvlinops._plan import SLICES, Tracker, products_of
+from curvlinops._plan import SLICES, Data, Probe, products_of
+from curvlinops._tracker import Tracker
 from references import ggn, hessian
 from tolerances import assert_close
 
@@ -705,12 +706,20 @@ def coupled_data(*sizes):
     return data
 
 
-def bounded(matrix, model, data, fraction=0.7):
+def whole(A):
+    """Return the bytes of a product with whole batches that keeps nothing."""
+    (products, K), data = products_of(A, 1), Data.of(A.risk)
+    load = max(data.loads)
+    footprint = Probe(A.risk, data, products, K).footprint(load, 1)
+    return footprint.peak(load) + footprint.total + footprint.spare
+
+
+def bounded(matrix, model, data, fraction=0.95, **options):
     """Return an operator whose products do not fit as they are, and a vector."""
-    arguments = model.double(), nn.CrossEntropyLoss(), list(model.parameters()), data
-    make = partial(MATRICES[matrix], *arguments, check_deterministic=False)
-    limit = int(fraction * make(cache="off").plan().peak)
-    A = make(max_memory=limit)
+    loss = options.pop("loss", nn.CrossEntropyLoss())
+    arguments = model.double(), loss, list(model.parameters()), data
+    make = partial(MATRICES[matrix], *arguments, check_deterministic=False, **options)
+    A = make(max_memory=int(fraction * whole(make())))
     return A, torch.linspace(1, 2, A.shape[1]).double()
 
 
@@ -718,7 +727,8 @@ def bounded(matrix, model, data, fraction=0.7):
 def test_coupled_data_of_any_kind_are_not_cut(name):
     A, x = bounded("ggn", Coupled(COUPLINGS[name]), coupled_data(60))
     for _ in range(2):
-        with pytest.raises(MemoryError, match="cannot be cut") as caught:
+        match = "cannot be cut|compared with whole batches"
+        with pytest.raises(MemoryError, match=match) as caught:
             A @ x
     if name == "group":
         assert "batch 0 do not give what they give together" in str(caught.value)
@@ -766,16 +776,65 @@ def test_coupled_data_are_found_after_a_change():
     assert_close(A @ x, ggn(*arguments) @ x, size=1e4)
 
 
-def test_parts_are_compared_where_whole_batches_do_not_fit(monkeypatch):
-    monkeypatch.setattr("curvlinops._apart._Batch._within_room", lambda self, run: None)
-    for name in ("mean", "group", "position", "sorted"):
-        A, x = bounded("ggn", Coupled(COUPLINGS[name]), coupled_data(40))
-        with pytest.raises(MemoryError, match="cannot be cut"):
-            A @ x
-    A, x = bounded("ggn", Coupled(lambda h, x: h), coupled_data(40, 33), 0.3)
+def test_batches_of_which_no_evaluation_fits_are_not_cut():
+    """What a model does with long batches only would not be seen."""
+    A, x = bounded("ggn", Coupled(COUPLINGS["length"]), coupled_data(60), 0.25)
+    for refused in (lambda: A @ x, A.plan):
+        with pytest.raises(MemoryError, match="compared with whole batches") as caught:
+            refused()
+    A.risk.max_memory = cure(caught)
+    A.risk.refresh()
+    with pytest.raises(MemoryError, match="batch 0") as caught:
+        A @ x
+    A.risk.max_memory = cure(caught)
+    A.risk.refresh()
     arguments = A.risk.model_func, A.risk.loss_func, A.risk.params, A.risk.data
     assert_close(A @ x, ggn(*arguments) @ x, size=1e4)
-    assert A.risk._num_batches > 6
+
+
+@pytest.mark.parametrize("name", ["group", "length", "branch"])
+def test_zeros_hide_no_coupling(name):
+    model, data = Coupled(COUPLINGS[name]), coupled_data(80)
+    nn.init.zeros_(model.last.weight)
+    data[0][0][:60, 0] = -3 * torch.arange(60)  # the first part is made of loners
+    A, x = bounded("ggn", model, data)
+    with pytest.raises(MemoryError, match="batch 0"):
+        A @ x
+
+
+def test_what_a_model_notes_about_the_first_data_is_not_cut():
+    class Noting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = None
+
+        def forward(self, h):
+            if self.mean is None:
+                self.mean = h.detach().mean(0)
+            return h - self.mean
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Noting(), nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3))
+    A, x = bounded("ggn", model, coupled_data(40))
+    with pytest.raises(MemoryError, match="batch 0 do not give"):
+        A @ x
+
+
+def test_losses_that_couple_data_a_little_are_not_cut():
+    def loss(f, y):
+        return F.cross_entropy(f, y) + 1e-9 * (f[:-2] * f[2:]).sum()
+
+    options = {"loss": loss, "num_terms_fn": lambda f, y: len(y)}
+    model = Coupled(lambda h, x: h)
+    A, x = bounded("hessian", model, coupled_data(40), **options)
+    with pytest.raises(MemoryError, match="batch 0 do not give"):
+        A @ x
+
+
+def test_plans_refuse_what_products_refuse():
+    A, _ = bounded("ggn", Coupled(group_mean), coupled_data(40))
+    with pytest.raises(MemoryError, match="batch 0 do not give"):
+        A.plan()
 
 
 class WithTable(nn.Module):
@@ -841,9 +900,13 @@ def test_models_write_into_no_data_of_the_user(matrix, write):
             return super().forward(x).sin()
 
     torch.manual_seed(0)
-    model, data = Writing(6, 3).double(), coupled_data(40)
+    layers = [m for _ in range(4) for m in (nn.Linear(9, 9), nn.Tanh())]
+    model, data = (
+        nn.Sequential(Writing(6, 9), *layers, nn.Linear(9, 3)),
+        coupled_data(40),
+    )
     before = data[0][0].clone()
-    A, x = bounded(matrix, model, data, 0.5)
+    A, x = bounded(matrix, model, data, 0.8)
     for _ in range(4):
         product = A @ x
     assert A.risk._num_batches > 1

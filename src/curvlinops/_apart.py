@@ -2,98 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
-from gc import collect
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvlinops._agreement import agree, random_like, rows_agree
-from curvlinops._data import (
-    Share,
-    checked_pair,
-    cloned,
-    joined,
-    moved,
-    part_of,
-    shares,
-)
+from curvlinops._data import Share, Tables, cloned, part_of
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
-from curvlinops._plan import (
-    Fit,
-    LimitExceededError,
-    Product,
-    Tracker,
-    number_of_parts,
-    numel,
-    refusal,
-    twin_of,
-)
 from curvlinops._spaces import rounding
+from curvlinops._tracker import within
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
 
-T = TypeVar("T")
 
+class Batch:
+    r"""A batch that is to be cut.
 
-def check_parts(
-    risk: EmpiricalRisk, fit: Fit, products: Sequence[Product], K: int
-) -> None:
-    r"""Raise if parts of batches give something else than they give in their batches.
-
-    Every part's outputs and loss are compared with those of its data in the whole
-    batch, and :math:`J^\top u` of every batch's first part with that of its halves.
-    That costs two evaluations of the model without gradients per batch. Where one of a
-    whole batch does not fit into the bound, outputs are compared with those of batches
-    that are put together from halves of two parts.
-
-    Parameters
-    ----------
-    risk : EmpiricalRisk
-        The risk, of which nothing is changed.
-    fit : Fit
-        Says how batches are cut.
-    products, K
-        The product that is to fit, and its number of columns.
-
-    Raises
-    ------
-    MemoryError
-        If some part differs; the message says what products with whole batches take.
-    """
-    assert fit.entries is not None and risk.max_memory is not None
-    length = products[0].lengths(0, risk.space.dim)[0]
-    room = risk.max_memory - K * length * risk.space.dtype.itemsize
-    twin: EmpiricalRisk | None = None
-    for index, item in enumerate(risk.data):
-        X, y = checked_pair(item, index)
-        size = risk._size_or_none(X)
-        number = number_of_parts(size, numel(X), fit.entries)
-        if size is None or number == 1:
-            continue
-        twin = twin or twin_of(risk, [item], "off")
-        device = risk.space.device
-        whole = moved(X, device), moved(y, device)
-        batch = _Batch(twin, whole, shares(size, number), fit, room)
-        if not twin.session(batch.comes_apart):
-            cause = (
-                f"They cannot be cut, since parts of batch {index} do not give what "
-                "they give together: does the model couple data (means over the batch, "
-                "positions counted in it, a branch on all of it), or is a tensor as "
-                "long as the batch, but no data?"
-            )
-            message = refusal(products, K, risk.max_memory, fit.whole, cause)
-            raise MemoryError(message)
-
-
-class _Batch:
-    """A batch that is to be cut.
+    Every part's outputs are compared with the same rows of the whole batch's, which
+    costs two evaluations of the model without gradients, and :math:`J^\top u` of the
+    first part with that of its halves. So are derivatives of a loss that is not known,
+    and numbers of terms. Where some parameter is zero, which may hide what comes before
+    it, outputs are compared once more with other numbers in its place.
 
     Parameters
     ----------
@@ -103,10 +38,10 @@ class _Batch:
         Inputs and targets.
     parts : list of Share
         How it is cut.
-    fit : Fit
-        Says which tensors are.
+    tables : Tables
+        Tensors that are not.
     room : int
-        Bytes that evaluating it may take.
+        Bytes that this may take.
     """
 
     def __init__(
@@ -114,109 +49,58 @@ class _Batch:
         risk: EmpiricalRisk,
         item: tuple[Any, Any],
         parts: list[Share],
-        fit: Fit,
+        tables: Tables,
         room: int,
     ) -> None:
         self._risk, self._item, self._parts = risk, item, parts
-        self._tables, self._room = fit.tables, room
+        self._tables, self._room = tables, room
 
-    def comes_apart(self) -> bool:
-        """Whether its parts give what they give together.
-
-        What the whole batch raises is left to products, which say more about it.
-        """
-        try:
-            whole = self._within_room(partial(self._outputs, self._item[0]))
-        except Exception as error:
-            raise_if_out_of_memory(error)
-            return True
-        try:
-            if whole is None:
-                same = all(self._pair_agrees(*pair) for pair in _pairs(self._parts))
-            else:
-                same = not whole.isfinite().all() or self._outputs_agree(whole)
-            del whole
-            return same and self._halves_agree()
-        except Exception as error:  # whatever the user's model or loss raises on a part
-            raise_if_out_of_memory(error)
-            return False
+    def comes_apart(self) -> bool | None:
+        """Whether its parts give what they give together; ``None`` without room."""
+        leaves = [leaf.detach() for leaf in self._risk.model.leaves]
+        same = within(self._room, partial(self._outputs_agree, leaves))
+        if same and not all(leaf.any() for leaf in leaves):
+            other = partial(self._outputs_agree, without_zeros(leaves))
+            same = within(self._room, other)
+        return same and self._halves_agree()
 
     def _cut(self, start: int, stop: int) -> tuple[Any, Any]:
         share = Share(start, stop, self._parts[-1].stop)
         return part_of(self._item, share, self._tables)
 
-    def _outputs(self, X: Any) -> Tensor:
-        """Evaluate the model, without a graph unless it needs one itself."""
-        model: Callable[[Any], Tensor] = self._risk.model
+    def _outputs_agree(self, leaves: list[Tensor]) -> bool:
+        """Compare rows; what the whole batch raises is left to products."""
         try:
-            with torch.no_grad():
-                return model(cloned(X))
-        except LimitExceededError:
-            raise
-        except Exception as error:  # it may differentiate by its inputs
+            whole, count = evaluated(self._risk, self._item, leaves)
+        except Exception as error:  # whatever the user's model or loss raises
             raise_if_out_of_memory(error)
-        return model(cloned(X)).detach()
+            return True
+        eps = rounding(whole[0].dtype, whole[0].device, self._risk.model.convolves)
+        total = torch.zeros_like(count)
+        try:
+            for start, stop, size in self._parts:
+                part, terms = evaluated(self._risk, self._cut(start, stop), leaves)
+                total += terms
+                rows = len(whole[0]) // size
+                for a, b in zip(part, whole, strict=True):
+                    if not rows_agree(a, b[start * rows : stop * rows], eps**0.75):
+                        return not b.isfinite().all()  # left to products, too
+        except Exception as error:  # whatever the user's model or loss raises on a part
+            raise_if_out_of_memory(error)
+            return False
+        return close(total, count, eps**0.5)
 
-    def _within_room(self, run: Callable[[], T]) -> T | None:
-        """Return ``run()``, or ``None`` where that takes more bytes than there are."""
-        with Tracker() as tracker, suppress(LimitExceededError):
-            tracker.limit = self._room
-            return run()
-        collect()  # what is left of it may be in reference cycles
-        return None
-
-    def _outputs_agree(self, f: Tensor) -> bool:
-        losses, counts = [], []
-        for start, stop, size in self._parts:
-            X, y = self._cut(start, stop)
-            rows, part = len(f) // size, self._outputs(X)
-            if not self._same(part, f[start * rows : stop * rows]):
-                return False
-            loss, count = self._loss(part, X, y)
-            losses.append(loss)
-            counts.append(count)
-        loss, count = self._loss(f, *self._item)
-        eps = rounding(f.dtype, f.device, self._risk.model.convolves)
-        return all(
-            close(torch.stack(parts).sum(), total, eps**0.5)
-            for parts, total in ((losses, loss), (counts, count))
-        )
-
-    def _loss(self, f: Tensor, X: Any, y: Any) -> tuple[Tensor, Tensor]:
-        """Return what is summed over parts: the loss, and its number of terms."""
-        if (make_loss := self._risk._loss_maker(X)) is None:
-            return f.new_zeros(()), f.new_zeros(())
-        loss = make_loss(f, y)
-        return loss.value().detach(), torch.as_tensor(loss.count)
-
-    def _same(self, part: Tensor, whole: Tensor) -> bool:
-        eps = rounding(part.dtype, part.device, self._risk.model.convolves)
-        return rows_agree(part, whole, eps**0.75)
-
-    def _pair_agrees(self, first: Share, second: Share) -> bool:
-        """Whether halves of two parts give together what they give in their parts."""
-        (a, b, _), (c, d, _) = first, second
-        middle, end = (a + b) // 2, (c + d + 1) // 2
-        together = joined(
-            [self._cut(middle, b)[0], self._cut(c, end)[0]], [b - middle, end - c]
-        )
-        f = self._outputs(together)
-        rows = len(f) // (b - middle + end - c)
-        here = self._outputs(self._cut(a, b)[0])[(middle - a) * rows :]
-        there = self._outputs(self._cut(c, d)[0])[: (end - c) * rows]
-        split = (b - middle) * rows
-        return self._same(here, f[:split]) and self._same(there, f[split:])
-
-    def _halves_agree(self) -> bool:
+    def _halves_agree(self) -> bool | None:
         r"""Whether :math:`J^\top u` of the first part is that of its halves.
 
-        Of what fits of it: two data have been tried before.
+        Or of as many of its data as there is room for, but two at least.
         """
-        size, same = self._parts[0].stop, None
-        while size > 1 and same is None:
-            same = self._within_room(partial(self._is_sum_of_halves, size))
-            size //= 2
-        return same is not False
+        size = max(2, self._parts[0].stop)
+        while (
+            same := within(self._room, partial(self._is_sum_of_halves, size))
+        ) is None and size > 2:
+            size = max(2, size // 2)
+        return same
 
     def _is_sum_of_halves(self, size: int) -> bool:
         def pull_back(stop: int, start: int, vectors: list[Tensor]) -> list[Tensor]:
@@ -224,20 +108,63 @@ class _Batch:
             return Linearization(self._risk.model, X, y).vjp(vectors[0])
 
         space, middle = self._risk.space, size // 2
-        [U] = random_like([self._outputs(self._cut(0, size)[0])])
-        first, second = U.split([rows := len(U) // size * middle, len(U) - rows])
-        found = space.split(space.join(pull_back(middle, 0, [first])))
-        for row, g in zip(found, pull_back(size, middle, [second]), strict=True):
-            row.add_(g)
-        whole = partial(pull_back, size, 0)
-        eps = rounding(U.dtype, U.device, self._risk.model.convolves)
-        return agree(found, whole([U]), eps, 0.75, whole, [U])
+        try:
+            [U] = random_like([_outputs(self._risk, self._cut(0, size)[0])])
+            first, second = U.split([rows := len(U) // size * middle, len(U) - rows])
+            found = space.split(space.join(pull_back(middle, 0, [first])))
+            for row, g in zip(found, pull_back(size, middle, [second]), strict=True):
+                row.add_(g)
+            whole = partial(pull_back, size, 0)
+            eps = rounding(U.dtype, U.device, self._risk.model.convolves)
+            return agree(found, whole([U]), eps, 0.75, whole, [U])
+        except Exception as error:  # whatever the user's model raises on a part
+            raise_if_out_of_memory(error)
+            return False
 
 
-def _pairs(parts: list[Share]) -> Iterator[tuple[Share, Share]]:
-    """Pair every part with the next one, and with one far away."""
-    n = len(parts)
-    for i, part in enumerate(parts):
-        yield part, parts[(i + 1) % n]
-        if n > 3:
-            yield part, parts[(i + n // 2) % n]
+def evaluated(
+    risk: EmpiricalRisk, item: tuple[Any, Any], leaves: list[Tensor] | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Evaluate what parts are compared by, with other parameters if given.
+
+    Returns
+    -------
+    list of Tensor
+        Outputs, and derivatives of a loss that is not known in closed form.
+    Tensor
+        The number of terms, which is a sum over parts.
+    """
+    X, y = item
+    f = _outputs(risk, X, leaves)
+    if (make_loss := risk._loss_maker(X)) is None:
+        return [f], f.new_zeros(())
+    loss = make_loss(f, y)
+    rows = [f, loss.gradient().detach()] if loss.opaque else [f]
+    return rows, torch.as_tensor(loss.count, dtype=torch.float64)
+
+
+def without_zeros(leaves: list[Tensor]) -> list[Tensor]:
+    """Return parameters with random numbers in place of those that are zero."""
+    return [
+        leaf if leaf.any() else random_like([leaf], seed)[0].mul_(0.1)
+        for seed, leaf in enumerate(leaves)
+    ]
+
+
+def _outputs(risk: EmpiricalRisk, X: Any, leaves: list[Tensor] | None = None) -> Tensor:
+    """Evaluate the model, without a graph unless it needs one itself.
+
+    What it notes in itself is taken back, so that all parts meet the same model.
+    """
+    model = risk.model
+    run: Callable[[Any], Tensor] = (
+        partial(model.at, tensors=leaves) if leaves else model
+    )
+    with model.left_as_it_is():
+        try:
+            with torch.no_grad():
+                return run(cloned(X))
+        except Exception as error:  # it may differentiate by its inputs
+            raise_if_out_of_memory(error)
+    with model.left_as_it_is():
+        return run(cloned(X)).detach()

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from curvlinops._agreement import rows_agree
+from curvlinops._apart import Batch, evaluated, without_zeros
 from curvlinops._columns import (
     MAX_COLUMN_BYTES,
     MAX_COLUMNS,
@@ -33,7 +34,9 @@ from curvlinops._columns import (
 from curvlinops._data import (
     Share,
     Tables,
+    checked_pair,
     cloned,
+    moved,
     part_of,
     preserved_rng,
     rows_in,
@@ -48,9 +51,9 @@ from curvlinops._identity import UNRECORDED, Identity, key_of
 from curvlinops._linearization import FOLD_LATE
 from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._parts import one_by_one
-from curvlinops._program import leaves
-from curvlinops._replay import RECORD_EARLY, RECORD_LATE, Watcher
+from curvlinops._replay import RECORD_EARLY, RECORD_LATE
 from curvlinops._spaces import rounding
+from curvlinops._tracker import LimitExceededError, Tracker
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -64,64 +67,6 @@ SLICES = [2, 3], [1, 2], [1]
 Line = list[tuple[Any, int]]
 #: Most products until a batch's route has settled.
 _MAX_PRODUCTS = RECORD_LATE + FOLD_LATE * MAX_RANK + 4
-
-
-class Tracker(Watcher):
-    """Counts the bytes of the tensors that are created in a context and still alive.
-
-    Memory that a single operation uses inside is not seen, and what is passed to
-    operations but was not created in the context is not counted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # By address, which is not used again while there is a weak reference.
-        self._given: dict[int, StorageWeakRef] = {}
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        #: Bytes alive now, and after every operation since the list was emptied.
-        self.nbytes = 0
-        self.series: Line = []
-        #: If the next operation might lead to more bytes, one raises; and whether one
-        #: has. Expected is the size of the largest tensor so far, or more.
-        self.limit = inf
-        self.next = 0
-        self.exceeded = False
-
-    @property
-    def peak(self) -> int:
-        """Most bytes alive at a time."""
-        return max((n for _, n in self.series), default=0)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        for storage in _storages([args, *(kwargs or {}).values()]):
-            if storage._cdata not in self._alive and storage._cdata not in self._given:
-                self._given[storage._cdata] = StorageWeakRef(storage)
-        result = func(*args, **(kwargs or {}))
-        expired = torch.UntypedStorage._expired
-        for key in [*filter(expired, self._alive)]:
-            self.nbytes -= self._alive.pop(key)[1]
-        for storage in _storages(result):
-            if storage._cdata not in self._alive and storage._cdata not in self._given:
-                nbytes = storage.nbytes()
-                self._alive[storage._cdata] = StorageWeakRef(storage), nbytes
-                self.nbytes += nbytes
-                self.next = max(self.next, nbytes)
-        self.series.append((func, self.nbytes))
-        if self.nbytes + self.next > self.limit:
-            self.exceeded = True
-            raise LimitExceededError
-        return result
-
-
-class LimitExceededError(MemoryError):
-    """Raised by an operation after which more bytes might be alive than may be."""
-
-
-def _storages(value: Any) -> list[torch.UntypedStorage]:
-    tensors = [t for t in leaves(value) if isinstance(t, Tensor)]
-    return [t.untyped_storage() for t in strided(tensors)]
 
 
 # -- what is multiplied --------------------------------------------------------------
@@ -394,10 +339,7 @@ class Footprint:
     matrix: Kept | None
 
     def _at(self, values: np.ndarray, n: float) -> int:
-        if len(self.sizes) == 1:
-            return ceil(values.max() * max(1.0, n / self.sizes[0]))
-        (few, more), (a, b) = self.sizes, values
-        return ceil((a + (b - a) * (n - few) / (more - few)).max())
+        return _extrapolated(self.sizes, values, n)
 
     def peak(self, n: float, product: int = 0) -> int:
         """Return the most bytes alive in a product, what it finds included."""
@@ -724,6 +666,20 @@ class Probe:
         pays = probe._dense.jacobians_pay([rows], list(probe._recordings.values()))
         return pays and nbytes <= self.budget and self.products[0].key is not None
 
+    def comparison(self, load: float) -> int:
+        """Return the bytes that comparing a batch's outputs with its parts' takes."""
+        sizes = next(s for s in SLICES if max(s) <= (self.data.size or 1))
+        lines = []
+        for n in sizes:
+            X, y = self.data.slice(n)
+            device = self.risk.space.device
+            item = moved(X, device), moved(y, device)
+            twin = twin_of(self.risk, [item], "off")
+            with Tracker() as tracker:
+                twin.session(partial(_compare, twin, item))
+            lines.append(tracker.series)
+        return _extrapolated(sizes, _aligned(lines), load)
+
     def _matrix(self, probe: EmpiricalRisk, outputs: int, larger: float) -> Kept | None:
         """Return when a small matrix is kept, or its factors if outputs are few enough.
 
@@ -754,6 +710,22 @@ class Probe:
         products = ceil(cost / dense.cost(key, self.K, batches))
         # Jacobians are computed in the second product.
         return Kept(max(products, 2 if factored else 1), nbytes, work)
+
+
+def _compare(risk: EmpiricalRisk, item: tuple[Any, Any]) -> None:
+    """Evaluate model and loss, and compare outputs with themselves."""
+    leaves = without_zeros([leaf.detach() for leaf in risk.model.leaves])
+    rows, _ = evaluated(risk, item, leaves)
+    for row in rows:
+        rows_agree(row, row, 0.0)
+
+
+def _extrapolated(sizes: list[int], values: np.ndarray, n: float) -> int:
+    """Return the most of what was measured for some numbers of data, for another."""
+    if len(sizes) == 1:
+        return ceil(values.max() * max(1.0, n / sizes[0]))
+    (few, more), (a, b) = sizes, values
+    return ceil((a + (b - a) * (n - few) / (more - few)).max())
 
 
 def _aligned(lines: Sequence[Line]) -> np.ndarray:
@@ -835,16 +807,19 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
     least = tracker.peak
     if (needed := (whole := peak(load))) > limit:
         cause, taken = _why_whole(probe)
-        if cause is None:
-            length, _ = probe.products[0].lengths(0, risk.space.dim)
-            operand = length * probe.K * risk.space.dtype.itemsize
+        what = "as batches stay whole"
+        if not cause:
+            operand = _operand(risk, probe.products, probe.K)
             least = max(least, operand + taken)
             sizes = [size or 1 for size in data.sizes]
             one = max(n / size for n, size in zip(data.loads, sizes, strict=True))
             print_ = probe.footprint(one, 1, part=True)
-            needed = peak(one)
+            needed, what = peak(one), "even with one datum at a time"
+            compared = min(whole, operand + probe.comparison(load))
+            if compared > max(needed, limit):
+                needed, what = compared, "as parts are compared with whole batches"
         if needed > limit:
-            raise MemoryError(refusal(probe.products, probe.K, limit, needed, cause))
+            raise MemoryError(_refusal(probe, needed, what, cause))
         most = one * _largest(lambda k: peak(k * one) <= limit, ceil(load / one))
         parts = [number_of_parts(*p, most) for p in zip(sizes, data.loads, strict=True)]
         loads = [
@@ -911,28 +886,75 @@ def _largest(holds: Callable[[int], bool], stop: int) -> int:
     return low
 
 
-def refusal(
-    products: Sequence[Product], K: int, limit: float, needed: int, cause: str | None
-) -> str:
+def check_parts(probe: Probe, fit: Fit) -> None:
+    """Raise if parts of batches give something else than they give in their batches.
+
+    All batches that are cut are read and evaluated, see :class:`Batch`.
+
+    Raises
+    ------
+    MemoryError
+        If some part differs, or that cannot be found out within the bound; the message
+        says what products with whole batches take.
+    """
+    risk = probe.risk
+    device, twin = risk.space.device, None
+    room = int(probe.limit) - _operand(risk, probe.products, probe.K)
+    with preserved_rng(device):
+        for index, pair in enumerate(risk.data):
+            X, y = checked_pair(pair, index)
+            size = risk._size_or_none(X)
+            number = number_of_parts(size, numel(X), fit.entries)
+            if size is None or number == 1:
+                continue
+            item = moved(X, device), moved(y, device)
+            twin = twin or twin_of(risk, [item], "off")
+            batch = Batch(twin, item, shares(size, number), fit.tables, room)
+            if (same := twin.session(batch.comes_apart)) is None:
+                cause = (
+                    f"evaluating batch {index} as a whole, which its parts are "
+                    "compared with, takes more than that."
+                )
+            elif not same:
+                cause = (
+                    f"parts of batch {index} do not give what they give together: does "
+                    "the model couple data (means over the batch, positions counted in "
+                    "it, a branch on all of it), or is a tensor as long as the batch, "
+                    "but no data?"
+                )
+            if not same:
+                cause = f"They cannot be cut, since {cause}"
+                raise MemoryError(
+                    _refusal(probe, fit.whole, "as batches stay whole", cause)
+                )
+
+
+def _operand(risk: EmpiricalRisk, products: Sequence[Product], K: int) -> int:
+    """Return the bytes of the user's operand."""
+    length, _ = products[0].lengths(0, risk.space.dim)
+    return length * K * risk.space.dtype.itemsize
+
+
+def _refusal(probe: Probe, needed: int, what: str, cause: str) -> str:
     """Say why products do not fit into a bound, and what would do."""
-    title, enough = products[0].title, ceil(1.02 * needed)
-    what = "even with one datum at a time" if cause is None else "as batches stay whole"
+    (product, *_), K = probe.products, probe.K
+    alone = what == "even with one datum at a time"
     return (
-        f"{title} with {K} column{'s' * (K > 1)} needs {needed} bytes, "
-        f"{what}, but `max_memory` is {limit}."
+        f"{product.title} with {K} column{'s' * (K > 1)} needs {needed} bytes, {what}, "
+        f"but `max_memory` is {probe.limit}."
         + (f" {cause}" if cause else "")
-        + (" Products take more than that." if products[0] is GRADIENT else "")
-        + f" Pass `max_memory={enough}` or more, "
-        + ("smaller batches, " if cause else "")
+        + (" Products take more than that." if product is GRADIENT else "")
+        + f" Pass `max_memory={ceil(1.02 * needed)}` or more, "
+        + ("" if alone else "smaller batches, ")
         + ("fewer columns, " if K > 1 else "")
         + "or fewer parameters."
     )
 
 
-def _why_whole(probe: Probe) -> tuple[str | None, int]:
+def _why_whole(probe: Probe) -> tuple[str, int]:
     """Return why batches cannot be cut into parts, and what it took to find out.
 
-    ``None`` if they can.
+    Nothing if they can.
     """
     risk, data = probe.risk, probe.data
     if not all(data.sizes):
@@ -950,7 +972,7 @@ def _why_whole(probe: Probe) -> tuple[str | None, int]:
         )
     size = min(2, data.size or 1)
     if size == 1:
-        return None, 0
+        return "", 0
     few = probe._slice(data.slice(size), None, (1, 1), None, iter([]), [])
     try:
         with Tracker() as tracker:
@@ -971,7 +993,7 @@ def _why_whole(probe: Probe) -> tuple[str | None, int]:
             "whose first axis is not that of the data?",
             0,
         )
-    return None, tracker.peak
+    return "", tracker.peak
 
 
 def _is_apart(risk: EmpiricalRisk, batch: Any) -> bool:
@@ -1115,6 +1137,8 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
         else:
             probe = Probe(risk, data, products, K, limit=risk.max_memory)
             fit, at = fitted(probe)
+            if fit.entries is not None and fit.entries < (risk._entries or inf):
+                check_parts(probe, fit)
             budget, entries = min(budget, fit.budget), fit.entries
     most = None if entries is None else entries / data.unit
     pairs = list(zip(data.sizes, data.loads, strict=True))

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlinops._apart import check_parts
 from curvlinops._columns import VJPS, Body, Columns
 from curvlinops._data import (
     Share,
@@ -68,6 +67,7 @@ from curvlinops._plan import (
     Fit,
     Probe,
     Product,
+    check_parts,
     fitted,
     number_of_parts,
     numel,
@@ -231,13 +231,13 @@ class EmpiricalRisk:
     Batches are cut only if data contribute apart and the loss is known in closed form
     or has ``num_terms_fn``. Before the first product that cuts them, and after every
     change, all parts' outputs are compared with those of whole batches, which costs two
-    evaluations of the model without gradients; and :math:`J^\top u` of every batch's
-    first part with that of its halves. Where not even such an evaluation of a whole
-    batch fits, parts are compared with batches of their size put together from two of
-    them: what a model does with long batches only is then not seen. A tensor is cut if
-    it is as long as the batch in all batches. What operations of torch use inside, and
-    estimating Kronecker factors, is not counted; products in several threads take their
-    bytes each. No sensitivities are kept, and no factors of small matrices.
+    evaluations of the model without gradients (twice as many where some parameter is
+    zero, which might hide a difference); and :math:`J^\top u` of every batch's first
+    part with that of its halves. So evaluating a whole batch without gradients has to
+    fit. A tensor is cut if it is as long as the batch in all batches. What operations
+    of torch use inside, and estimating Kronecker factors, is not counted; products in
+    several threads take their bytes each. No sensitivities are kept, and no factors of
+    small matrices.
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless
@@ -1130,10 +1130,12 @@ class EmpiricalRisk:
                 self._drop_recordings()
                 self._dense.drop_matrices()
                 data, bound = Data.of(self), self.max_memory
-                fit = fitted(Probe(self, data, products, K, limit=bound))[0]
+                probe = Probe(self, data, products, K, limit=bound)
+                fit = fitted(probe)[0]
+                if fit.entries is not None and fit.entries < (self._entries or inf):
+                    check_parts(probe, fit)
                 self._fits.update(dict.fromkeys(names, fit))
             if fit.entries is not None and fit.entries < (self._entries or inf):
-                check_parts(self, fit, products, K)
                 self._entries, self._tables = fit.entries, fit.tables
                 self._drop_recordings()
             self._columns.most = fit.width

@@ -162,8 +162,9 @@ class RiskOperator(TorchOperator):
         differ in their size only. Not counted are model, parameters, and data, and what
         operations of torch use inside.
 
-        Cost: these products, and one pass over the data that reads their sizes. Models,
-        recordings and random states stay as they are.
+        Cost: these products, and one pass over the data that reads their sizes; with
+        ``max_memory``, one more that compares parts with whole batches, where these are
+        cut. Models, recordings and random states stay as they are.
 
         Examples
         --------
