@@ -901,10 +901,8 @@ def test_models_write_into_no_data_of_the_user(matrix, write):
 
     torch.manual_seed(0)
     layers = [m for _ in range(4) for m in (nn.Linear(9, 9), nn.Tanh())]
-    model, data = (
-        nn.Sequential(Writing(6, 9), *layers, nn.Linear(9, 3)),
-        coupled_data(40),
-    )
+    model = nn.Sequential(Writing(6, 9), *layers, nn.Linear(9, 3))
+    data = coupled_data(40)
     before = data[0][0].clone()
     A, x = bounded(matrix, model, data, 0.8)
     for _ in range(4):

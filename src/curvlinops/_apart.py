@@ -62,7 +62,7 @@ class Batch:
         if same and not all(leaf.any() for leaf in leaves):
             other = partial(self._outputs_agree, without_zeros(leaves))
             same = within(self._room, other)
-        return same and self._halves_agree()
+        return self._halves_agree() if same else same
 
     def _cut(self, start: int, stop: int) -> tuple[Any, Any]:
         share = Share(start, stop, self._parts[-1].stop)
@@ -90,17 +90,16 @@ class Batch:
             return False
         return close(total, count, eps**0.5)
 
-    def _halves_agree(self) -> bool | None:
+    def _halves_agree(self) -> bool:
         r"""Whether :math:`J^\top u` of the first part is that of its halves.
 
-        Or of as many of its data as there is room for, but two at least.
+        Of as many of its data as there is room for: two have been tried before.
         """
-        size = max(2, self._parts[0].stop)
-        while (
-            same := within(self._room, partial(self._is_sum_of_halves, size))
-        ) is None and size > 2:
-            size = max(2, size // 2)
-        return same
+        size, same = max(2, self._parts[0].stop), None
+        while size > 1 and same is None:
+            same = within(self._room, partial(self._is_sum_of_halves, size))
+            size //= 2
+        return same is not False
 
     def _is_sum_of_halves(self, size: int) -> bool:
         def pull_back(stop: int, start: int, vectors: list[Tensor]) -> list[Tensor]:
