@@ -1168,7 +1168,8 @@ class EmpiricalRisk:
         Or write it there if it is the first. Where nothing is kept, a keyed product
         drops its graph, and the sum is allocated after that.
         """
-        batch.multiplied |= self.plain > 0 or self.max_memory is not None
+        # Within a bound, products are made as those that were measured.
+        batch.multiplied |= self.plain > 0 or not self._may_fold
         batch.final = key is not None and not self._has_room(batch)
         name = None if self.plain else key
         self._fold_if_due(name, body, batch, 1)
@@ -1209,7 +1210,8 @@ class EmpiricalRisk:
         drops its graph, and the sum is allocated after that.
         """
         inputs, outputs = spaces or (self.space, self.space)
-        batch.multiplied |= self.plain > 0 or self.max_memory is not None
+        # Within a bound, products are made as those that were measured.
+        batch.multiplied |= self.plain > 0 or not self._may_fold
         K = V.shape[1]
         start = 0
         while start < K:
