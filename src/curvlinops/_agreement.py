@@ -179,11 +179,14 @@ def matrices_agree(
     return True
 
 
-def rows_agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+def rows_agree(
+    found: Tensor, expected: Tensor, tolerance: float, units: Tensor | None = None
+) -> bool:
     """Whether outputs of the same data agree, each in its own scale.
 
     That is the largest entry of the datum or that of the output over all data,
-    whichever is less, so that neither large outputs nor large data hide others.
+    whichever is less, so that neither large outputs nor large data hide others. Or
+    units are given, where there are more data than these.
     """
     if found.shape != expected.shape:
         return False
@@ -191,7 +194,8 @@ def rows_agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
         return True
     rows = expected.reshape(len(expected), -1)
     gaps = (found - expected).abs().reshape(rows.shape)
-    return bool((gaps <= tolerance * in_units(rows)).all())
+    units = in_units(rows) if units is None else units.reshape(rows.shape)
+    return bool((gaps <= tolerance * units).all())
 
 
 def in_units(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvlinops._agreement import agree, random_like, rows_agree
+from curvlinops._agreement import agree, in_units, random_like, rows_agree
 from curvlinops._data import Share, Tables, cloned, part_of
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
@@ -77,13 +77,15 @@ class Batch:
             return True
         eps = rounding(whole[0].dtype, whole[0].device, self._risk.model.convolves)
         total = torch.zeros_like(count)
+        units = [in_units(b) for b in whole]
         try:
             for start, stop, size in self._parts:
                 part, terms = evaluated(self._risk, self._cut(start, stop), leaves)
                 total += terms
                 rows = len(whole[0]) // size
-                for a, b in zip(part, whole, strict=True):
-                    if not rows_agree(a, b[start * rows : stop * rows], eps**0.75):
+                own = slice(start * rows, stop * rows)
+                for a, b, unit in zip(part, whole, units, strict=True):
+                    if not rows_agree(a, b[own], eps**0.75, unit[own]):
                         return not b.isfinite().all()  # left to products, too
         except Exception as error:  # whatever the user's model or loss raises on a part
             raise_if_out_of_memory(error)
