@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from curvlinops._data import strided
 
 #: Tensors with fewer entries are hashed as they are, or worked on together.
 _SMALL = 1 << 12
+#: Fewer words than these NumPy adds up, since calls of torch take longer than that.
+_FEW = 1 << 17
 #: Two primes by type of device. As many words as their product are summed at once:
 #: on a CPU, these fit into its cache.
 _PRIMES = {"cpu": (719, 727), "cuda": (4093, 4099)}
@@ -48,8 +51,12 @@ class Checksum:
         with torch.no_grad():
             memory = [_memory(t.detach()) for t in strided(tensors)]
         host = [t for t in memory if t.device.type == "cpu"]
+        large = [t for t in host if t.numel() >= _SMALL]
+        parts = [_parts(t) for t in large if t.is_contiguous()]
         self._small = [t.numpy() for t in host if t.numel() < _SMALL]
-        self._large = [t for t in host if t.numel() >= _SMALL]
+        self._small += [end.numpy() for ends, _ in parts for end in ends]
+        self._words = [words for _, blocks in parts for words in blocks]
+        self._large = [t for t in large if not t.is_contiguous()]  # copied every time
         known = set(map(id, host))
         others = sorted((t for t in memory if id(t) not in known), key=_device_of)
         self._others = [_Others([*ts]) for _, ts in groupby(others, key=_device_of)]
@@ -57,8 +64,10 @@ class Checksum:
     def __call__(self) -> tuple[int, ...]:
         """Return the numbers."""
         read, numbers = [x.tobytes() for x in self._small], list[int]()
-        if self._large or self._others:
+        if self._words or self._large or self._others:
             with torch.no_grad():
+                for words in self._words:
+                    read += [sums.numpy().tobytes() for sums in _sums_of(words)]
                 for t in self._large:
                     read += [part.numpy().tobytes() for part in _sums(t)]
                 for others in self._others:
@@ -140,21 +149,40 @@ def _memory(tensor: Tensor) -> Tensor:
 
 
 def _sums(memory: Tensor) -> list[Tensor]:
-    """Return sums of integers in a tensor: read as words of eight bytes, by place.
+    """Return sums of a tensor's words, by place, and its ends as they are."""
+    ends, blocks = _parts(memory)
+    return ends + [sums for words in blocks for sums in _sums_of(words)]
 
-    Those at its ends that are no whole words are returned as they are.
+
+def _parts(memory: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the words of eight bytes that integers are, in blocks, after the ends.
+
+    The ends are those integers that are no whole words.
     """
     flat = memory.reshape(-1).contiguous()
     number = 8 // flat.element_size()
     first = min(-flat.storage_offset() % number, flat.numel())
     last = flat.numel() - (flat.numel() - first) % number
-    sums = [end for end in (flat[:first], flat[last:]) if len(end)]
-    primes = _PRIMES.get(flat.device.type, _PRIMES["cuda"])
-    for words in flat[first:last].view(torch.int64).split(prod(primes)):
-        for prime in primes:
-            rows = len(words) // prime
-            total = words[: rows * prime].view(rows, prime).sum(0)
-            rest = words[rows * prime :]
-            total[: len(rest)] += rest
-            sums.append(total)
-    return sums
+    words = flat[first:last].view(torch.int64)
+    ends = [end for end in (flat[:first], flat[last:]) if len(end)]
+    return ends, [*words.split(prod(_primes(words)))]
+
+
+def _primes(words: Tensor) -> tuple[int, int]:
+    return _PRIMES.get(words.device.type, _PRIMES["cuda"])
+
+
+def _sums_of(words: Tensor) -> list[Tensor]:
+    """Return the sums of words at places that are equal modulo one of two primes."""
+    if len(words) < _FEW and words.device.type == "cpu":
+        array = words.numpy()
+        return [torch.from_numpy(_folded(array, p)) for p in _primes(words)]
+    return [_folded(words, p) for p in _primes(words)]
+
+
+def _folded(words: Any, prime: int) -> Any:
+    rows = len(words) // prime
+    total = words[: rows * prime].reshape(rows, prime).sum(0)
+    rest = words[rows * prime :]
+    total[: len(rest)] += rest
+    return total
