@@ -1,8 +1,10 @@
 """Kronecker-factored operators and their inverses after something has changed."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -231,6 +233,37 @@ def test_draws_keep_their_seed():
     assert_close(K.to_dense(), reference, size=1000)
     model.load_state_dict(state)
     assert torch.equal(K.to_dense(), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_former_matrices_are_freed(method, tmp_path):
+    built = model, _, _, _ = problem()
+    risk = EmpiricalRisk(*built, check_deterministic=False)
+    A, other = build(method, risk), KFACLinearOperator(risk)
+    inverse, path = A.inverse(0.1), tmp_path / "factors.npz"
+    other.save(path)
+    other.load(path)
+    known = [weakref.ref(each.representation) for each in (A, inverse, other)]
+    change(model)
+    inverse.trace()
+    gc.collect()
+    assert [its() is None for its in known] == [True, True, False]
+    other.trace()  # not used since, and has now nothing of its own
+    gc.collect()
+    assert known[2]() is None
+
+
+@pytest.mark.parametrize("method", ["kfac", "kfoc"])
+def test_factors_of_inverses_follow(method):
+    built = model, _, _, _ = problem()
+    inverse = build(method, *built).inverse(0.1)
+    for _ in range(2):
+        factors = build(method, *built).inverse(0.1).frozen().factors()
+        assert inverse.factors().keys() == factors.keys()
+        for name, pair in inverse.factors().items():
+            for mine, its in zip(pair, factors[name], strict=True):
+                assert_close(mine, its, size=1000, exponent=0.5)
+        change(model)
 
 
 # What does not follow, and says so

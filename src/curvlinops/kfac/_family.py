@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 from os import PathLike
 from typing import Any
+from weakref import ReferenceType, ref
 
 from torch import Tensor
 
@@ -36,6 +37,10 @@ class KFACType(StrEnum):
 
     EXPAND = "expand"
     REDUCE = "reduce"
+
+
+class Matrices(dict[Any, BlockwiseLinearOperator]):
+    """The matrices of one state of a risk's parameters and data, by their keys."""
 
 
 class KroneckerFactored(Represented):
@@ -70,7 +75,7 @@ class KroneckerFactored(Represented):
             risk.require_terms("sampled and empirical Fisher matrices")
         self.settings = settings
         #: This operator's own matrix, with the state that it belongs to.
-        self._own: tuple[dict[Any, Any], BlockwiseLinearOperator] | None = None
+        self._own: tuple[ReferenceType[Matrices], BlockwiseLinearOperator] | None = None
 
     def _estimate(self, title: str) -> list[Any]:
         """Return blocks with their layouts."""
@@ -105,9 +110,9 @@ class KroneckerFactored(Represented):
             self._state().pop(self._key, None)
             self._compute()
 
-    def _state(self) -> dict[Any, BlockwiseLinearOperator]:
+    def _state(self) -> Matrices:
         """Return the matrices of the present parameters and data, by their keys."""
-        return self.risk.once((KroneckerFactored,), dict)
+        return self.risk.once((KroneckerFactored,), Matrices)
 
     @property
     def _key(self) -> tuple[Any, ...] | None:
@@ -118,7 +123,12 @@ class KroneckerFactored(Represented):
     def _found(self) -> BlockwiseLinearOperator | None:
         """Return the matrix if it is known for the present parameters and data."""
         state, own = self._state(), self._own
-        return own[1] if own is not None and own[0] is state else state.get(self._key)
+        if own is not None and own[0]() is state:
+            return own[1]
+        if own is not None:  # of another state, so nobody needs it any more
+            with self._alone():
+                self._own = None if self._own is own else self._own
+        return state.get(self._key)
 
     def _compute(self) -> BlockwiseLinearOperator:
         """Compute the matrix, with the locks held, and keep it."""
@@ -129,7 +139,7 @@ class KroneckerFactored(Represented):
         layouts, operators = zip(*blocks, strict=True)
         matrix = BlockwiseLinearOperator(self._in_space, layouts, operators, self._kind)
         if self._key is None:
-            self._own = state, matrix
+            self._own = ref(state), matrix
         else:
             state[self._key] = matrix
         return matrix
@@ -142,7 +152,7 @@ class KroneckerFactored(Represented):
         """Restore; the matrix counts until something changes."""
         vars(self).update(state)
         if (matrix := state["_own"]) is not None:
-            self._own = self._state(), matrix
+            self._own = ref(self._state()), matrix
 
     def _depends_on_batches(self) -> str:
         sampled = self.settings.fisher.fisher_type == FisherType.MC
@@ -209,7 +219,7 @@ class KroneckerFactored(Represented):
                     f"{getattr(its, what)}, these have {getattr(mine, what)}."
                 )
         with self._alone():
-            self._own = self._state(), matrix
+            self._own = ref(self._state()), matrix
 
 
 def _layer_names(weights: Iterable[str]) -> dict[str, str]:

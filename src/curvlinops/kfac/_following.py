@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlinops._operator import _is_tensor_list
 from curvlinops._spaces import real_scalar
-from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping
+from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping, Factors
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator
 
@@ -137,9 +137,14 @@ class Following(Represented):
         with self._alone():
             matrix = self.A.representation
             if (known := self._known) is None or known[0] is not matrix:
+                self._known = known = None  # frees it before there are two
                 known = matrix, self._function(matrix)
                 self._known = known if self.cache else None
             return known[1]
+
+    def factors(self) -> dict[str, Factors]:
+        """Return the present factors of blocks that have two, by the weight's name."""
+        return self.representation.factors()
 
     def inverse(
         self, damping: Damping = 0.0, **options: Any
