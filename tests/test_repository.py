@@ -147,7 +147,7 @@ LEVELS = [
     [
         *["_adjoint", "_agreement", "_caching", "_conflicts", "_cuda_graph", "_data"],
         *["_differences", "_hooks", "_lockstep", "_loss_state", "_memory"],
-        *["_objects", "_random", "_spaces", "_substitutes"],
+        *["_objects", "_random", "_spaces", "_substitutes", "_walk"],
     ],
     [
         *["_checksum", "_foreign", "_identity", "_model", "_operator", "_program"],
