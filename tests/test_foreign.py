@@ -295,6 +295,25 @@ def test_right_functions_are_used_as_they_are(name, place, dtype):
         assert_close(a, b, torch.float32 if low else dtype, size=2000)
 
 
+class Kinks(nn.Module):
+    def forward(self, x):
+        return RIGHT["kinks"](x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_kink_at_the_parameters_is_no_lost_part(dtype):
+    model = nn.Sequential(nn.Linear(3, 4), Kinks(), nn.Linear(4, 4), Kinks())
+    model = model.append(nn.Linear(4, 2)).to(dtype)
+    params = dict(model.named_parameters())
+    for parameter in params.values():
+        nn.init.zeros_(parameter)
+    data = [(torch.randn(5, 3).to(dtype), torch.randn(5, 2).to(dtype))]
+    H = HessianLinearOperator(model, nn.MSELoss(), params, data)
+    expected = torch.zeros(H.shape[0], dtype=dtype)
+    expected[-2:] = 1.0
+    assert_close(H @ torch.ones_like(expected), expected, dtype)
+
+
 def test_a_loss_without_graph_is_found():
     class LogCosh(torch.autograd.Function):
         @staticmethod

@@ -48,10 +48,10 @@ def misfits(
     Notes
     -----
     One random direction :math:`v` is tried, of the size of the parameters. The step is
-
     :math:`\epsilon^{1/4}` of it, and a row wrong if it is off by more than
     :math:`\epsilon^{1/4}` of its size and by more than what the difference changes
-    with a quarter of the step (kinks), or than rounding may do to it.
+    with a quarter of the step (kinks nearby), than what differences to both sides
+    differ by (kinks at :math:`\theta` itself: ties, zeros), or than rounding may do.
 
     Cost: two gradients and a product if all is well; otherwise up to six gradients, two
     products, and four evaluations for every parameter.
@@ -77,10 +77,15 @@ class _Around:
         """Evaluate a step of width ``h`` ahead."""
         return self._evaluate(self._moved(V, h), False)[0].detach().double()
 
-    def slopes(self, V: Vectors, h: float) -> list[Tensor]:
-        """Return central differences of the gradient."""
+    def slopes(
+        self, V: Vectors, h: float, gradient: Vectors
+    ) -> list[tuple[Tensor, float]]:
+        """Return differences of the gradient, and how far its two sides differ."""
         ahead, behind = (self._evaluate(self._moved(V, s), True)[1] for s in (h, -h))
-        return [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+        return [
+            ((a - b) / (2 * h), _norm((a - g) / h - (g - b) / h))
+            for a, b, g in zip(ahead, behind, gradient, strict=True)
+        ]
 
     def _moved(self, V: Vectors, h: float) -> list[Tensor]:
         return [t + h * v for t, v in zip(self._theta, V, strict=True)]
@@ -148,15 +153,16 @@ def _wrong_rows(
     careful: bool,
 ) -> list[int]:
     """Return where a product is no difference, or where two widths agree on that."""
-    found, expected = multiply(V), at.slopes(V, at.step)
+    found, expected = multiply(V), at.slopes(V, at.step, gradient)
     # Rounding has more effect with a narrower step, also in unknown lower precision.
-    other = at.slopes(V, at.step / 4) if careful else expected
+    other = at.slopes(V, at.step / 4, gradient) if careful else expected
     rows = []
-    for i, (p, d, e, g) in enumerate(
+    for i, (p, (d, _), (e, bend), g) in enumerate(
         zip(found, expected, other, gradient, strict=True)
     ):
-        rounding = 32 * eps**0.75 * _norm(g)
-        allowed = eps**0.25 * max(_norm(p), _norm(d)) + 4 * _norm(d - e) + rounding
+        allowed = eps**0.25 * max(_norm(p), _norm(d)) + 32 * eps**0.75 * _norm(g)
+        if careful:
+            allowed += 4 * _norm(d - e) + bend
         if _norm(p - d) > allowed:
             rows.append(i)
     return rows
