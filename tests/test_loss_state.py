@@ -1,7 +1,8 @@
 """Losses that keep state: refused, or left as they are."""
 
 import copy
-from collections import deque
+from collections import Counter, OrderedDict, deque
+from functools import partial
 
 import pytest
 import torch
@@ -111,3 +112,76 @@ def test_what_a_loss_only_notes_is_no_matter():
     G = GGNLinearOperator(net, loss, params, data)
     assert_close(G.to_dense(), references.ggn(net, Counting(), params, data), size=100)
     assert (loss.calls, loss.last, loss.values) == (0, None, [])
+
+
+class Noting(nn.Module):
+    """Counts its calls in a buffer, and has a buffer that is not used yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("unused", torch.tensor([float("nan"), 1.0]))
+        self.values, self.sizes = OrderedDict(), Counter()
+
+    def forward(self, f, y):
+        self.calls += 1
+        self.values[int(self.calls)] = f.detach()
+        self.sizes[len(f)] += 1
+        return (f - y).square().square().mean()
+
+
+def test_counters_and_buffers_without_a_number_are_no_matter():
+    net, params, data = problem()
+    loss = Noting()
+    G = GGNLinearOperator(net, loss, params, data)
+    assert_close(G.to_dense(), references.ggn(net, Noting(), params, data), size=100)
+    assert (int(loss.calls), loss.values, loss.sizes) == (0, {}, Counter())
+    assert loss.unused.isnan().tolist() == [True, False]
+
+
+class Annealed(nn.Module):
+    """Weights its value by the number of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, f, y):
+        self.calls += 1
+        return self.calls * (f - y).square().square().mean()
+
+
+def test_a_counter_that_matters_is_found():
+    net, params, data = problem()
+    with pytest.raises(ValueError, match=r"changes its attributes \['.calls"):
+        GGNLinearOperator(net, Annealed(), params, data)
+
+
+def test_what_a_loss_closes_over_is_left_as_it_is():
+    net, params, data = problem()
+    inner, queue = Centred(), [torch.zeros(2).double()]
+    loss = partial(lambda f, y, scale: scale * inner(f, y), scale=2.0)
+    with pytest.raises(ValueError, match=r"buffers \['centre'\]"):
+        GGNLinearOperator(net, loss, params, data)
+    assert not inner.centre.any()
+
+    def with_queue(f, y):
+        past = sum(queue)
+        queue.append(f.detach().mean(0))
+        return (f - y - past).square().square().mean()
+
+    with pytest.raises(ValueError, match=r"attributes \['.queue"):
+        GGNLinearOperator(net, with_queue, params, data)
+    assert len(queue) == 1
+
+
+def test_a_buffer_of_another_size_is_put_back():
+    net, params, data = problem()
+    buffer = torch.zeros(0, 2).double()
+
+    def growing(f, y):
+        buffer.data = torch.cat([buffer, f.detach()])
+        return (f - y).square().square().mean()
+
+    GGNLinearOperator(net, growing, params, data) @ torch.ones(8).double()
+    assert buffer.shape == (0, 2)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-#: Containers of which a shallow copy is kept.
+#: Containers, with those made from them, of which a shallow copy is kept.
 _CONTAINERS = (list, dict, set, deque)
 
 #: Attributes of modules that hold others, or are looked at by themselves.
@@ -24,8 +24,10 @@ _MODULES_OWN = {"_buffers", "_modules", "_parameters"}
 def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
     """Take back what evaluations write into a loss's buffers and attributes.
 
-    Yields a function that names what has been changed by now: registered buffers by
-    their names, attributes with a dot before it.
+    Also into what a function closes over. Yields a function that names what has been
+    changed by now: registered buffers by their names, all else with a dot before it.
+    Counters, integers that is, are not among the buffers: where they matter, the
+    values of a second evaluation say so.
     """
     noted = [
         (
@@ -38,7 +40,7 @@ def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
 
     def changed() -> list[str]:
         return [
-            f"{dot}{key}"
+            f"{'.' if _counts(value) else dot}{key}"
             for place, dot, entries in noted
             for key, value, before in entries
             if place.get(key) is not value or not _same(value, before)
@@ -59,31 +61,57 @@ def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
 
 def _places(loss_func: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the dictionaries in which a loss may keep state."""
-    if isinstance(loss_func, partial):
-        yield from _places(loss_func.func)
-    elif isinstance(loss_func, MethodType):
-        yield from _places(loss_func.__self__)
-    elif isinstance(loss_func, nn.Module):
-        for part in loss_func.modules():
+    waiting, seen = [loss_func], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, partial):
+            waiting.append(part.func)
+        elif isinstance(part, MethodType):
+            waiting.append(part.__self__)
+        elif isinstance(part, nn.Module):
+            waiting += part.children()
             yield part._buffers, ""
             yield part.__dict__, "."
-    elif hasattr(loss_func, "__dict__") and not isinstance(loss_func, type):
-        yield loss_func.__dict__, "."
+        elif hasattr(part, "__dict__") and not isinstance(part, type):
+            yield part.__dict__, "."
+            if isinstance(part, FunctionType):
+                closed = _closed_over(part)
+                yield closed, "."
+                waiting += filter(callable, closed.values())
+
+
+def _closed_over(function: FunctionType) -> dict[str, Any]:
+    """Return the variables of enclosing functions by name."""
+    found = {}
+    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+    for name, cell in zip(names, cells, strict=True):
+        with suppress(ValueError):  # it is not defined yet
+            found[name] = cell.cell_contents
+    return found
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return copy.copy(value) if type(value) in _CONTAINERS else value
+    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
 
 
 def _same(value: Any, before: Any) -> bool:
     if isinstance(value, Tensor):
-        same: bool = value.shape == before.shape and bool(
-            torch.equal(value.detach(), before)
+        now = value.detach()
+        if now.shape != before.shape or now.dtype != before.dtype:
+            return False
+        return torch.equal(now, before) or bool(
+            torch.isclose(now, before, 0, 0, equal_nan=True).all()
         )
-        return same
-    if type(value) not in _CONTAINERS:
+    if not isinstance(value, _CONTAINERS):
         return True  # another object would be in its place
     if len(value) != len(before):
         return False
@@ -97,8 +125,11 @@ def _listed(value: Any) -> list[Any]:
 
 def _restore(value: Any, before: Any) -> None:
     if isinstance(value, Tensor):
-        with torch.no_grad():
-            value.copy_(before)
+        if value.shape != before.shape or value.dtype != before.dtype:
+            value.data = before
+        else:
+            with torch.no_grad():
+                value.copy_(before)
         return
     value.clear()
     (value.extend if isinstance(value, (list, deque)) else value.update)(before)
