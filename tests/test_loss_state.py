@@ -1,8 +1,10 @@
 """Losses that keep state: refused, or left as they are."""
 
 import copy
+import sys
 from collections import Counter, OrderedDict, deque
 from functools import partial
+from threading import Thread
 
 import pytest
 import torch
@@ -185,3 +187,37 @@ def test_a_buffer_of_another_size_is_put_back():
 
     GGNLinearOperator(net, growing, params, data) @ torch.ones(8).double()
     assert buffer.shape == (0, 2)
+
+
+def test_threads_may_share_a_loss_that_keeps_something():
+    class Lazy(nn.Module):
+        def forward(self, f, y):
+            if not hasattr(self, "mask"):
+                self.mask = torch.ones_like(f[:1])
+            return ((f - y) * self.mask).square().square().mean()
+
+    net, params, data = problem()
+    loss, errors = Lazy(), []
+
+    def work():
+        try:
+            G = GGNLinearOperator(
+                net, loss, params, data, cache="off", check_deterministic=False
+            )
+            for _ in range(30):
+                G @ torch.ones(8).double()
+        except Exception as error:  # whatever it is
+            errors.append(error)
+
+    threads = [Thread(target=work) for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert "mask" not in vars(loss)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import RLock, get_ident
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,13 @@ _CONTAINERS = (list, dict, set, deque)
 #: Attributes of modules that hold others, or are looked at by themselves.
 _MODULES_OWN = {"_buffers", "_modules", "_parameters"}
 
+#: Dictionaries, their mark in names, and keys, values and copies of what they held.
+Noted: TypeAlias = list[tuple[dict[str, Any], str, list[tuple[str, Any, Any]]]]
+
+#: Which threads evaluate a loss now, how often, and what they have noted.
+_USED: dict[int, tuple[Counter[int], list[Noted]]] = {}
+_LOCK = RLock()
+
 
 @contextmanager
 def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
@@ -27,16 +35,15 @@ def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
     Also into what a function closes over. Yields a function that names what has been
     changed by now: registered buffers by their names, all else with a dot before it.
     Counters, integers that is, are not among the buffers: where they matter, the
-    values of a second evaluation say so.
+    values of a second evaluation say so. Of several threads that evaluate the same
+    loss at a time, the last one takes everything back.
     """
-    noted = [
-        (
-            place,
-            dot,
-            [(k, v, _copied(v)) for k, v in place.items() if k not in _MODULES_OWN],
-        )
-        for place, dot in _places(loss_func)
-    ]
+    me = get_ident()
+    with _LOCK:
+        users, known = _USED.setdefault(id(loss_func), (Counter(), []))
+        noted = known[0] if users.keys() - {me} else _noted(loss_func)
+        known.append(noted)
+        users[me] += 1
 
     def changed() -> list[str]:
         return [
@@ -49,14 +56,34 @@ def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
     try:
         yield changed
     finally:
-        for place, _, entries in noted:
-            for key in place.keys() - {key for key, _, _ in entries} - _MODULES_OWN:
-                del place[key]
-            for key, value, before in entries:
-                if place.get(key) is not value:
-                    place[key] = value
-                if not _same(value, before):
-                    _restore(value, before)
+        with _LOCK:
+            users -= Counter([me])
+            if not users:
+                del _USED[id(loss_func)]
+            if not users.keys() - {me}:  # what others have written may be in use
+                _put_back(noted)
+
+
+def _noted(loss_func: Any) -> Noted:
+    return [
+        (
+            place,
+            dot,
+            [(k, v, _copied(v)) for k, v in [*place.items()] if k not in _MODULES_OWN],
+        )
+        for place, dot in _places(loss_func)
+    ]
+
+
+def _put_back(noted: Noted) -> None:
+    for place, _, entries in noted:
+        for key in place.keys() - {key for key, _, _ in entries} - _MODULES_OWN:
+            del place[key]
+        for key, value, before in entries:
+            if place.get(key) is not value:
+                place[key] = value
+            if not _same(value, before):
+                _restore(value, before)
 
 
 def _places(loss_func: Any) -> Iterator[tuple[dict[str, Any], str]]:
