@@ -61,15 +61,16 @@ batch_size_fn, **options
     the negative log-likelihood of log-probabilities, it is zero, and a warning says
     what to use instead.
 
-    Cost: per batch, the first product is one forward pass in forward mode and one
-    forward and backward pass in reverse mode. The second one builds the graph of
-    :math:`u \mapsto J_b^\top u`; later products are two backward passes, about 1.2
-    times a gradient for a multi-layer perceptron, as long as what is kept fits into
-    memory. If data are treated apart and have few outputs, half of this is done once
-    after 8 products per output, which takes one backward pass per output and keeps that
-    many gradients of the layers' outputs: 0.9 gradients from then on. One
-    pass over the data, however many columns. Forward mode is compared with reverse mode
-    in every product, and dropped where it is missing or differs.
+    Cost: per batch, the first product builds two graphs, those of the output and of
+    :math:`u \mapsto J_b^\top u` (one forward and one backward pass), and compares the
+    products with both by three dot products; later products are two backward passes,
+    about 1.2 times a gradient for a multi-layer perceptron, as long as what is kept
+    fits into memory. If data are treated apart and have few outputs, half of this is
+    done once after 8 products per output, which takes one backward pass per output and
+    keeps that many gradients of the layers' outputs: 0.9 gradients from then on. Where
+    nothing is kept, a product is one forward pass in forward mode and one forward and
+    backward pass in reverse mode, if the two agree in the first one. One pass over the
+    data, however many columns.
 
     References
     ----------
