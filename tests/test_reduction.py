@@ -573,18 +573,21 @@ def test_the_user_may_say_that_sequences_of_any_length_weigh_the_same():
     assert torch.allclose(H.to_dense(), expected, rtol=1e-10)
 
 
+#: Lengths of what a loss was evaluated on. Of a local list, it would be taken back.
+SEEN: list[int] = []
+
+
+def noting(f: Tensor, y: Tensor) -> Tensor:
+    SEEN.append(len(f))
+    return F.cross_entropy(f, y)
+
+
 def test_known_losses_and_those_with_a_number_of_terms_are_not_evaluated():
-    calls = []
-
-    def loss(f: Tensor, y: Tensor) -> Tensor:
-        calls.append(len(f))
-        return F.cross_entropy(f, y)
-
-    EmpiricalRisk(build(), loss, "*", ROWS, num_terms_fn=lambda f, y: len(f))
-    assert set(calls) == {2, 5}
-    assert (
-        EmpiricalRisk(build(), nn.MSELoss(), "*", pairs(2, 3)).terms.reduction is None
-    )
+    SEEN.clear()
+    EmpiricalRisk(build(), noting, "*", ROWS, num_terms_fn=lambda f, y: len(f))
+    assert set(SEEN) == {2, 5}
+    risk = EmpiricalRisk(build(), nn.MSELoss(), "*", pairs(2, 3))
+    assert risk.terms.reduction is None
 
 
 def test_the_model_is_evaluated_no_more_often():

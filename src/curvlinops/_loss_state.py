@@ -17,6 +17,9 @@ from torch import Tensor, nn
 #: Containers, with those made from them, of which a shallow copy is kept.
 _CONTAINERS = (list, dict, set, deque)
 
+#: Most entries of a tensor that a function closes over to be copied before every
+#: evaluation. Larger ones are data (features, logits of a teacher), not state.
+_LARGE = 1 << 16
 #: Attributes of modules that hold others, or are looked at by themselves.
 _MODULES_OWN = {"_buffers", "_modules", "_parameters"}
 
@@ -32,11 +35,11 @@ _LOCK = RLock()
 def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
     """Take back what evaluations write into a loss's buffers and attributes.
 
-    Also into what a function closes over. Yields a function that names what has been
-    changed by now: registered buffers by their names, all else with a dot before it.
-    Counters, integers that is, are not among the buffers: where they matter, the
-    values of a second evaluation say so. Of several threads that evaluate the same
-    loss at a time, the last one takes everything back.
+    Also into what a function closes over, but large tensors. Yields a function that
+    names what has been changed by now: registered buffers by their names, all else with
+    a dot before it. Counters, integers that is, are not among the buffers: where they
+    matter, the values of a second evaluation say so. Of several threads that evaluate
+    the same loss at a time, the last one takes everything back.
     """
     me = get_ident()
     with _LOCK:
@@ -111,12 +114,14 @@ def _places(loss_func: Any) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _closed_over(function: FunctionType) -> dict[str, Any]:
-    """Return the variables of enclosing functions by name."""
+    """Return the variables of enclosing functions by name, but large tensors."""
     found = {}
     names, cells = function.__code__.co_freevars, function.__closure__ or ()
     for name, cell in zip(names, cells, strict=True):
         with suppress(ValueError):  # it is not defined yet
-            found[name] = cell.cell_contents
+            value = cell.cell_contents
+            if not isinstance(value, Tensor) or value.numel() <= _LARGE:
+                found[name] = value
     return found
 
 
