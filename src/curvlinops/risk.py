@@ -919,7 +919,9 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        with preserved_rng(self.space.device), unchanged(self.loss_func):
+        known = self.loss is None or not self.loss.loss.opaque  # and not called
+        loss_func = None if known else self.loss_func
+        with preserved_rng(self.space.device), unchanged(loss_func):
             while True:  # each cause is found once, and removed
                 model, may_free = self.model, self.model.may_free
                 try:
