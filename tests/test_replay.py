@@ -555,3 +555,31 @@ def test_scalar_outputs_are_multiplied_repeatedly():
     v = torch.randn(A.shape[1], dtype=torch.float64)
     for _ in range(12):
         assert_close(A @ v, plain @ v)
+
+
+class Tangent(nn.Module):
+    """A model that differentiates in forward mode, whose zeros have no memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def forward(self, X):
+        def slope(x):
+            gradient = torch.func.grad(lambda z: self.net(z).squeeze(-1))
+            return torch.func.jacfwd(gradient)(x).diagonal().sum()
+
+        return torch.func.vmap(slope)(X).unsqueeze(1) + self.net(X)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's, on first use
+def test_zeros_without_memory_are_recorded():
+    torch.manual_seed(0)
+    model, loss = Tangent(), nn.MSELoss()
+    data = [(torch.rand(n, 2).double(), torch.rand(n, 1).double()) for n in (3, 4)]
+    params = dict(model.named_parameters())
+    A = HessianLinearOperator(model, loss, params, data)
+    dense = references.central_differences_hessian(model, loss, params, data)
+    assert A.plan().peak > 0
+    for _ in range(12):
+        assert torch.allclose(A @ torch.eye(len(dense)).double(), dense, atol=1e-6)

@@ -232,6 +232,21 @@ def _verified(
         return None
 
 
+def with_memory(values: Any) -> Any:
+    """Put zeros in place of forward mode's zeros, which have no memory.
+
+    Below a dispatch mode, torch's operations would go there all the same, and crash.
+    """
+    if not any(isinstance(t, Tensor) and t._is_zerotensor() for t in leaves(values)):
+        return values
+
+    def filled(t: Tensor) -> Tensor:
+        zero = t._is_zerotensor()
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device) if zero else t
+
+    return replaced(values, Tensor, filled)
+
+
 class Watcher(TorchDispatchMode):
     """Sees every tensor operation of a thread."""
 
@@ -294,7 +309,8 @@ class _Recorder(Watcher):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        args = with_memory(args)
+        kwargs = {key: with_memory(value) for key, value in (kwargs or {}).items()}
         values = leaves(args) + leaves([*kwargs.values()])
         tensors = [t for t in values if isinstance(t, Tensor)]
         if not any(t in self._slots for t in tensors):

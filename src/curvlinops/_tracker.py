@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from curvlinops._data import strided
 from curvlinops._program import leaves
-from curvlinops._replay import Watcher
+from curvlinops._replay import Watcher, with_memory
 
 T = TypeVar("T")
 
@@ -49,6 +49,7 @@ class Tracker(Watcher):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        args = with_memory(args)
         for storage in _storages([args, *(kwargs or {}).values()]):
             if storage._cdata not in self._alive and storage._cdata not in self._given:
                 self._given[storage._cdata] = StorageWeakRef(storage)
