@@ -150,8 +150,8 @@ LEVELS = [
         *["_objects", "_random", "_spaces", "_substitutes", "_walk"],
     ],
     [
-        *["_checksum", "_foreign", "_identity", "_model", "_operator", "_program"],
-        *["_reduction", "_replay", "_watch"],
+        *["_checksum", "_foreign", "_hidden", "_identity", "_model", "_operator"],
+        *["_program", "_reduction", "_replay", "_watch"],
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [

@@ -31,6 +31,7 @@ from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
 from curvlinops._differences import misfits
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._foreign import foreign_parts, not_differentiable
+from curvlinops._hidden import refuse_reentrant
 from curvlinops._identity import checked_owner
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import (
@@ -142,6 +143,8 @@ class Linearization:
         Position of the batch in the data.
     protect : bool, optional
         Whether the model sees a copy of the inputs, since it may write into them.
+    see : callable, optional
+        Is told of all that is called in the first evaluation.
 
     Notes
     -----
@@ -165,6 +168,7 @@ class Linearization:
         make_loss: Callable[[Tensor, Any], Loss] | None = None,
         index: int = 0,
         protect: bool = True,
+        see: Callable[..., None] | None = None,
     ) -> None:
         self.index = index
         #: Position among what a risk multiplies, and, of a part, which part it is.
@@ -187,7 +191,9 @@ class Linearization:
         self.multiplied = False
         #: Whether the next product is the last one, which may drop the graphs.
         self.final = False
+        self._see = see
         f = self.output
+        self._see = None
         #: Space of the output, known also while the output is not kept.
         self.output_space = TensorSpace([f.shape], f.dtype, f.device)
 
@@ -195,13 +201,13 @@ class Linearization:
     def output(self) -> Tensor:
         """The model's output, with its graph."""
         if not self.writes:
-            return _checked_output(self._model(self.X), self.index)
+            return _checked_output(self._model(self.X, self._see), self.index)
         X = cloned(self.X)
         form: list[Any] = []
         given = leaves_in(X, form)
         seen = strided(filter(torch.is_tensor, given))
         versions = [t._version for t in seen]
-        output = _checked_output(self._model(X), self.index)
+        output = _checked_output(self._model(X, self._see), self.index)
         form_now: list[Any] = []
         self.writes = (
             [*map(id, given)] != [*map(id, leaves_in(X, form_now))]
@@ -260,6 +266,8 @@ class Linearization:
     def _value(self) -> Tensor:
         """Return the loss, with its graph."""
         value = self.loss.value()
+        if self.loss.opaque:
+            refuse_reentrant(value, f"the loss of batch {self.index}", self.output)
         if self.output.requires_grad and not value.requires_grad:
             raise ValueError(
                 f"The loss of batch {self.index} does not depend on the model's output "

@@ -13,8 +13,10 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from curvlinops._hidden import HiddenUses
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model, graph_leaves
+from curvlinops._substitutes import Substitutions
 from curvlinops.losses import Loss
 
 
@@ -64,7 +66,8 @@ def parameters_in_loss(
 
     These are where its graph ends if the output is a constant: in memory of a given
     parameter, or of the module's own of the same name. What the loss detaches, and its
-    own weights, are no such places.
+    own weights, are no such places. Or an autograd function, such as reentrant
+    activation checkpointing, uses them out of sight.
     """
     # One output of its own memory, which the loss may write to; and, for a loss that
     # differentiates the output by something else, the one with the model's graph.
@@ -72,9 +75,14 @@ def parameters_in_loss(
     through: set[int] = set()
     roots = {id(_root(p)) for p, _ in model.users if not _leaves_traces(p)}
     for f in (constant, output):
-        mode = _Differentiable(roots)
+        mode, uses = _Differentiable(roots), HiddenUses(model)
+        watched = Substitutions(False, uses.see)
         try:
-            with warnings.catch_warnings(), mode if roots else nullcontext():
+            with (
+                warnings.catch_warnings(),
+                mode if roots else nullcontext(),
+                watched,
+            ):
                 warnings.simplefilter("ignore")  # what is evaluated anyway warns, too
                 value = loss_func(f, target)
                 value = value.value() if isinstance(value, Loss) else value
@@ -86,7 +94,8 @@ def parameters_in_loss(
             return []
         leaves = [t for t in graph_leaves(value) if id(t) not in through] + mode.hidden
         named = [*model.users, *((p, name) for name, p in model.aliases.items())]
-        return sorted({n for p, n in named if any(_overlap(t, p) for t in leaves)})
+        names = {n for p, n in named if any(_overlap(t, p) for t in leaves)}
+        return sorted(names.union(uses.found))
     return []
 
 

@@ -353,15 +353,15 @@ class Model:
         self.by_datum = self.may_free = False
         return True
 
-    def __call__(self, X: Any) -> Any:
+    def __call__(self, X: Any, see: Callable[..., None] | None = None) -> Any:
         """Evaluate the model (within :meth:`run`).
 
         Once more if it turns out to differentiate by itself and uses functions whose
-        third derivatives are wrong.
+        third derivatives are wrong. A function ``see`` is told of all that is called.
         """
         known = self.checked_graphs
         spare = X if "kernels" in known else cloned(X)
-        with Substitutions(not known.get("kernels", True)) as substitutions:
+        with Substitutions(not known.get("kernels", True), see) as substitutions:
             output = self._function(X)
         if not substitutions.lacking:
             known.setdefault("kernels", True)
@@ -504,9 +504,7 @@ class Model:
     def used_without_gradient(self, X: Any) -> list[str]:
         """Name the parameters that an evaluation uses where gradients are off.
 
-        The output's graph does not lead to these. So does a model with
-        `torch.no_grad()`, and one with reentrant activation checkpointing
-        (`use_reentrant=True`) around a part none of whose inputs requires a gradient.
+        The output's graph does not lead to these.
         """
         with _Watch(self.leaves) as watch:
             self(X)
@@ -813,14 +811,18 @@ def graph_leaves(output: Tensor) -> Iterator[Tensor]:
             yield leaf
 
 
-def graph_nodes(*outputs: Tensor) -> Iterator[Any]:
-    """Yield every node of the autograd graph behind some tensors once."""
-    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen = set(stack)
+def graph_nodes(*outputs: Tensor, until: Tensor | None = None) -> Iterator[Any]:
+    """Yield every node of the autograd graph behind some tensors once.
+
+    Without those that are found only behind ``until``.
+    """
+    seen: set[Any] = {None, None if until is None else until.grad_fn}
+    stack: list[Any] = [t.grad_fn for t in outputs if t.grad_fn not in seen]
+    seen.update(stack)
     while stack:
         node = stack.pop()
         yield node
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
+            if following not in seen:
                 seen.add(following)
                 stack.append(following)

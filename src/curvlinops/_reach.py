@@ -105,11 +105,7 @@ class Reach:
         hidden = [name for name in unused if name in self._without_gradient]
         if not hidden:
             return ""
-        return (
-            f" The model uses {hidden} where gradients are off: under "
-            "`torch.no_grad()`, or in activation checkpointing with "
-            "`use_reentrant=True` (pass `use_reentrant=False`)."
-        )
+        return f" The model uses {hidden} where gradients are off (`torch.no_grad()`)."
 
 
 def _names(model: Model, reached: set[int]) -> set[str]:

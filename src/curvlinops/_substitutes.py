@@ -116,10 +116,16 @@ class Substitutions(TorchFunctionMode):
     ----------
     differentiates : bool
         Whether the model itself differentiates, as far as that is known.
+    see : callable, optional
+        Called as ``see(func, args, kwargs, result)`` after every call that is not
+        being compiled.
     """
 
-    def __init__(self, differentiates: bool) -> None:
+    def __init__(
+        self, differentiates: bool, see: Callable[..., None] | None = None
+    ) -> None:
         super().__init__()
+        self._see = see
         self._table = _ALWAYS | _IN_DERIVATIVES if differentiates else _ALWAYS
         self._kept = self._differentiated = False
 
@@ -133,4 +139,8 @@ class Substitutions(TorchFunctionMode):
     ) -> Any:
         self._kept |= func in _IN_DERIVATIVES and func not in self._table
         self._differentiated |= getattr(func, "__name__", "") in _DIFFERENTIATING
-        return self._table.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = self._table.get(func, func)(*args, **kwargs)
+        if not torch.compiler.is_compiling() and self._see is not None:
+            self._see(func, args, kwargs, result)
+        return result

@@ -43,6 +43,7 @@ from curvlinops._data import (
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
+from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner, key_of
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
@@ -361,6 +362,8 @@ class EmpiricalRisk:
         with self._lock:
             self.terms.read()
             self._unwritten: set[tuple[int, Share | None]] = set()
+            # Batches in which nothing was found that the graph does not show.
+            self._examined: set[tuple[int, Share | None]] = set()
             self._recordings: dict[int, Linearization] = {}
             self._ledger = Ledger(bounded=self.max_memory is not None)
             self._dense = Dense(self.space, self._columns, self._ledger)
@@ -1032,9 +1035,12 @@ class EmpiricalRisk:
         device = self.space.device
         X, y = moved(X, device), moved(y, device)
         make_loss = self._loss_maker(X)
+        examined = self._examined
+        uses = None if (index, share) in examined else HiddenUses(self.model)
         try:
             protect = (index, share) not in self._unwritten
-            batch = Linearization(self.model, X, y, make_loss, index, protect)
+            see = None if uses is None else uses.see
+            batch = Linearization(self.model, X, y, make_loss, index, protect, see)
             batch.place, batch.share = place, share
         except RuntimeError as error:
             raise_if_out_of_memory(error)
@@ -1054,6 +1060,10 @@ class EmpiricalRisk:
                 f"The model failed on batch {index}, whose inputs are no tensors but "
                 f"{type(X).__name__}: {error}. Convert them with `torch.as_tensor`."
             ) from error
+        if uses is not None:
+            refuse_reentrant(batch.output, f"the model's output for batch {index}")
+            uses.refuse(f"batch {index}")
+            examined.add((index, share))
         if self._repeats and not batch.writes:
             self._unwritten.add((index, share))
         if not self._known_input:

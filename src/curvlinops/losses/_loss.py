@@ -9,6 +9,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Generator, Tensor
 
+from curvlinops._hidden import refuse_reentrant
+
 Number: TypeAlias = Tensor | int | float
 #: On a CPU, up to so many classes of at least so many numbers are added as slices: a
 #: short axis is summed up to six times more slowly.
@@ -203,6 +205,8 @@ class Loss(ABC):
                     "The loss does not depend on the model's output through autograd. "
                     "Compute it without .detach(), .item(), .numpy() or no_grad()."
                 )
+            if self.opaque:
+                refuse_reentrant(value, "the loss")
             (gradient,) = torch.autograd.grad(
                 value, leaf, create_graph=create_graph, materialize_grads=True
             )
