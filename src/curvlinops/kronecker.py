@@ -24,6 +24,8 @@ from curvlinops.structured import _tensors, as_operator
 
 __all__ = ["EighDecomposedLinearOperator", "KroneckerProductLinearOperator"]
 
+#: Units of rounding of the largest eigenvalue that none of a factor is known better.
+LEAST_UNITS = 32
 #: One number for all factors, or one for each of them, first factor first.
 Damping = float | tuple[float, ...]
 
@@ -261,7 +263,8 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
             numbers; if there is not one number for each factor; if one is not finite,
             or negative under the heuristic.
         numpy.linalg.LinAlgError
-            If a damped factor is not positive definite: increase ``damping``.
+            If a damped factor is not positive definite, or is singular up to rounding
+            where damping is lost in that of its diagonal: increase ``damping``.
 
         References
         ----------
@@ -398,9 +401,9 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
         """Return the eigenvalues, with zeros where nothing but rounding is left.
 
         An eigenvalue of a matrix of size ``n`` is known up to ``n`` units of rounding
-        of the largest. A product is zero if a factor's eigenvalue is. Other numbers
-        that belong to a Kronecker basis, such as EKFAC's, are squares of components,
-        whose rounding is squared, too.
+        of the largest, and a few more. A product is zero if a factor's eigenvalue is.
+        Other numbers that belong to a Kronecker basis, such as EKFAC's, are squares of
+        components, whose rounding is squared, too.
         """
         Q = self.Q
         if not isinstance(Q, KroneckerProductLinearOperator):
@@ -414,10 +417,9 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
                 for s, is_matrix in zip(self.spectra, matrices, strict=True)
             ]
             return _outer(parts).flatten()
-        n = max((f.shape[-1] for f in Q.factors if f.ndim == 3), default=0)
+        units = max((_units(f) for f in Q.factors if f.ndim == 3), default=0.0)
         evals = self.evals.view(len(Q.factors[0]), -1)
-        units = (n * torch.finfo(evals.dtype).eps) ** 2
-        return _without_rounding(evals, units).flatten()
+        return _without_rounding(evals, units**2).flatten()
 
     def factors_decomposed(self) -> list[Tensor]:
         """Return the factors that ``Q`` and ``spectra`` are the decompositions of.
@@ -562,7 +564,11 @@ def checked_damping(damping: Any) -> None:
 def _damped_inverse(
     factor: Tensor, damping: Tensor, name: str, retry: bool = True
 ) -> Tensor:
-    """Invert ``factor + damping I`` through its Cholesky factor."""
+    """Invert ``factor + damping I`` through its Cholesky factor.
+
+    Rounding decides whether a singular matrix has one. Where damping does not change
+    the diagonal, by its eigenvalues it is seen what the matrix is.
+    """
     damping = damping.reshape(-1, 1)
     if factor.ndim == 2:
         damped = factor + damping
@@ -570,7 +576,10 @@ def _damped_inverse(
             return damped.reciprocal()
         raise _failed("inverse", factor, name)
     damped = factor.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    _diagonal(damped).add_(damping)
+    same = (_diagonal(damped) == _diagonal(factor)).all(-1)
+    if bool(same.any()) and bool(_is_singular(factor[same], name, retry).any()):
+        raise _failed("inverse", factor, name)
     return _retried(
         lambda f: torch.cholesky_inverse(torch.linalg.cholesky(f)),
         damped,
@@ -581,23 +590,29 @@ def _damped_inverse(
 
 
 def _without_rounding(evals: Tensor, units: float | None = None) -> Tensor:
-    """Set eigenvalues ``[..., n]`` to zero that are small, relative to the largest.
-
-    By default, that is below ``n`` units of rounding.
-    """
+    """Set eigenvalues ``[..., n]`` to zero that are small, relative to the largest."""
     if not evals.numel():
         return evals
     if units is None:
-        units = evals.shape[-1] * torch.finfo(evals.dtype).eps
+        units = _units(evals)
     size = evals.abs()
     return evals.masked_fill(size <= units * size.amax(-1, keepdim=True), 0)
 
 
-def _is_singular(factor: Tensor, name: str) -> Tensor:
+def _units(evals: Tensor) -> float:
+    """Return how large the rounding of ``n`` eigenvalues is, relative to the largest.
+
+    Of a decomposition, that is ``n`` units. Entries of a factor are sums over data, of
+    which a few are lost, however small the matrix is.
+    """
+    return max(evals.shape[-1], LEAST_UNITS) * torch.finfo(evals.dtype).eps
+
+
+def _is_singular(factor: Tensor, name: str, retry: bool = True) -> Tensor:
     """Return which of the matrices ``[G, n, n]`` are singular up to rounding."""
     symmetric = torch.equal(factor, factor.mT)
     spectrum = torch.linalg.eigvalsh if symmetric else torch.linalg.svdvals
-    values = _retried(spectrum, factor, name, True, "decomposition")
+    values = _retried(spectrum, factor, name, retry, "decomposition")
     return (_without_rounding(values) == 0).any(-1)
 
 
@@ -654,6 +669,8 @@ def _failed(what: str, factor: Tensor, name: str, finite: bool = True) -> LinAlg
     shape = tuple(factor.shape[1:])
     if not finite:
         cause = "has entries that are not finite: look at the parameters and the data"
+    elif what == "inverse":
+        cause = "is singular up to rounding: pass a larger `damping`"
     elif what == "eigendecomposition":
         cause = "did not converge: scale the loss, or use float64 or another device"
     else:
