@@ -52,7 +52,9 @@ num_per_example_loss_terms, batch_size_fn, **options
 
     A term is one row of the output (a datum; a token, for targets per token) for
     losses that are known in closed form. For any other callable it is one datum, whose
-    loss is evaluated without the others.
+    loss is evaluated without the others: with several tokens per datum, the square is
+    that of their gradients' sum. Pass the known loss itself, or a ``functools.partial``
+    that binds its options, for one term per token.
 
     This is not the Fisher information: that takes the expectation over targets drawn
     from the model, which gives the GGN for square and cross-entropy losses; here the

@@ -175,8 +175,10 @@ class EmpiricalRisk:
     ------
     TypeError, ValueError
         If an argument is not as described, the data is empty or can be read only
-        once, the loss is not finite, or two passes differ; the message names the
-        cause and the cure.
+        once, the loss is not finite, two passes differ, or parameters are used where
+        the output's graph does not show them (in a reentrant activation checkpoint, or
+        another autograd function that is not given them); the message names the cause
+        and the cure.
     MemoryError
         In a product (or in the check), if it does not fit into ``max_memory``, before
         it starts; the message says how many bytes would do.

@@ -367,7 +367,8 @@ def kfoc(estimation: Estimation, max_iter: int, tolerance: float) -> list[Block]
                 f"keep all of it, raise `max_factor={widest}`.",
                 stacklevel=2,
             )
-    previous = dict.fromkeys(chosen, 0.0)
+    #: Of every group, which has a product of its own, the squared norm.
+    previous = {n: _squared_norms(s.A) * 0 for n, s in chosen.items()}
     for step in range(2 * max_iter):
         left = step % 2 == 0
         halves = Halves(
@@ -385,8 +386,8 @@ def kfoc(estimation: Estimation, max_iter: int, tolerance: float) -> list[Block]
             best = torch.where(square > 0, best, torch.zeros_like(best))
             best = best if best.ndim == 2 else (best + best.mT) / 2
             s.A, s.B = (s.A, best) if left else (best, s.B)
-            size = float((_squared_norms(s.A) * _squared_norms(s.B)).sum())
-            settled &= size <= previous[name] * (1 + tolerance)
+            size = _squared_norms(s.A) * _squared_norms(s.B)
+            settled &= bool((size <= previous[name] * (1 + tolerance)).all())
             previous[name] = size
         if settled:
             break

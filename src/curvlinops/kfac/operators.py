@@ -54,7 +54,8 @@ num_per_example_loss_terms, batch_size_fn, **options
         one backward pass per class and per term of a datum (exact); ``"mc"``, gradients
         at targets sampled from the model's likelihood, one pass per sample (the former
         in expectation); ``"empirical"``, the loss's gradients, one pass per term of a
-        datum; ``"forward-only"``, nothing: :math:`B = I`.
+        datum (of a loss not known in closed form, a datum is one term, see the notes);
+        ``"forward-only"``, nothing: :math:`B = I`.
     mc_samples : int, optional
         Number of samples per term for ``"mc"``.
     kfac_approx : str or KFACType, optional
@@ -87,7 +88,18 @@ num_per_example_loss_terms, batch_size_fn, **options
     terms that a ``mean`` averages over, or one for ``sum``, so the result does not
     depend on how the data is split. Self-adjoint and positive semi-definite. Where the
     loss has no second derivative (absolute errors, or the negative log-likelihood of
-    log-probabilities), ``"type-2"`` is zero, and a warning says what to use instead.
+    log-probabilities), ``"type-2"`` is zero, and a warning says what to use instead; of
+    a loss not known in closed form, the check finds that.
+
+    Which terms a loss that is not known in closed form consists of cannot be seen
+    (a function of your own, even one that calls `F.cross_entropy` of tokens). For
+    ``"empirical"``, all of a datum is then one term, whose gradient :math:`g_n = \sum_t
+    g_{nt}` is that of its :math:`T` terms together: the matrix is made of :math:`g_n
+    g_n^\top`, not of :math:`\sum_t g_{nt} g_{nt}^\top` as for the loss that is known.
+    With ``num_per_example_loss_terms`` or ``num_terms_fn`` only :math:`D` is another.
+    Pass the known loss itself, or a ``functools.partial`` that binds its options, or
+    :func:`register <curvlinops.losses.register>` a class for yours. (``"type-2"`` is
+    the same either way.)
 
     Each weight is a block. Linear layers, matrix products with a weight, convolutions
     (also grouped and transposed), embeddings, and the projections of attention are
@@ -412,7 +424,7 @@ unsupported, max_factor, **options
         Largest number of iterations, of two passes over the data each.
     tolerance : float, optional
         Relative growth of the squared leading singular value, in one step, below which
-        iterations end.
+        iterations end once it holds for all blocks, each group of a layer's by itself.
 
     Raises
     ------
