@@ -70,7 +70,7 @@ class KroneckerFactored(Represented):
         if settings.fisher.fisher_type == FisherType.MC:
             risk.require_fixed_order("A Monte-Carlo Fisher")
         if settings.fisher.fisher_type == FisherType.TYPE2:
-            risk.loss.warn_if_flat("the GGN that is approximated", stacklevel=3)
+            risk.terms.warn_if_flat("the GGN that is approximated", stacklevel=3)
         if settings.fisher.fisher_type in (FisherType.MC, FisherType.EMPIRICAL):
             risk.require_terms("sampled and empirical Fisher matrices")
         self.settings = settings

@@ -102,6 +102,9 @@ class Recorder(TorchFunctionMode):
         What was understood, in order.
     unknown : dict of str to str
         Parameters that were used in another way, and the name of the function.
+    functions : dict of str to str
+        Parameters of which something is computed without any data, such as a weight
+        that is not the parameter itself, and the name of the function.
     """
 
     def __init__(
@@ -118,6 +121,9 @@ class Recorder(TorchFunctionMode):
         """Forget what was seen."""
         self.uses: list[Use] = []
         self.unknown: dict[str, str] = {}
+        self.functions: dict[str, str] = {}
+        #: By ``id``, what is computed of parameters and numbers alone.
+        self._made: dict[int, Tensor] = {}
         self._transposed: dict[int, tuple[Tensor, str]] = {}
         #: By the nodes of uses, those of their operands; those of the present call's.
         self._operands: dict[Any, set[Any]] = {}
@@ -130,21 +136,35 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = [*_tensors((args, *kwargs.values()))]
         touched = [t for t in tensors if self.owner(t)]
-        if not touched or not torch.is_grad_enabled():
+        if not (touched or self._made) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        handler = self._handlers.get(func)
+        handler = self._handlers.get(func) if touched else None
+        result = NotImplemented
         if handler is not None and _fits(handler, args, kwargs):
             self._given = _nodes(t for t in tensors if not self.owner(t))
             result = handler(self, func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        if any(t.requires_grad for t in _tensors([result])):
-            for tensor in touched:
-                self.unknown.setdefault(
-                    str(self.owner(tensor)), getattr(func, "__name__", repr(func))
-                )
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+            if any(t.requires_grad for t in _tensors([result])):
+                for tensor in touched:
+                    self.unknown.setdefault(str(self.owner(tensor)), _name_of(func))
+        if func is not Tensor.expand:  # whose result has an axis for data
+            self._note_function(func, tensors, touched, result)
         return result
+
+    def _note_function(
+        self, func: Any, tensors: list[Tensor], touched: list[Tensor], result: Any
+    ) -> None:
+        """Note what is made of parameters without data, or has a parameter's shape."""
+        made = [t for t in _tensors([result]) if t.requires_grad and not self.owner(t)]
+        alone = all(self.owner(t) or id(t) in self._made for t in tensors)
+        use = self.uses[-1] if self.uses else None
+        if made and touched and not alone and use and use.kind == "elementwise":
+            alone = all(t.shape == made[0].shape for t in touched)
+        if made and alone:
+            self._made |= {id(t): t for t in made}
+            for tensor in touched:
+                self.functions.setdefault(str(self.owner(tensor)), _name_of(func))
 
     def name(self, tensor: Any) -> str | None:
         """Return the name of a parameter, ``None`` for anything else."""
@@ -208,7 +228,11 @@ class Recorder(TorchFunctionMode):
             behind = self._operands.get(node, inner)
             stack += [(n, user) for n in behind if n is not None]
         self.uses = [use for use in self.uses if use.edge.node in seen]
-        self._operands, self._given = {}, set()
+        self._operands, self._given, self._made = {}, set(), {}
+
+
+def _name_of(func: Any) -> str:
+    return getattr(func, "__name__", repr(func))
 
 
 def _nodes(tensors: Iterable[Tensor]) -> set[Any]:

@@ -21,17 +21,13 @@ from curvlinops._spaces import rounding
 from curvlinops.kfac._handlers import HANDLERS
 from curvlinops.kfac._layers import Batch, resolve
 from curvlinops.kfac._recording import Recorder, Use
+from curvlinops.kfac._refusal import refusal
 from curvlinops.kfac._uses import KINDS, first_rows, lengths
 from curvlinops.risk import EmpiricalRisk
 
 _NO_AXIS = (
     "no axis of its result counts the data: expand its input, as in "
     "`positions.expand(len(X), -1)`"
-)
-_IN_GRAPH = (
-    "(`...Backward` is a node of the output's graph that no call of a torch function "
-    "explains: of a custom function, or of a derivative by the input that the model "
-    "itself takes.) "
 )
 _NOT_SORTED = "its rows are not sorted by data: keep the data on an axis of their own"
 
@@ -108,19 +104,7 @@ def _batches(
         seen = {**recorder.unknown, **dict.fromkeys(findings.reasons, "")}
         layers, unknown = resolve(recorder.uses, seen, shapes, size, bias)
         if unknown and unsupported != "diagonal":
-            listing = "; ".join(
-                f"{n!r} ({findings.reasons[n]})"
-                if n in findings.reasons
-                else f"{n!r} in `{use}`"
-                for n, use in unknown.items()
-            )
-            in_graph = any("Backward" in use for use in unknown.values())
-            raise ValueError(
-                f"No Kronecker-factored form is known for the use of {listing}. "
-                + _IN_GRAPH * in_graph
-                + "Leave these parameters out of `params`, or approximate their blocks "
-                "by the diagonal of the matrix with `unsupported='diagonal'`."
-            )
+            raise refusal(unknown, findings.reasons, recorder.functions)
         yield Batch(risk, batch, layers, list(unknown), size, findings.interleaved)
 
 
