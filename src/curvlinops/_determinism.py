@@ -152,6 +152,8 @@ def _examined(
                 risk.terms.conclude(evidence)
                 batch.make_loss = risk._loss_maker(batch.X)
         yield batch
+        if risk.loss is not None:
+            risk.terms.look_for_curvature(batch.loss)
         if risk.loss_func is not None:
             check_loss_leaves(risk.model, risk.loss_func, batch.output, batch.y)
         del batch  # before the next one is evaluated

@@ -9,7 +9,7 @@ from typing import Any
 
 from curvlinops._reduction import Evidence, Reduction
 from curvlinops._watch import Watch
-from curvlinops.losses import LossFunction, as_loss_function
+from curvlinops.losses import Loss, LossFunction, as_loss_function
 
 
 class Terms:
@@ -28,6 +28,9 @@ class Terms:
         The loss, with options as they are.
     reduction : Reduction or None
         What it is taken for; ``None`` if that need not be found, or has not been yet.
+    flat : bool or None
+        Whether an opaque loss has no second derivative in any of the data; ``None`` if
+        nobody has looked.
     """
 
     loss: LossFunction | None
@@ -40,6 +43,7 @@ class Terms:
         reduction: Reduction | None = None,
     ) -> None:
         self._loss_func, self._options, self._data = loss_func, options, data
+        self.flat: bool | None = None
         self.restore(reduction)
         self._seen = None if reduction is None else self._state()
 
@@ -110,6 +114,16 @@ class Terms:
         if self.reduction is not None:
             self.reduction.require(what)
             self.reduction = replace(self.reduction, doubt="")
+
+    def look_for_curvature(self, loss: Loss) -> None:
+        """Look whether a batch's loss has a second derivative, if none before had."""
+        if loss.opaque and self.flat is not False:
+            self.flat = loss.is_flat
+
+    def warn_if_flat(self, matrix: str, stacklevel: int) -> None:
+        """Warn if a matrix of the loss's second derivatives is known to be zero."""
+        if self.loss is not None:
+            self.loss.warn_if_flat(matrix, stacklevel + 1, bool(self.flat))
 
     def _taken_for(self, evidence: Evidence) -> Reduction:
         """Return what the loss is, from what was seen, and what user and loss say."""

@@ -59,7 +59,7 @@ batch_size_fn, **options
     are no log-likelihood of an exponential family in its natural parameters it does
     not. If the loss is (piecewise) linear in the output, such as absolute errors, or
     the negative log-likelihood of log-probabilities, it is zero, and a warning says
-    what to use instead.
+    what to use instead; of a loss not known in closed form, the check finds that.
 
     Cost: per batch, the first product builds two graphs, those of the output and of
     :math:`u \mapsto J_b^\top u` (one forward and one backward pass), and compares the
@@ -243,7 +243,7 @@ class LossHessian(Middle):
             )
         if risk.loss is None:
             raise ValueError("The GGN needs a loss function, got a risk without one.")
-        risk.loss.warn_if_flat("the GGN", stacklevel=3)
+        (risk.loss if mc_samples else risk.terms).warn_if_flat("the GGN", stacklevel=3)
         if mc_samples > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
             risk.require_terms("a Monte-Carlo Fisher")

@@ -91,6 +91,29 @@ class Generic(Loss):
             )
         return value * self.count if self.reduction == "mean" else value
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether the Hessian is zero here, times a vector without a pattern.
+
+        Not if a function of the user's may have lost it.
+        """
+        leaf = self.output.detach().requires_grad_()
+        try:
+            with torch.enable_grad():
+                if foreign_parts(self._evaluate(leaf)):
+                    return False
+            leaf, gradient = self._differentiate(create_graph=True)
+            if not gradient.requires_grad:
+                return True
+            u = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device)
+            (product,) = torch.autograd.grad(
+                gradient, leaf, u.sin().view_as(leaf), materialize_grads=True
+            )
+        except Exception as error:  # whatever a loss raises for an output without graph
+            raise_if_out_of_memory(error)
+            return False
+        return not bool(product.any())
+
     @cached_property
     def _recording(self) -> tuple[Tensor, Tensor]:
         leaf, gradient = self._differentiate(create_graph=True)

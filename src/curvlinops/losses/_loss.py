@@ -64,6 +64,11 @@ class Loss(ABC):
         return None
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the Hessian turns out to be zero; known losses need not be asked."""
+        return False
+
+    @property
     def class_axis(self) -> int | None:
         """Negative index of the output's class axis; None if each entry is a row."""
         return -1 if self.output.ndim > 1 else None

@@ -17,7 +17,12 @@ from curvlinops.losses._binary import (
     MultiLabelSoftMargin,
     SoftMargin,
 )
-from curvlinops.losses._categorical import CrossEntropy, KLDiv, NegativeLogLikelihood
+from curvlinops.losses._categorical import (
+    LOGITS,
+    CrossEntropy,
+    KLDiv,
+    NegativeLogLikelihood,
+)
 from curvlinops.losses._generic import Generic
 from curvlinops.losses._loss import Loss, Number, check_reduction
 from curvlinops.losses._regression import L1, MSE, Huber, PoissonNLL, SmoothL1
@@ -62,9 +67,22 @@ class LossFunction:
         """What to use instead, if this loss is known to have no curvature."""
         return self.loss.smooth_alternative(**self.options)
 
-    def warn_if_flat(self, matrix: str, stacklevel: int) -> None:
-        """Warn that a matrix made of this loss's second derivatives is zero."""
-        if (instead := self.smooth_alternative) is not None:
+    def warn_if_flat(self, matrix: str, stacklevel: int, seen: bool = False) -> None:
+        """Warn that a matrix made of this loss's second derivatives is zero.
+
+        Parameters
+        ----------
+        matrix : str
+            Which one.
+        stacklevel : int
+            As of `warnings.warn`.
+        seen : bool, optional
+            Whether an opaque loss has been seen to be flat in all data.
+        """
+        instead = self.smooth_alternative
+        if instead is None and seen:
+            instead = f"a loss that is curved there (of log-probabilities: {LOGITS})"
+        if instead is not None:
             warnings.warn(
                 "The loss is piecewise linear in the model's output: its second "
                 f"derivative is zero, and so is {matrix}. For curvature use {instead}, "
