@@ -108,7 +108,7 @@ class HiddenUses:
         """See a function of torch that was called."""
         if func is torch._C._set_grad_enabled:
             if self._call() is None:
-                self._on = bool(args[0])
+                self._on = bool([*args, *kwargs.values()][0])
         elif self._on and func not in _DETACHING:
             # Gradients that nobody has turned off are off in a forward pass only.
             inside = not torch.is_grad_enabled()

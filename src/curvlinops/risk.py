@@ -1065,13 +1065,13 @@ class EmpiricalRisk:
         if uses is not None:
             refuse_reentrant(batch.output, f"the model's output for batch {index}")
             uses.refuse(f"batch {index}")
-            examined.add((index, share))
         if self._repeats and not batch.writes:
             self._unwritten.add((index, share))
         if not self._known_input:
             self._reach.check(self.model, batch)
             self._known_input = True
         self._reach.note(self.model, batch)
+        examined.add((index, share))
         return batch
 
     def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
