@@ -26,7 +26,7 @@ _PLAIN = (
     "Pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint` or "
     "`checkpoint_sequential` (with Hugging Face's models, call "
     "`model.gradient_checkpointing_enable(gradient_checkpointing_kwargs="
-    '{"use_reentrant": False})`), which takes as little memory'
+    '{"use_reentrant": False})`)'
 )
 #: What makes a constant of a parameter, on purpose.
 _DETACHING = {torch.detach, Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]

@@ -139,7 +139,7 @@ class Recorder(TorchFunctionMode):
         if not (touched or self._made) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         handler = self._handlers.get(func) if touched else None
-        result = NotImplemented
+        result, before = NotImplemented, len(self.uses)
         if handler is not None and _fits(handler, args, kwargs):
             self._given = _nodes(t for t in tensors if not self.owner(t))
             result = handler(self, func, *args, **kwargs)
@@ -149,22 +149,15 @@ class Recorder(TorchFunctionMode):
                 for tensor in touched:
                     self.unknown.setdefault(str(self.owner(tensor)), _name_of(func))
         if func is not Tensor.expand:  # whose result has an axis for data
-            self._note_function(func, tensors, touched, result)
+            made = [t for t in _tensors([result]) if t.requires_grad]
+            made = [t for t in made if not self.owner(t)]
+            alone = all(self.owner(t) or id(t) in self._made for t in tensors)
+            changes = [use.kind for use in self.uses[before:]] == ["elementwise"]
+            if made and (alone or (changes and touched[0].shape == made[0].shape)):
+                self._made |= {id(t): t for t in made}
+                for tensor in touched:
+                    self.functions.setdefault(str(self.owner(tensor)), _name_of(func))
         return result
-
-    def _note_function(
-        self, func: Any, tensors: list[Tensor], touched: list[Tensor], result: Any
-    ) -> None:
-        """Note what is made of parameters without data, or has a parameter's shape."""
-        made = [t for t in _tensors([result]) if t.requires_grad and not self.owner(t)]
-        alone = all(self.owner(t) or id(t) in self._made for t in tensors)
-        use = self.uses[-1] if self.uses else None
-        if made and touched and not alone and use and use.kind == "elementwise":
-            alone = all(t.shape == made[0].shape for t in touched)
-        if made and alone:
-            self._made |= {id(t): t for t in made}
-            for tensor in touched:
-                self.functions.setdefault(str(self.owner(tensor)), _name_of(func))
 
     def name(self, tensor: Any) -> str | None:
         """Return the name of a parameter, ``None`` for anything else."""
