@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import curvlinops as c
@@ -145,12 +147,7 @@ HIDDEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     ),
     "sequential": partial(sequential, **REENTRANT),
     "sequential with gradient": lambda s, X: sequential(s, grad(X), **REENTRANT),
-    "as a keyword's function": lambda s, X: s.c(
-        partial(checkpoint, **REENTRANT)(s.b.__call__, X)
-    ),
-    "without random state": lambda s, X: s.c(
-        checkpoint(s.b, X, preserve_rng_state=False, **REENTRANT)
-    ),
+    "of a method": lambda s, X: s.c(checkpoint(s.b.__call__, X, **REENTRANT)),
     "a list": lambda s, X: s.c(
         checkpoint(lambda h: h[0].tanh(), [s.a(X)], **REENTRANT)
     ),
@@ -187,20 +184,8 @@ SEEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], Any]] = {
         lambda s, X: checkpoint(partial(plain, s), X, early_stop=False, **PLAIN),
         plain,
     ),
-    "sequential": (
-        partial(sequential, **PLAIN),
-        lambda s, X: s.c(s.b(s.a(X).tanh())),
-    ),
     "given all": (
         lambda s, X: s.c(Linear.apply(s.a(X), s.b.weight, s.b.bias).tanh()),
-        plain,
-    ),
-    "given all, not reentrant": (
-        lambda s, X: s.c(
-            checkpoint(
-                lambda h: Linear.apply(h, s.b.weight, s.b.bias), s.a(X), **PLAIN
-            ).tanh()
-        ),
         plain,
     ),
     "constant on purpose": (
@@ -289,6 +274,51 @@ def test_of_a_callable() -> None:
         for f in (rest, visible)
     )
     assert_close(A, B)
+
+
+def in_place(net: nn.Module) -> tuple[Any, Any]:
+    """It cannot be copied."""
+    net.lock = threading.Lock()
+    return net, dict(net.named_parameters())
+
+
+def at_copies(net: nn.Module) -> tuple[Any, Any]:
+    return net, {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+def called(net: nn.Module) -> tuple[Any, Any]:
+    def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        return functional_call(net, params, (X,))
+
+    return model, dict(net.named_parameters())
+
+
+def from_outside(net: nn.Module) -> tuple[Any, Any]:
+    """A copy of the outer module still calls the inner one itself."""
+    outer = Net(lambda _, X: net(X))
+    outer.inner = net
+    return outer, "inner.*"
+
+
+@pytest.mark.parametrize("make", [in_place, at_copies, called, from_outside])
+@pytest.mark.parametrize("name", ["of inputs", "of a hidden layer", "with graph"])
+def test_however_parameters_are_put_in(
+    name: str, make: Callable[[nn.Module], tuple[Any, Any]]
+) -> None:
+    model, params = make(Net(HIDDEN[name]))
+    data = [(torch.rand(5, 4), torch.rand(5, 3))]
+    for cls in (c.HessianLinearOperator, c.GGNLinearOperator, c.KFACLinearOperator):
+        with pytest.raises(ValueError, match="use_reentrant=False"):
+            cls(model, nn.MSELoss(), params, data)
+
+
+def test_of_a_scalar_function() -> None:
+    def f(params: dict[str, Tensor]) -> Tensor:
+        return checkpoint(lambda x: (x * params["a"]).sum(), params["b"], **REENTRANT)
+
+    params = {"a": torch.rand(3), "b": torch.rand(3)}
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        c.HessianLinearOperator(c.ScalarFunction(f, params))
 
 
 def test_a_function_of_ones_own_is_named() -> None:
