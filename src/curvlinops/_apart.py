@@ -110,7 +110,7 @@ class Batch:
 
         space, middle = self._risk.space, size // 2
         try:
-            [U] = random_like([_outputs(self._risk, self._cut(0, size)[0])])
+            [U] = random_like([outputs_of(self._risk, self._cut(0, size)[0])])
             first, second = U.split([rows := len(U) // size * middle, len(U) - rows])
             found = space.split(space.join(pull_back(middle, 0, [first])))
             for row, g in zip(found, pull_back(size, middle, [second]), strict=True):
@@ -136,7 +136,7 @@ def evaluated(
         The number of terms, which is a sum over parts.
     """
     X, y = item
-    f = _outputs(risk, X, leaves)
+    f = outputs_of(risk, X, leaves)
     if (make_loss := risk._loss_maker(X)) is None:
         return [f], f.new_zeros(())
     loss = make_loss(f, y)
@@ -152,7 +152,9 @@ def without_zeros(leaves: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _outputs(risk: EmpiricalRisk, X: Any, leaves: list[Tensor] | None = None) -> Tensor:
+def outputs_of(
+    risk: EmpiricalRisk, X: Any, leaves: list[Tensor] | None = None
+) -> Tensor:
     """Evaluate the model, without a graph unless it needs one itself.
 
     What it notes in itself is taken back, so that all parts meet the same model.
