@@ -14,6 +14,7 @@ from curvlinops._data import Share, Tables, cloned, part_of
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._order import Order
 from curvlinops._spaces import rounding
 from curvlinops._tracker import within
 
@@ -82,10 +83,9 @@ class Batch:
             for start, stop, size in self._parts:
                 part, terms = evaluated(self._risk, self._cut(start, stop), leaves)
                 total += terms
-                rows = len(whole[0]) // size
-                own = slice(start * rows, stop * rows)
+                own = partial(Order(0).pick, picked=range(start, stop), size=size)
                 for a, b, unit in zip(part, whole, units, strict=True):
-                    if not rows_agree(a, b[own], eps**0.75, unit[own]):
+                    if not rows_agree(a, own(b), eps**0.75, own(unit)):
                         return not b.isfinite().all()  # left to products, too
         except Exception as error:  # whatever the user's model or loss raises on a part
             raise_if_out_of_memory(error)

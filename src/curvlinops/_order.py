@@ -15,8 +15,14 @@ from torch import Tensor
 
 from curvlinops._determinism import close
 
-#: How many numbers one factor tells apart: signs and powers of two, which are exact.
-BASE = 16
+
+def _base(dtype: torch.dtype) -> int:
+    """Return how many data one factor tells apart.
+
+    By signs and powers of two, which are exact, up to :math:`2^{31}`; in half precision
+    up to :math:`2^7`.
+    """
+    return 16 if dtype is torch.float16 else 64
 
 
 class Order(NamedTuple):
@@ -39,6 +45,13 @@ class Order(NamedTuple):
         if self.interleaved:
             return x.unflatten(0, (-1, size)).transpose(0, 1)
         return x.unflatten(0, (size, -1))
+
+    def pick(self, whole: Tensor, picked: range, size: int) -> Tensor:
+        """Return the rows of some data, sorted as they are without the others."""
+        rows = self.data_first(whole, size)
+        rows = rows[picked.start : picked.stop : picked.step]
+        rows = rows.transpose(0, 1) if self.interleaved else rows
+        return rows.flatten(0, 1).movedim(0, self.axis)
 
     def owners(self, shape: Sequence[int], size: int) -> Tensor:
         """Return the datum of every entry of a tensor, of that shape."""
@@ -84,14 +97,11 @@ def find_order(
     (axis,) = differ
     if whole.shape[axis] * len(picked) != part.shape[axis] * size:
         return None
-    found = []
-    for order in orders(whole.shape, size):
-        if order.axis == axis and part.shape[axis] % len(picked) == 0:
-            here = slice(picked.start, picked.stop, picked.step)
-            mine = order.data_first(whole, size)[here]
-            other = order.data_first(part, len(picked))
-            if same(mine, other, tolerance):
-                found.append(order)
+    found = [
+        order
+        for order in orders(whole.shape, size)
+        if order.axis == axis and same(part, order.pick(whole, picked, size), tolerance)
+    ]
     return found[0] if len(found) == 1 else None
 
 
@@ -111,6 +121,23 @@ def as_order(owners: Tensor, shape: Sequence[int], size: int) -> Order | None:
         if bool(((owners == expected) | (owners < 0)).all()):
             return order
     return None
+
+
+def filled(owners: Tensor, shape: Sequence[int], size: int) -> Tensor:
+    """Replace -1 by the datum of all other rows at the same place along some axis.
+
+    That has to have a datum, equally often each, at all its places.
+    """
+    for axis, length in enumerate(shape):
+        here = owners.reshape(shape).movedim(axis, 0).reshape(length, -1)
+        if not here.numel():
+            continue
+        most = here.amax(1, keepdim=True)
+        alike = bool(((here == most) | (here < 0)).all()) and bool((most >= 0).all())
+        if alike and len({*most[:, 0].bincount(minlength=size).tolist()}) == 1:
+            ones = [1] * (len(shape) - axis - 1)
+            return most.reshape(-1, *ones).expand(*shape).reshape(-1)
+    return owners
 
 
 def ranks(owners: Tensor) -> Tensor:
@@ -134,11 +161,11 @@ def table(owners: Tensor, size: int) -> Tensor:
     return result
 
 
-def factors(owners: Tensor, size: int) -> list[Tensor]:
+def factors(owners: Tensor, size: int, dtype: torch.dtype) -> list[Tensor]:
     """Return numbers to multiply rows by that tell so many data apart: ones first."""
-    result, rest = [torch.ones_like(owners)], owners
+    result, rest, base = [torch.ones_like(owners)], owners, _base(dtype)
     while size > 1:
-        digit, rest, size = rest % BASE, rest // BASE, -(-size // BASE)
+        digit, rest, size = rest % base, rest // base, -(-size // base)
         result.append((1 - 2 * (digit % 2)) * 2 ** (digit // 2))
     return result
 
@@ -164,18 +191,19 @@ def decode(rows: Sequence[Tensor], size: int, tolerance: float) -> Tensor | None
     first, owners = rows[0], rows[0].new_zeros(len(rows[0]), dtype=torch.long)
     if not first.numel():
         return owners - 1
+    base = _base(first.dtype)
     largest, place = first.abs().max(1, keepdim=True)
     eps = torch.finfo(first.dtype).eps
     live = largest[:, 0] > eps * largest.max()
     for step, row in enumerate(rows[1:]):
         ratio = row.gather(1, place) / first.gather(1, place)
-        power = ratio.abs().log2().round().nan_to_num(0).clamp(0, BASE // 2 - 1)
+        power = ratio.abs().log2().round().nan_to_num(0).clamp(0, base // 2 - 1)
         factor = torch.where(ratio < 0, -1, 1) * 2**power
         gap = (row - factor * first).abs().amax(1, keepdim=True)
         near = gap <= tolerance * factor.abs() * largest
         if not bool((near[:, 0] | ~live).all()):
             return None
         digit = 2 * power.long() + (ratio < 0)
-        owners += digit[:, 0] * BASE**step
+        owners += digit[:, 0] * base**step
     owners[~live] = -1
     return owners if bool((owners < size).all()) else None

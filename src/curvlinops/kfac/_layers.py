@@ -16,7 +16,7 @@ from torch import Tensor, vmap
 from curvlinops._order import ranks
 from curvlinops._parts import data_gradients
 from curvlinops.kfac._recording import Use
-from curvlinops.kfac._uses import KINDS, Layout
+from curvlinops.kfac._uses import KINDS, Layout, pixels
 from curvlinops.losses import Loss
 from curvlinops.risk import EmpiricalRisk
 
@@ -250,15 +250,13 @@ def _as_shift(use: Use, bias: str) -> Use:
     """Return the addition of a bias as a use of its own."""
     trailing = len(use.options.get("kernel", ()))
     place = use.place
-    if isinstance(place, Tensor):  # of images
-        place = place.repeat_interleave(
-            use.shape[-trailing:].numel() if trailing else 1
-        )
+    if isinstance(place, Tensor):
+        place = place.repeat_interleave(pixels(use))
     size = torch.Size([use.shape[-1 - trailing], *[1] * trailing])
     one = use.input.new_ones(())
     options = {"size": size, "part": use.options.get("slot")}
     return replace(
-        *(use,),
+        use,
         kind="elementwise",
         weight=bias,
         bias=None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvlinops._order import table
 from curvlinops.kfac._layers import Gradients, Layer
+from curvlinops.kfac._uses import pixels
 
 #: Bytes of intermediate tensors that are computed at once.
 CHUNK_BYTES = 1 << 24
@@ -77,7 +78,7 @@ class Part:
         """
         if not lies_anywhere(self.uses[0]):
             return torch.full((N, 1), inputs.shape[2], device=inputs.device)
-        owners = torch.cat([use.place for use in self.uses])
+        owners = self._owners()
         if bool((owners < 0).any()):
             raise ValueError(
                 f"No output depends on some of the rows that {layer.name!r} is "
@@ -87,14 +88,14 @@ class Part:
             )
         return owners.bincount(minlength=N).unsqueeze(1)
 
+    def _owners(self) -> Tensor:
+        """Return the datum of every row."""
+        return torch.cat([u.place.repeat_interleave(pixels(u)) for u in self.uses])
+
     def _sorted(self, rows: list[Tensor], N: int) -> Tensor:
         """Sort all uses' rows, ``[G, K, 1, R, d]``, by data."""
-        places = [
-            use.place.repeat_interleave(x.shape[3] // max(len(use.place), 1))
-            for use, x in zip(self.uses, rows, strict=True)
-        ]
-        x = torch.cat(rows, 3)[:, :, 0]
-        return F.pad(x, (0, 0, 0, 1))[:, :, table(torch.cat(places), N)]
+        index = table(self._owners(), N)
+        return F.pad(torch.cat(rows, 3)[:, :, 0], (0, 0, 0, 1))[:, :, index]
 
 
 def parts_of(layer: Layer) -> list[Part]:

@@ -4,16 +4,16 @@ What a layer is given has rows, and so has the model's output. Which of them bel
 which datum is found for every batch whose functions, shapes or numbers are others than
 in batches before, and for every batch where a function picks or sorts rows by content:
 
-1. Some data are evaluated without the others, and their rows are looked for among the
-   batch's: one datum (two of them one by one, in batches of two or three); where rows
-   are picked by content, every second datum and then the others. The first time, that
-   is a forward pass of this part of the data, and all there is to do for models that
-   keep rows sorted: by data or by positions, along any axis.
-2. Where that does not settle it (the model raises on one datum, goes over the data in a
-   loop, packs rows of several lengths, or is given a tensor that is as long as the
-   batch, but no data), a random vector is sent back to the layers' results, and once
-   more for every four bits of the number of data, with every datum's part multiplied by
-   a number of its own. What arrives tells for every row whose it is. Where the output's
+1. One datum is evaluated without the others, a forward pass of it alone, and its rows
+   are looked for among the batch's. That is all there is to do for models that keep
+   rows sorted: by data or by positions, along any axis. (Of a batch of two or three,
+   two are, one by one; where the model raises, two together; where it turns tensors
+   into Python's numbers, the others are as well, a third of them at a time.)
+2. Where that does not settle it (the model goes over the data in a loop, packs rows of
+   several lengths, picks or sorts rows by content, or is given a tensor that is as long
+   as the batch, but no data), a random vector is sent back to the layers' results, and
+   once more, or twice for more than 64 data, with every datum's part multiplied by a
+   number of its own. What arrives tells for every row whose it is. Where the output's
    rows are not sorted either, every datum is evaluated alone before.
 
 Where even that finds no order, each row of the output is sent back on its own, which is
@@ -41,6 +41,7 @@ from curvlinops._order import (
     as_order,
     decode,
     factors,
+    filled,
     find_order,
     orders,
     same,
@@ -131,7 +132,7 @@ def _batches(
     shapes = {name: tuple(p.shape) for name, p in risk.model.aliases.items()}
     while True:
         recorder.clear()
-        with recorder:
+        with risk.model.evaluated_in(recorder):
             batch = next(source, None)
         if batch is None:
             return
@@ -183,8 +184,9 @@ def found(
         owners = torch.zeros(loss.num_rows, dtype=torch.long, device=device)
         return Findings(1, [None] * len(uses), owners)
     trial = Trial(risk, batch, recorder, size)
-    trial.look()
-    if trial.owners is not None and all(trial.places):
+    if not recorder.selects or loss.num_rows != size:
+        trial.look()
+    if trial.owners is not None and all(trial.places) and not recorder.selects:
         return Findings(size, trial.places, trial.owners.to(device))
     guesses, sure = trial.guesses()
     best: tuple[list[Order | Tensor | None], Tensor] | None = None
@@ -249,16 +251,15 @@ class Trial:
 
     def look(self) -> None:
         """Evaluate some data without the others."""
-        N, seen = self._size, self._seen
+        N = self._size
         if self._is_ambiguous():
             return
-        if seen.selects or seen.reads:
-            self._compare([range(i, N, 2) for i in (0, 1)])
-            return
-        several = {2: (0, 1), 3: (0, 1)}
-        alone = [range(i, i + 1) for i in several.get(N, (N - 2,))]
-        if not self._compare(alone) and N > 2:  # a model may need several
-            self._compare([range(0, N - 1, N - 2)])
+        alone = [range(i, i + 1) for i in (range(2) if N < 4 else (N - 2,))]
+        # Thirds, since they cut what halves leave together: neighbours, mirror images.
+        all_data = [range(i, N, 3) for i in range(3)]
+        rest = all_data if self._seen.reads and N > 3 else []
+        if not self._compare(alone + rest) and N > 2:  # a model may need several
+            self._compare([range(0, N - 1, N - 2), *rest])
 
     def guesses(self) -> tuple[list[Tensor], bool]:
         """Return owners that the output's rows may have, and whether they have some."""
@@ -309,7 +310,7 @@ class Trial:
         """Evaluate some of the data; ``None`` if the model raises."""
         model, recorder = self._risk.model, Recorder(self._risk.model.aliases, HANDLERS)
         try:
-            with model.left_as_it_is(), recorder:
+            with model.left_as_it_is(), model.evaluated_in(recorder):
                 f = model(cloned(self._cut(picked)))
             recorder.check_complete(f)
         except Exception as error:  # whatever a model raises on some of the data
@@ -366,7 +367,7 @@ def places_in(
     generator = torch.Generator().manual_seed(batch.index)
     u = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
     rows: list[list[Tensor]] = [[] for _ in uses]
-    for factor in factors(owners, size) if uses else ():
+    for factor in factors(owners, size, f.dtype) if uses else ():
         # a scalar: with a vector, torch imports its symbolic shapes
         total = (f * (u * of_rows(loss, factor))).sum()
         edges = [use.edge for use in uses]
@@ -381,6 +382,9 @@ def places_in(
     places: list[Order | Tensor | None] = []
     for use, mine in zip(uses, rows, strict=True):
         found = decode(mine, size, tolerance)
-        order = None if found is None else as_order(found, axes_of(use), size)
-        places.append(found if order is None else order)
+        if found is None:
+            places.append(None)
+            continue
+        axes = axes_of(use)
+        places.append(as_order(found, axes, size) or filled(found, axes, size))
     return places

@@ -217,6 +217,12 @@ def padded(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
     return F.pad(x, flat) if any(flat) else x
 
 
+def pixels(use: Use) -> int:
+    """Return how many rows of a result are one image's; a plain row is one."""
+    dims = len(use.options.get("kernel", ()))
+    return use.shape[-dims:].numel() if dims else 1
+
+
 def batched(use: Use, x: Tensor) -> Tensor:
     """Add the batch axis that an unbatched image lacks."""
     return x.unsqueeze(0) if x.ndim == len(use.options["kernel"]) + 1 else x
