@@ -114,13 +114,22 @@ def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return close(a, b, tolerance)
 
 
-def as_order(owners: Tensor, shape: Sequence[int], size: int) -> Order | None:
-    """Return the order of rows whose data are known; -1 fits everywhere."""
+def as_order(
+    owners: Tensor, shape: Sequence[int], size: int, likely: Order | None = None
+) -> Order | None:
+    """Return the order of rows whose data are known.
+
+    Where they are not, -1, an order is taken only if it is the likely or the only one.
+    """
+    found = []
     for order in orders(shape, size):
         expected = order.owners(shape, size).reshape(-1).to(owners.device)
         if bool(((owners == expected) | (owners < 0)).all()):
-            return order
-    return None
+            found.append(order)
+    if likely in found:
+        return likely
+    sure = len(found) == 1 or bool((owners >= 0).all())
+    return found[0] if found and sure else None
 
 
 def filled(owners: Tensor, shape: Sequence[int], size: int) -> Tensor:

@@ -25,9 +25,9 @@ KNOWN = [
 ]
 
 
-def exact_blocks(problem, fisher_type="type-2", bias="alone"):
+def exact_blocks(problem, fisher_type="type-2", bias="alone", **options):
     """Return the risk, and dense blocks by the names of their parameters."""
-    risk = EmpiricalRisk(*problem, check_deterministic=False)
+    risk = EmpiricalRisk(*problem, check_deterministic=False, **options)
     settings = Settings(Fisher(fisher_type, 1, 0), False, bias, "raise", 1000)
     estimation = Estimation(risk, settings, "test")
     totals = {}

@@ -23,7 +23,7 @@ right for any model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from math import prod
@@ -191,7 +191,7 @@ def found(
     guesses, sure = trial.guesses()
     best: tuple[list[Order | Tensor | None], Tensor] | None = None
     for owners in guesses:
-        places = places_in(batch, uses, owners.to(device), size)
+        places = places_in(batch, uses, owners.to(device), size, trial.places)
         if best is None or places.count(None) < best[0].count(None):
             best = places, owners.to(device)
         if None not in places:
@@ -252,9 +252,14 @@ class Trial:
     def look(self) -> None:
         """Evaluate some data without the others."""
         N = self._size
-        if self._is_ambiguous():
-            return
         alone = [range(i, i + 1) for i in (range(2) if N < 4 else (N - 2,))]
+        for tables in (several := self._tables()):
+            self._compare(alone, tables)
+            if self.owners is not None:
+                break
+        if several:  # what agrees in the end may have been hidden on the way
+            self.places = [None] * len(self.places)
+            return
         # Thirds, since they cut what halves leave together: neighbours, mirror images.
         all_data = [range(i, N, 3) for i in range(3)]
         rest = all_data if self._seen.reads and N > 3 else []
@@ -273,19 +278,26 @@ class Trial:
         some = [o.owners(shape, N).reshape(-1) for o in orders(shape, N)]
         return some, N in shape
 
-    def _is_ambiguous(self) -> bool:
-        """Whether a tensor may be as long as the batch, and no data."""
-        tensors = tensors_in(self._batch.X, inside=False)
-        N = self._size
-        cut = [t for t in tensors if t.ndim and len(t) == N]
-        return len(cut) > 1 and any(N in t.shape[1:] for t in tensors)
+    def _tables(self) -> list[list[int]]:
+        """Return which tensors that are as long as the batch may be no data.
 
-    def _compare(self, parts: list[range]) -> bool:
-        """Look for rows of parts; whether the model can be evaluated on them."""
+        Any of them, if it is also the length of another axis.
+        """
+        N, tensors = self._size, tensors_in(self._batch.X, inside=False)
+        long = [i for i, t in enumerate(tensors) if t.ndim and len(t) == N]
+        if len(long) < 2 or not any(N in t.shape[1:] for t in tensors):
+            return []
+        return [[], *([i] for i in long[1:]), long[1:]]
+
+    def _compare(self, parts: list[range], tables: Collection[int] = ()) -> bool:
+        """Look for rows of parts; whether the model can be evaluated on them.
+
+        Some of the tensors of the data are not cut.
+        """
         N, loss = self._size, self._batch.loss
         found: list[list[Order | None]] = []
         for picked in parts:
-            evaluated = self._evaluated(picked)
+            evaluated = self._evaluated(picked, tables)
             if evaluated is None or evaluated[0].ndim != self._f.ndim:
                 return False
             f, uses = evaluated
@@ -306,21 +318,23 @@ class Trial:
             self.owners = owners.reshape(-1)
         return True
 
-    def _evaluated(self, picked: range) -> tuple[Tensor, list[Use]] | None:
+    def _evaluated(
+        self, picked: range, tables: Collection[int]
+    ) -> tuple[Tensor, list[Use]] | None:
         """Evaluate some of the data; ``None`` if the model raises."""
         model, recorder = self._risk.model, Recorder(self._risk.model.aliases, HANDLERS)
         try:
             with model.left_as_it_is(), model.evaluated_in(recorder):
-                f = model(cloned(self._cut(picked)))
+                f = model(cloned(self._cut(picked, tables)))
             recorder.check_complete(f)
         except Exception as error:  # whatever a model raises on some of the data
             raise_if_out_of_memory(error)
             return None
         return f.detach(), recorder.uses
 
-    def _cut(self, picked: range) -> Any:
-        X, size = self._batch.X, self._size
-        return cut(X, size, picked.start, picked.stop, step=picked.step)
+    def _cut(self, picked: range, tables: Collection[int] = ()) -> Any:
+        start, stop, step = picked.start, picked.stop, picked.step
+        return cut(self._batch.X, self._size, start, stop, tables=tables, step=step)
 
     def _of_each(self) -> Tensor | None:
         """Return the owners of outputs that are those of the data one after another."""
@@ -351,9 +365,15 @@ def _seen(use: Use) -> Tensor:
 
 
 def places_in(
-    batch: Linearization, uses: list[Use], owners: Tensor, size: int
+    batch: Linearization,
+    uses: list[Use],
+    owners: Tensor,
+    size: int,
+    likely: list[Order | None],
 ) -> list[Order | Tensor | None]:
     """Send back what tells data apart, given those of the output's rows.
+
+    Orders that are likely say whose the rows are that nothing arrives at.
 
     One backward pass to the layers' results for each of :func:`factors`.
 
@@ -380,11 +400,12 @@ def places_in(
             mine.append(its.reshape(-1, its.shape[-1]))
     tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
     places: list[Order | Tensor | None] = []
-    for use, mine in zip(uses, rows, strict=True):
+    for use, mine, known in zip(uses, rows, likely, strict=True):
         found = decode(mine, size, tolerance)
         if found is None:
             places.append(None)
             continue
         axes = axes_of(use)
-        places.append(as_order(found, axes, size) or filled(found, axes, size))
+        order = as_order(found, axes, size, known)
+        places.append(order or filled(found, axes, size))
     return places
