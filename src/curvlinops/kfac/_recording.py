@@ -110,9 +110,10 @@ class Recorder(TorchFunctionMode):
         Parameters that were used in another way, and the name of the function.
     form : int
         Differs, for all that is known, where calls, shapes or Python's numbers do.
-    selects, reads : bool
+    selects, compares, reads : bool
         Whether some function picks or sorts entries by the content of a tensor, or
-        makes Python's numbers of it.
+        compares it, which may become a matrix that does so; or makes Python's numbers
+        of it.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Recorder(TorchFunctionMode):
         """Forget what was seen."""
         self.uses: list[Use] = []
         self.unknown: dict[str, str] = {}
-        self.form, self.selects, self.reads = 0, False, False
+        self.form, self.selects, self.compares, self.reads = 0, False, False, False
         self._transposed: dict[int, tuple[Tensor, str]] = {}
         #: By the nodes of uses, those of their operands; those of the present call's.
         self._operands: dict[Any, set[Any]] = {}
@@ -164,6 +165,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "").rstrip("_")
         self.form = hash((self.form, func, _form_of(args), _form_of(kwargs)))
         self.reads |= name in _READING
+        self.compares |= name.lstrip("_") in _COMPARING
         by_tensor = name in _SELECTING_BY and any(
             map(torch.is_tensor, _tensors(args[1:]))
         )
@@ -256,13 +258,17 @@ _READING = {
     *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose"),
     *("__bool", "__int", "__index", "__float", "__array", "__contains"),
 }
+_COMPARING = {
+    *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal"),
+    *("less_equal", "not_equal", "isin", "isclose", "sign", "heaviside"),
+}
 #: Functions whose result's entries come from places that a tensor's content tells, ...
 _SELECTING = {
     *("index_select", "gather", "take", "take_along_dim", "masked_select", "nonzero"),
     *("argwhere", "sort", "argsort", "topk", "msort", "argmax", "argmin", "bincount"),
     *("scatter", "scatter_add", "scatter_reduce", "masked_scatter", "put", "bucketize"),
     *("index_add", "index_copy", "index_put", "index_reduce", "searchsorted"),
-    *("_pack_padded_sequence", "segment_reduce", "nested_tensor"),
+    *("_pack_padded_sequence", "segment_reduce", "nested_tensor", "one_hot"),
 }
 #: ... and those that do so if they are given another tensor.
 _SELECTING_BY = {"__getitem", "__setitem", "repeat_interleave", "tensor_split"}

@@ -2,7 +2,8 @@
 
 What a layer is given has rows, and so has the model's output. Which of them belong to
 which datum is found for every batch whose functions, shapes or numbers are others than
-in batches before, and for every batch where a function picks or sorts rows by content:
+in batches before, and for every batch where the content of tensors is compared, or
+tells a function which rows to pick or how to sort them:
 
 1. One datum is evaluated without the others, a forward pass of it alone, and its rows
    are looked for among the batch's. That is all there is to do for models that keep
@@ -61,7 +62,9 @@ _COUPLED = (
     "a row of its result has a part in the outputs of several data: does the model "
     "couple data, by a mean over the batch, batch normalisation in train mode, "
     "products of data with each other, or attention along the data's axis? Or is its "
-    "input the same for all data? Then expand it, as in `positions.expand(len(X), -1)`"
+    "input the same for all data? Then expand it, as in "
+    "`positions.expand(len(X), -1)`. Or has a datum several rows in the batch? Then "
+    "pass `batch_size_fn`"
 )
 _IN_GRAPH = (
     "(`...Backward` is a node of the output's graph that no call of a torch function "
@@ -146,7 +149,7 @@ def _batches(
             use.take_from(data)
         key = size, recorder.form
         findings = known.get(key) or found(risk, batch, recorder, size)
-        if findings.lasts and not recorder.selects:
+        if findings.lasts and not (recorder.selects or recorder.compares):
             known[key] = findings
         findings.apply(recorder.uses)
         reasons = findings.reasons
