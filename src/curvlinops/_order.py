@@ -15,14 +15,9 @@ from torch import Tensor
 
 from curvlinops._determinism import close
 
-
-def _base(dtype: torch.dtype) -> int:
-    """Return how many data one factor tells apart.
-
-    By signs and powers of two, which are exact, up to :math:`2^{31}`; in half precision
-    up to :math:`2^7`.
-    """
-    return 16 if dtype is torch.float16 else 64
+#: How many data one factor tells apart: by signs and powers of two, which are exact.
+#: Fewer, where large factors make rounding errors of some data visible beside others.
+BASES = (16, 2)
 
 
 class Order(NamedTuple):
@@ -170,26 +165,27 @@ def table(owners: Tensor, size: int) -> Tensor:
     return result
 
 
-def factors(owners: Tensor, size: int, dtype: torch.dtype) -> list[Tensor]:
+def factors(owners: Tensor, size: int, base: int) -> list[Tensor]:
     """Return numbers to multiply rows by that tell so many data apart: ones first."""
-    result, rest, base = [torch.ones_like(owners)], owners, _base(dtype)
+    result, rest = [torch.ones_like(owners)], owners
     while size > 1:
         digit, rest, size = rest % base, rest // base, -(-size // base)
         result.append((1 - 2 * (digit % 2)) * 2 ** (digit // 2))
     return result
 
 
-def decode(rows: Sequence[Tensor], size: int, tolerance: float) -> Tensor | None:
+def decode(rows: Sequence[Tensor], size: int, base: int, eps: float) -> Tensor | None:
     """Return which data rows depend on, which are linear in what was multiplied.
 
     Parameters
     ----------
     rows : sequence of Tensor
         Of shape ``[rows, entries]``, for each of the :func:`factors`.
-    size : int
-        Number of data.
-    tolerance : float
-        How far from a multiple entries may be, relative to a row's largest.
+    size, base : int
+        Number of data, and how many one factor tells apart.
+    eps : float
+        Relative rounding error. That of a multiple is the same, since factors are
+        exact: there is hardly more than what sums over all data leave.
 
     Returns
     -------
@@ -200,16 +196,15 @@ def decode(rows: Sequence[Tensor], size: int, tolerance: float) -> Tensor | None
     first, owners = rows[0], rows[0].new_zeros(len(rows[0]), dtype=torch.long)
     if not first.numel():
         return owners - 1
-    base = _base(first.dtype)
     largest, place = first.abs().max(1, keepdim=True)
-    eps = torch.finfo(first.dtype).eps
+    tolerance = (32 if eps < 1e-4 else 2) * eps
     live = largest[:, 0] > eps * largest.max()
     for step, row in enumerate(rows[1:]):
         ratio = row.gather(1, place) / first.gather(1, place)
         power = ratio.abs().log2().round().nan_to_num(0).clamp(0, base // 2 - 1)
         factor = torch.where(ratio < 0, -1, 1) * 2**power
         gap = (row - factor * first).abs().amax(1, keepdim=True)
-        near = gap <= tolerance * factor.abs() * largest
+        near = gap <= tolerance * (factor.abs() * largest + largest.max())
         if not bool((near[:, 0] | ~live).all()):
             return None
         digit = 2 * power.long() + (ratio < 0)

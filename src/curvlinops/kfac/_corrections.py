@@ -162,7 +162,10 @@ class Moments(Visitor):
         rows = []
         for part, g in zip(parts, gs, strict=True):
             a = self._inputs_of(layer, part, N, rotate=not by_matrix)
-            if not by_matrix:
+            if by_matrix:  # under `autocast`, they may differ
+                common = torch.promote_types(g.dtype, a.dtype)
+                g, a = g.to(common), a.to(common)
+            else:
                 g = basis.rotated(part.groups, g, int(part.swapped))
             b, a = (a, g) if part.swapped else (g, a)
             rows.append((part.groups, b, a))

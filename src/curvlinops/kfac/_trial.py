@@ -13,7 +13,7 @@ tells a function which rows to pick or how to sort them:
 2. Where that does not settle it (the model goes over the data in a loop, packs rows of
    several lengths, picks or sorts rows by content, or is given a tensor that is as long
    as the batch, but no data), a random vector is sent back to the layers' results, and
-   once more, or twice for more than 64 data, with every datum's part multiplied by a
+   once more, or twice for more than 16 data, with every datum's part multiplied by a
    number of its own. What arrives tells for every row whose it is. Where the output's
    rows are not sorted either, every datum is evaluated alone before.
 
@@ -38,6 +38,7 @@ from curvlinops._data import cloned, cut, strided, tensors_in
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._order import (
+    BASES,
     Order,
     as_order,
     decode,
@@ -378,7 +379,8 @@ def places_in(
 
     Orders that are likely say whose the rows are that nothing arrives at.
 
-    One backward pass to the layers' results for each of :func:`factors`.
+    One backward pass to the layers' results for each of :func:`factors`; more, for the
+    smaller base, only where these leave doubt.
 
     Returns
     -------
@@ -386,11 +388,31 @@ def places_in(
         How every use's rows are sorted, or the datum of each. ``None`` where a row
         depends on several data.
     """
+    places: list[Order | Tensor | None] = []
+    for base in BASES:
+        places = []
+        found = _told_apart(batch, uses, owners, size, base)
+        for use, its, known in zip(uses, found, likely, strict=True):
+            if its is None:
+                places.append(None)
+                continue
+            axes = axes_of(use)
+            order = as_order(its, axes, size, known)
+            places.append(order or filled(its, axes, size))
+        if None not in places:
+            break
+    return places
+
+
+def _told_apart(
+    batch: Linearization, uses: list[Use], owners: Tensor, size: int, base: int
+) -> list[Tensor | None]:
+    """Return for every use the datum of each row, ``None`` if some row has several."""
     f, loss = batch.output, batch.loss
     generator = torch.Generator().manual_seed(batch.index)
     u = torch.randn(f.shape, generator=generator, dtype=torch.float64).to(f)
     rows: list[list[Tensor]] = [[] for _ in uses]
-    for factor in factors(owners, size, f.dtype) if uses else ():
+    for factor in factors(owners, size, base) if uses else ():
         # a scalar: with a vector, torch imports its symbolic shapes
         total = (f * (u * of_rows(loss, factor))).sum()
         edges = [use.edge for use in uses]
@@ -401,14 +423,7 @@ def places_in(
             g = f.new_zeros(use.shape) if g is None else g
             its = KINDS[use.kind].rows(use, g)
             mine.append(its.reshape(-1, its.shape[-1]))
-    tolerance = rounding(f.dtype, f.device, batch.convolves) ** 0.5
-    places: list[Order | Tensor | None] = []
-    for use, mine, known in zip(uses, rows, likely, strict=True):
-        found = decode(mine, size, tolerance)
-        if found is None:
-            places.append(None)
-            continue
-        axes = axes_of(use)
-        order = as_order(found, axes, size, known)
-        places.append(order or filled(found, axes, size))
-    return places
+    eps = rounding(f.dtype, f.device, batch.convolves)
+    return [
+        decode(its, size, base, max(eps, torch.finfo(its[0].dtype).eps)) for its in rows
+    ]

@@ -120,8 +120,8 @@ num_per_example_loss_terms, batch_size_fn, **options
     for every batch if the model compares tensors (as for masks); on two data where the
     model fails on one; on all data, besides, if it turns tensors into Python's numbers.
     Only where that does not settle it, two backward passes to the layers' outputs
-    (three for more than 64 data); and these in every batch if the model picks or sorts
-    rows by content.
+    (three for more than 16 data, four for more than 256); and these in every batch if
+    the model picks or sorts rows by content.
 
     Cost: factors are computed at the first use, and again at the next one after
     parameters, buffers, modes or listed data have changed (of other changes, tell
