@@ -156,8 +156,8 @@ LEVELS = [
     ],
     [
         *["_apart", "_columns", "_dense", "_determinism", "_folding", "_joining"],
-        *["_ledger", "_linearization", "_loss_leaves", "_parts", "_plan", "_reach"],
-        *["_structure", "_terms", "_tracker", "_verify", "structured"],
+        *["_ledger", "_linearization", "_loss_leaves", "_order", "_parts", "_plan"],
+        *["_reach", "_structure", "_terms", "_tracker", "_verify", "structured"],
     ],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],
     [

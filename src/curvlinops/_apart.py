@@ -14,6 +14,7 @@ from curvlinops._data import Share, Tables, cloned, part_of
 from curvlinops._determinism import close
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._order import Order
 from curvlinops._spaces import rounding
 from curvlinops._tracker import within
 
@@ -82,10 +83,9 @@ class Batch:
             for start, stop, size in self._parts:
                 part, terms = evaluated(self._risk, self._cut(start, stop), leaves)
                 total += terms
-                rows = len(whole[0]) // size
-                own = slice(start * rows, stop * rows)
+                own = partial(Order(0).pick, picked=range(start, stop), size=size)
                 for a, b, unit in zip(part, whole, units, strict=True):
-                    if not rows_agree(a, b[own], eps**0.75, unit[own]):
+                    if not rows_agree(a, own(b), eps**0.75, own(unit)):
                         return not b.isfinite().all()  # left to products, too
         except Exception as error:  # whatever the user's model or loss raises on a part
             raise_if_out_of_memory(error)
@@ -110,7 +110,7 @@ class Batch:
 
         space, middle = self._risk.space, size // 2
         try:
-            [U] = random_like([_outputs(self._risk, self._cut(0, size)[0])])
+            [U] = random_like([outputs_of(self._risk, self._cut(0, size)[0])])
             first, second = U.split([rows := len(U) // size * middle, len(U) - rows])
             found = space.split(space.join(pull_back(middle, 0, [first])))
             for row, g in zip(found, pull_back(size, middle, [second]), strict=True):
@@ -136,7 +136,7 @@ def evaluated(
         The number of terms, which is a sum over parts.
     """
     X, y = item
-    f = _outputs(risk, X, leaves)
+    f = outputs_of(risk, X, leaves)
     if (make_loss := risk._loss_maker(X)) is None:
         return [f], f.new_zeros(())
     loss = make_loss(f, y)
@@ -152,7 +152,9 @@ def without_zeros(leaves: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _outputs(risk: EmpiricalRisk, X: Any, leaves: list[Tensor] | None = None) -> Tensor:
+def outputs_of(
+    risk: EmpiricalRisk, X: Any, leaves: list[Tensor] | None = None
+) -> Tensor:
     """Evaluate the model, without a graph unless it needs one itself.
 
     What it notes in itself is taken back, so that all parts meet the same model.

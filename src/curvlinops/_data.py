@@ -288,6 +288,7 @@ def cut(
     stop: int,
     several: bool = False,
     tables: Collection[int] = (),
+    step: int = 1,
 ) -> Any:
     """Take some data out of a batch: cut every tensor whose first axis is the data's.
 
@@ -305,6 +306,8 @@ def cut(
         Whether one datum may have several rows in a tensor.
     tables : collection of int, optional
         Which of the tensors stay whole, whatever their length.
+    step : int, optional
+        Take every so-many-th datum only; no datum may have several rows then.
     """
     number = count()
 
@@ -312,7 +315,7 @@ def cut(
         rows = rows_per_datum(tensor, size, several)
         if next(number) in tables or not rows:
             return tensor
-        return tensor[start * rows : stop * rows]
+        return tensor[start * rows : stop * rows : step]
 
     return value if holds_objects(value) else mapped(part, value)
 

@@ -267,6 +267,9 @@ class Model:
     per module.
     """
 
+    #: What evaluations enter, see :meth:`evaluated_in`.
+    _mode: Any = nullcontext()
+
     def __init__(
         self, model_func: Callable[..., Any], params: dict[str, Tensor]
     ) -> None:
@@ -361,14 +364,24 @@ class Model:
         """
         known = self.checked_graphs
         spare = X if "kernels" in known else cloned(X)
-        with Substitutions(not known.get("kernels", True), see) as substitutions:
+        kernels = Substitutions(not known.get("kernels", True), see)
+        with self._mode, kernels as substitutions:
             output = self._function(X)
         if not substitutions.lacking:
             known.setdefault("kernels", True)
             return output
         known["kernels"] = False
-        with Substitutions(differentiates=True):
+        with self._mode, Substitutions(differentiates=True):
             return self._function(spare)
+
+    @contextmanager
+    def evaluated_in(self, mode: Any) -> Iterator[None]:
+        """Enter a mode of torch for evaluations of the model, and for nothing else."""
+        self._mode = mode
+        try:
+            yield
+        finally:
+            del self._mode
 
     def at(self, X: Any, tensors: Sequence[Tensor]) -> Tensor:
         """Evaluate with other tensors in place of the leaves that functions meet."""

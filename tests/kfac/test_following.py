@@ -136,7 +136,7 @@ def counting():
     )
     risk.gradient_and_loss()  # looks at the model, too
     model.calls.clear()
-    return model, risk, len(data) + 1  # one datum is evaluated alone
+    return model, risk, len(data) + 4  # data of batches of three and two, alone
 
 
 def test_computed_once_for_all_who_ask():
@@ -403,7 +403,10 @@ def test_verify_finds_data_that_are_coupled():
 
     X, y = torch.rand(6, 3).double(), torch.rand(6, 2).double()
     params = {"W": torch.rand(3, 2).double(), "V": torch.rand(2, 2).double()}
-    K = KFACLinearOperator(centred, nn.MSELoss(), params, [(X, y)], **EXACT)
+    problem = centred, nn.MSELoss(), params, [(X, y)]
+    with pytest.raises(ValueError, match="does the model couple data"):
+        KFACLinearOperator(*problem, **EXACT).trace()
+    K = KFACLinearOperator(*problem, **EXACT, unsupported="diagonal")
     [check] = [c for c in K.verify().checks if c.name == "batch split"]
     assert not check.passed
     assert not np.isnan(check.error)

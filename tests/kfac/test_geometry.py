@@ -25,9 +25,9 @@ KNOWN = [
 ]
 
 
-def exact_blocks(problem, fisher_type="type-2", bias="alone"):
+def exact_blocks(problem, fisher_type="type-2", bias="alone", **options):
     """Return the risk, and dense blocks by the names of their parameters."""
-    risk = EmpiricalRisk(*problem, check_deterministic=False)
+    risk = EmpiricalRisk(*problem, check_deterministic=False, **options)
     settings = Settings(Fisher(fisher_type, 1, 0), False, bias, "raise", 1000)
     estimation = Estimation(risk, settings, "test")
     totals = {}
@@ -35,7 +35,7 @@ def exact_blocks(problem, fisher_type="type-2", bias="alone"):
     class Exact(Visitor):
         def add(self, batch, layer, grads):
             parts = parts_of(layer)
-            dtype = grads[id(parts[0].use)].dtype
+            dtype = grads[id(parts[0].uses[0])].dtype
             rows = [part.rows(layer, grads, batch.size, dtype) for part in parts]
             for M in gradients(rows, layer.layout.size):
                 tensors = layer.layout.scatter(M.transpose(0, 1))

@@ -258,3 +258,23 @@ def test_inputs_as_unit_vectors_that_are_too_large(cls, monkeypatch):
     with pytest.raises(MemoryError, match=r"embedding '0.weight', 8 unit"):
         cls(*arguments, **EXACT).trace()
     assert KFACLinearOperator(*arguments, **EXACT).trace() > 0
+
+
+def test_positions_under_autocast():
+    """Inputs and gradients of a layer have different types there."""
+    torch.manual_seed(0)
+    X, y = torch.randn(4, 6, 8), torch.randn(4, 2)
+    params = {"W": torch.randn(8, 5), "V": torch.randn(5, 2)}
+
+    def model(p, X):
+        return ((X @ p["W"]).tanh() @ p["V"]).mean(1).float()
+
+    def rounded(p, X):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(p, X)
+
+    found, expected = (
+        EKFACLinearOperator(f, nn.MSELoss(), params, [(X, y)], **EXACT).trace()
+        for f in (rounded, model)
+    )
+    assert abs(found - expected) <= 0.03 * expected

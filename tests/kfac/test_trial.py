@@ -104,19 +104,6 @@ def test_without_an_axis_for_data(cls, N, T):
     assert_close(trace(EKFACLinearOperator, *arguments), exact_trace(*arguments))
 
 
-def test_rows_that_are_not_sorted_by_data():
-    torch.manual_seed(0)
-    W = torch.randn(4, 3).double()
-
-    def model(params, X):
-        h = F.linear(X.transpose(0, 1).reshape(-1, 3), params["W"]).tanh()
-        return h.reshape(-1, len(X), 4).sum(0)
-
-    data = [(torch.randn(4, 3, 3).double(), torch.zeros(4, 4).double())]
-    with pytest.raises(ValueError, match="not sorted by data"):
-        trace(KFACLinearOperator, model, nn.MSELoss(), {"W": W}, data)
-
-
 @pytest.mark.parametrize(
     ("model", "shape", "data_shape"),
     [

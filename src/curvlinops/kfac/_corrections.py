@@ -157,12 +157,15 @@ class Moments(Visitor):
         if layer.name not in self.bases:
             return
         basis, N, parts = self.bases[layer.name], batch.size, parts_of(layer)
-        gs = [layer.outputs(part.use, grads[id(part.use)], N) for part in parts]
+        gs = [part.outputs(layer, grads, N) for part in parts]
         by_matrix = basis.rotates_matrices(sum(g.shape[3] for g in gs), gs[0].shape[1])
         rows = []
         for part, g in zip(parts, gs, strict=True):
             a = self._inputs_of(layer, part, N, rotate=not by_matrix)
-            if not by_matrix:
+            if by_matrix:  # under `autocast`, they may differ
+                common = torch.promote_types(g.dtype, a.dtype)
+                g, a = g.to(common), a.to(common)
+            else:
                 g = basis.rotated(part.groups, g, int(part.swapped))
             b, a = (a, g) if part.swapped else (g, a)
             rows.append((part.groups, b, a))
@@ -212,9 +215,9 @@ class Moments(Visitor):
         self, layer: Layer, part: Part, N: int, rotate: bool = True
     ) -> Tensor:
         """Return a use's inputs ``[G, 1, N, R, n]``, kept if they are small."""
-        basis, key = self.bases[layer.name], id(part.use)
+        basis, key = self.bases[layer.name], id(part.uses[0])
         if key not in self._inputs:
-            rows = layer.inputs(part.use, N).unsqueeze(1)
+            rows = part.inputs(layer, N).unsqueeze(1)
             if rotate:
                 rows = basis.rotated(part.groups, rows, int(not part.swapped))
             known = sum(a.nbytes for a in self._inputs.values())

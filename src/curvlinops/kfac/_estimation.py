@@ -129,7 +129,7 @@ class Estimation:
         self._reuse = reuse
         self._may_send_together = True
         self._is_checked = False
-        self._findings: list[Findings] = []
+        self._findings: dict[Any, Findings] = {}
         self._without_layer: set[str] = set()
 
     def sweep(self, visitor: Visitor, diagonals: bool = False) -> None:
@@ -266,11 +266,9 @@ class Estimation:
         """Add the squares of every datum's gradient, one backward pass per datum."""
         aliases = self.risk.model.aliases
         leaves = [aliases[name] for name in batch.diagonal]
-        rows, N = batch.loss.num_rows, batch.size
-        index = torch.arange(rows, device=U.device)
-        datum = index % N if batch.interleaved else index * N // rows
-        for n in range(N):
-            mine = of_rows(batch.loss, datum == n)
+        for n in range(batch.size):
+            # where it is not known whose rows are whose, there is one at a time
+            mine = 1 if batch.owners is None else of_rows(batch.loss, batch.owners == n)
             grads = torch.autograd.grad(
                 batch.linearization.output,
                 leaves,

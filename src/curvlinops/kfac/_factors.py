@@ -35,7 +35,7 @@ from curvlinops.kfac._estimation import (
     product,
 )
 from curvlinops.kfac._layers import Batch, Gradients, Layer
-from curvlinops.kfac._rows import slots
+from curvlinops.kfac._rows import parts_among, slots
 from curvlinops.kfac._uses import token_ids
 
 
@@ -105,11 +105,17 @@ class Covariances(Visitor):
         return True
 
     def start(self, batch: Batch) -> None:
-        """Check that all parameters can be treated."""
+        """Check that all parameters can be treated so."""
         if self._forward_only and batch.diagonal:
             raise ValueError(
                 f"`fisher_type='forward-only'` sends nothing back, so {batch.diagonal} "
                 "cannot be given a diagonal block: leave them out of `params`."
+            )
+        if self.settings.reduce and not batch.sure:
+            raise ValueError(
+                "It is not known which rows of the layers and of the model's output "
+                "belong to which datum, so there is no mean over them: use "
+                "`kfac_approx='expand'`, or return the outputs datum by datum."
             )
 
     def done(self, batch: Batch, layer: Layer) -> None:
@@ -137,10 +143,13 @@ class Covariances(Visitor):
         """Add to ``A``; return the number of inputs."""
         if not self.settings.reduce:
             return sum(_add_expanded(A, layer, use, fresh) for use in uses)
-        rows = [layer.inputs(use, N) for use in uses]
-        R = sum(a.shape[2] for a in rows)
-        gram(A, _total([a.sum(2) for a in rows]) / R, fresh)
-        return N
+        parts = parts_among(slice(None), uses)
+        rows = [part.inputs(layer, N) for part in parts]
+        R = _total(
+            [part.numbers(layer, N, a) for part, a in zip(parts, rows, strict=True)]
+        )
+        gram(A, _total([a.sum(2) for a in rows]) / R.clamp(min=1), fresh)
+        return int(R.count_nonzero())
 
     def add(self, batch: Batch, layer: Layer, grads: Gradients) -> None:
         """Add a layer's output gradients."""
@@ -165,7 +174,8 @@ class Covariances(Visitor):
     ) -> int:
         """Add to ``B``; return the number of rows."""
         if self.settings.reduce or layer.elementwise:
-            rows = [layer.outputs(use, grads[id(use)], N) for use in uses]
+            parts = parts_among(slice(None), uses)
+            rows = [part.outputs(layer, grads, N) for part in parts]
             b = _total([b.sum(3) for b in rows]).flatten(1, 2)
             gram(B, b, fresh)
             return b.shape[1]

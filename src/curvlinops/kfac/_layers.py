@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, vmap
 
+from curvlinops._order import ranks
 from curvlinops._parts import data_gradients
 from curvlinops.kfac._recording import Use
-from curvlinops.kfac._uses import KINDS, Layout, applies_elementwise
+from curvlinops.kfac._uses import KINDS, Layout, pixels
 from curvlinops.losses import Loss
 from curvlinops.risk import EmpiricalRisk
 
@@ -82,9 +83,13 @@ class Batch:
     linearization: Any
     layers: list[Layer]
     diagonal: list[str]
+    #: The number of data that layers' rows are sorted by: all are taken for one where
+    #: it is not known which rows are which datum's.
     size: int
-    #: Whether the output's rows are sorted by terms first, by data second.
-    interleaved: bool = False
+    #: The datum of every row of the output; ``None`` if that is not known.
+    owners: Tensor | None
+    #: Whether these are its data, rather than groups of terms that do not meet.
+    sure: bool
 
     @property
     def loss(self) -> Loss:
@@ -207,7 +212,6 @@ def resolve(
     uses: list[Use],
     unknown: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
-    N: int,
     bias: str,
 ) -> tuple[list[Layer], dict[str, str]]:
     """Sort uses into layers; return also which parameters are not understood.
@@ -233,7 +237,7 @@ def resolve(
     layers = []
     for name, its in by_weight.items():
         bias_name = paired.get(name)
-        layer = _layer(name, its, bias_name, shapes, N, bias == "joint")
+        layer = _layer(name, its, bias_name, shapes, bias == "joint")
         if layer is None or name in unknown or bias_name in unknown:
             for each in filter(None, (name, bias_name)):
                 unknown.setdefault(each, its[0].kind)
@@ -245,11 +249,20 @@ def resolve(
 def _as_shift(use: Use, bias: str) -> Use:
     """Return the addition of a bias as a use of its own."""
     trailing = len(use.options.get("kernel", ()))
+    place = use.place
+    if isinstance(place, Tensor):
+        place = place.repeat_interleave(pixels(use))
     size = torch.Size([use.shape[-1 - trailing], *[1] * trailing])
     one = use.input.new_ones(())
     options = {"size": size, "part": use.options.get("slot")}
     return replace(
-        use, kind="elementwise", weight=bias, bias=None, input=one, options=options
+        use,
+        kind="elementwise",
+        weight=bias,
+        bias=None,
+        input=one,
+        options=options,
+        place=place,
     )
 
 
@@ -258,14 +271,11 @@ def _layer(
     uses: list[Use],
     bias: str | None,
     shapes: Mapping[str, tuple[int, ...]],
-    N: int,
     joint: bool,
 ) -> Layer | None:
     """Return a weight's layer, or ``None`` if its uses do not fit together."""
     elementwise = uses[0].kind == "elementwise"
     if any((use.kind == "elementwise") != elementwise for use in uses):
-        return None
-    if elementwise and not all(applies_elementwise(use, N) for use in uses):
         return None
     shape = shapes[name]
     view, order, (G, m, n) = KINDS[uses[0].kind].layout(shape, uses[0])
@@ -335,30 +345,46 @@ class Fisher:
             seed = self.seed + batch.linearization.index
             generator = torch.Generator().manual_seed(seed)
             samples = loss.sample_gradients(self.mc_samples, generator)
-            yield from samples / self.mc_samples**0.5
-            return
-        if self.fisher_type == "empirical" and loss.opaque:
+            vectors: Iterable[Tensor] = samples / self.mc_samples**0.5
+            if batch.owners is not None:
+                yield from vectors
+                return
+        elif self.fisher_type == "empirical" and loss.opaque:
+            _check_data_first(batch)
             yield data_gradients(batch.risk, batch.linearization)
             return
-        masks = _term_masks(batch)
-        if self.fisher_type == "empirical":
-            gradient = loss.gradient()
-            yield from (gradient if mask is None else gradient * mask for mask in masks)
-            return
-        for column in _factor_columns(loss):
-            for mask in masks:
-                yield column if mask is None else column * mask
+        elif self.fisher_type == "empirical":
+            vectors = [loss.gradient()]
+        else:
+            vectors = _factor_columns(loss)
+        for vector in vectors:
+            for mask in _term_masks(batch):
+                yield vector if mask is None else vector * mask
 
 
-def _term_masks(batch: Batch) -> list[Tensor | None]:
-    """Return masks that select the ``t``-th term of every datum."""
-    loss, N = batch.loss, batch.size
-    T = loss.num_rows // N if loss.num_rows % N == 0 else loss.num_rows
-    if T <= 1:
-        return [None]
-    index = torch.arange(loss.num_rows, device=loss.output.device)
-    term = index // N if batch.interleaved else index % T
-    return [of_rows(loss, term == t) for t in range(T)]
+def _term_masks(batch: Batch) -> Iterator[Tensor | None]:
+    """Yield masks that select the ``t``-th term of every datum.
+
+    Where it is not known which rows are terms of the same datum, they select one row.
+    """
+    loss, owners = batch.loss, batch.owners
+    if owners is None:
+        term = torch.arange(loss.num_rows, device=loss.output.device)
+    else:
+        term = ranks(owners)
+    T = int(term.max()) + 1 if len(term) else 1
+    yield from (of_rows(loss, term == t) for t in range(T)) if T > 1 else (None,)
+
+
+def _check_data_first(batch: Batch) -> None:
+    """Raise unless rows of the output are known to be sorted datum by datum."""
+    owners = batch.owners
+    if owners is None or bool((owners.diff() < 0).any()):
+        raise ValueError(
+            "The rows of the model's output are not known to be sorted datum by datum, "
+            "and of a loss that is not known in closed form the gradient of each datum "
+            "is wanted. Return the outputs datum by datum, or register a `Loss`."
+        )
 
 
 def of_rows(loss: Loss, values: Tensor) -> Tensor:

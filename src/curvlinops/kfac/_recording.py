@@ -8,7 +8,7 @@ calls it, or an equivalent, and notes the :class:`Use`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
+
+from curvlinops._order import Order
 
 
 @dataclass
@@ -41,8 +43,11 @@ class Use:
         The result's shape.
     options : dict
         What else the geometry depends on.
-    axis : int or None
-        The axis of the result that counts data, if that was found out.
+    sums : Tensor or None
+        Of a scale or a shift, a combination of the entries of each of its rows.
+    place : Order or Tensor or None
+        How the result's rows are sorted by data, or the datum of each, -1 for rows that
+        no output depends on; if that was found out.
     """
 
     kind: str
@@ -52,7 +57,8 @@ class Use:
     edge: Any
     shape: torch.Size
     options: dict[str, Any] = field(default_factory=dict)
-    axis: int | None = None
+    sums: Tensor | None = None
+    place: Order | Tensor | None = None
 
     def __post_init__(self) -> None:
         """Remember the version of the input's content."""
@@ -105,6 +111,12 @@ class Recorder(TorchFunctionMode):
     functions : dict of str to str
         Parameters of which something is computed without any data, such as a weight
         that is not the parameter itself, and the name of the function.
+    form : int
+        Differs, for all that is known, where calls, shapes or Python's numbers do.
+    selects, compares, reads : bool
+        Whether some function picks or sorts entries by the content of a tensor, or
+        compares it, which may become a matrix that does so; or makes Python's numbers
+        of it.
     """
 
     def __init__(
@@ -124,6 +136,7 @@ class Recorder(TorchFunctionMode):
         self.functions: dict[str, str] = {}
         #: By ``id``, what is computed of parameters and numbers alone.
         self._made: dict[int, Tensor] = {}
+        self.form, self.selects, self.compares, self.reads = 0, False, False, False
         self._transposed: dict[int, tuple[Tensor, str]] = {}
         #: By the nodes of uses, those of their operands; those of the present call's.
         self._operands: dict[Any, set[Any]] = {}
@@ -134,6 +147,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Call a function, and note it if parameters are among its arguments."""
         kwargs = kwargs or {}
+        self._look(func, args, kwargs)
         tensors = [*_tensors((args, *kwargs.values()))]
         touched = [t for t in tensors if self.owner(t)]
         if not (touched or self._made) or not torch.is_grad_enabled():
@@ -158,6 +172,17 @@ class Recorder(TorchFunctionMode):
                 for tensor in touched:
                     self.functions.setdefault(str(self.owner(tensor)), _name_of(func))
         return result
+
+    def _look(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note what the order of rows may depend on."""
+        name = getattr(func, "__name__", "").rstrip("_")
+        self.form = hash((self.form, func, _form_of(args), _form_of(kwargs)))
+        self.reads |= name in _READING
+        self.compares |= name.lstrip("_") in _COMPARING
+        by_tensor = name in _SELECTING_BY and any(
+            map(torch.is_tensor, _tensors(args[1:]))
+        )
+        self.selects |= by_tensor or name in _SELECTING
 
     def name(self, tensor: Any) -> str | None:
         """Return the name of a parameter, ``None`` for anything else."""
@@ -188,7 +213,12 @@ class Recorder(TorchFunctionMode):
         name, added = self.owner(weight), self.name(bias)
         assert name is not None
         edge = get_gradient_edge(y)
-        self.uses.append(Use(kind, name, added, x.detach(), edge, y.shape, options))
+        use = Use(kind, name, added, x.detach(), edge, y.shape, options)
+        if "size" in options and kind == "elementwise":
+            rows = rows_without(y.detach(), options["size"])
+            weights = torch.arange(1, rows.shape[-1] + 1, device=y.device).cos()
+            use.sums = rows @ weights.to(rows.dtype)
+        self.uses.append(use)
         self._operands[edge.node] = self._given | _nodes([x])
         self._given |= {edge.node}  # a handler may go on with this result
         return y
@@ -226,6 +256,53 @@ class Recorder(TorchFunctionMode):
 
 def _name_of(func: Any) -> str:
     return getattr(func, "__name__", repr(func))
+
+
+def rows_without(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Put the axes along which a parameter of a size is broadcast in front.
+
+    The others are flattened, and the last.
+    """
+    missing = x.ndim - len(size)
+    kept = [missing + i for i, length in enumerate(size) if length != 1]
+    if not kept:
+        return x.unsqueeze(-1)
+    return x.movedim(kept, tuple(range(-len(kept), 0))).flatten(-len(kept))
+
+
+#: Methods of tensors that tell Python about their content.
+_READING = {
+    *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose"),
+    *("__bool", "__int", "__index", "__float", "__array", "__contains"),
+}
+_COMPARING = {
+    *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal"),
+    *("less_equal", "not_equal", "isin", "isclose", "sign", "heaviside"),
+}
+#: Functions whose result's entries come from places that a tensor's content tells, ...
+_SELECTING = {
+    *("index_select", "gather", "take", "take_along_dim", "masked_select", "nonzero"),
+    *("argwhere", "sort", "argsort", "topk", "msort", "argmax", "argmin", "bincount"),
+    *("scatter", "scatter_add", "scatter_reduce", "masked_scatter", "put", "bucketize"),
+    *("index_add", "index_copy", "index_put", "index_reduce", "searchsorted"),
+    *("_pack_padded_sequence", "segment_reduce", "nested_tensor", "one_hot"),
+}
+#: ... and those that do so if they are given another tensor.
+_SELECTING_BY = {"__getitem", "__setitem", "repeat_interleave", "tensor_split"}
+
+
+def _form_of(value: Any) -> Any:
+    """Return what is to be the same in two calls whose rows are sorted alike."""
+    if isinstance(value, Tensor):
+        strided = value.layout is torch.strided
+        return value.shape if strided else (value.layout, str(value.shape))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_form_of, value))
+    if isinstance(value, dict):
+        return tuple((key, _form_of(v)) for key, v in value.items())
+    if isinstance(value, slice):
+        return tuple(map(_form_of, (value.start, value.stop, value.step)))
+    return value if isinstance(value, (int, str, type(None))) else type(value)
 
 
 def _nodes(tensors: Iterable[Tensor]) -> set[Any]:

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvlinops.kfac._recording import Use
+from curvlinops._order import Order
+from curvlinops.kfac._recording import Use, rows_without
 
 Shape: TypeAlias = tuple[int, ...]
 #: Most bytes of an embedding's inputs as unit vectors.
@@ -102,43 +103,32 @@ class Kind:
         Maps weight shape and use to ``view, order, (G, m, n)``.
     inputs, outputs : callable
         Map use and number of data (the latter also the gradient by the result) to rows
-        ``[G, N, R, n]`` and ``[G, N, R, m]``.
-    axes : callable
-        Maps use and number of data to the axes that may count these, the likeliest
-        first.
+        ``[G, N, R, n]`` and ``[G, N, R, m]``, for one datum all there are.
+    rows : callable
+        Maps use and a tensor of the result's shape to rows ``[*axes, entries]``, each
+        of which is some datum's.
+    seen : callable
+        Maps use to what these rows are computed from, ``[*axes, ...]``.
     """
 
     layout: Callable[[Shape, Use], tuple[Shape, Shape, Shape]]
     inputs: Callable[[Use, int], Tensor]
     outputs: Callable[[Use, Tensor, int], Tensor]
-    axes: Callable[[Use, int], list[int]]
+    rows: Callable[[Use, Tensor], Tensor]
+    seen: Callable[[Use], Tensor]
 
 
-def _axis(use: Use, N: int, candidates: list[int]) -> int:
-    """Return the axis that counts data: the one found out, or the likeliest."""
-    if use.axis is not None:
-        candidates = [use.axis] if use.axis in candidates else []
-    if not candidates:
-        raise ValueError(
-            f"The layer with parameter {use.weight!r} has a result of shape "
-            f"{tuple(use.shape)}, in which no axis counts the batch's {N} data points. "
-            "Keep the data on axis 0, or pass `batch_size_fn`; or use "
-            "`unsupported='diagonal'`."
-        )
-    return candidates[0]
-
-
-def _that_count(shape: Shape, N: int) -> list[int]:
-    """Return axes that may count ``N`` data, or, in front, blocks of their rows."""
-    exact = [i for i, length in enumerate(shape) if length == N]
-    blocks = shape[:1] and shape[0] % N == 0 and 0 not in exact
-    return [*exact, 0] if blocks else exact
+def axes_of(use: Use) -> Shape:
+    """Return the lengths of the axes whose rows are some datum's."""
+    like = torch.empty(use.shape, device="meta")
+    return tuple(KINDS[use.kind].rows(use, like).shape[:-1])
 
 
 def data_first(x: Tensor, N: int, use: Use) -> Tensor:
-    """Reshape ``[*leading, d]`` to ``[N, R, d]``, with the data's axis in front."""
+    """Reshape ``[*axes, d]`` to ``[N, R, d]``, with the data's axis in front."""
     if N > 1:
-        x = x.movedim(_axis(use, N, _that_count(tuple(x.shape[:-1]), N)), 0)
+        assert isinstance(use.place, Order)
+        x = use.place.data_first(x, N)
     return x.reshape(N, -1, x.shape[-1])
 
 
@@ -166,20 +156,6 @@ def _matrix_inputs(use: Use, N: int) -> Tensor:
 
 def _matrix_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     return data_first(_columns(use, g), N, use).unsqueeze(0)
-
-
-def _matrix_axes(use: Use, N: int) -> list[int]:
-    return _that_count(lengths(use)[:-1], N)
-
-
-def lengths(use: Use) -> Shape:
-    """Return the lengths of a result's axes, those of a matrix's columns last."""
-    return tuple(_columns(use, torch.empty(use.shape, device="meta")).shape)
-
-
-def first_rows(use: Use, number: int) -> Tensor:
-    """Return what so many rows in front are computed from, if that is data."""
-    return _columns(use, use.checked_input())[:number]
 
 
 # -- embeddings ---------------------------------------------------------------------
@@ -241,6 +217,12 @@ def padded(x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
     return F.pad(x, flat) if any(flat) else x
 
 
+def pixels(use: Use) -> int:
+    """Return how many rows of a result are one image's; a plain row is one."""
+    dims = len(use.options.get("kernel", ()))
+    return use.shape[-dims:].numel() if dims else 1
+
+
 def batched(use: Use, x: Tensor) -> Tensor:
     """Add the batch axis that an unbatched image lacks."""
     return x.unsqueeze(0) if x.ndim == len(use.options["kernel"]) + 1 else x
@@ -288,7 +270,7 @@ def _convolution_inputs(use: Use, N: int) -> Tensor:
     dims, G = len(kernel), use.options.get("groups", 1)
     x = padded(batched(use, use.checked_input()), padding_of(use))
     stride, dilation = (each(o.get(k, 1), dims) for k in ("stride", "dilation"))
-    return _split(_patch_rows(_patches(x, kernel, stride, dilation), dims, G), N)
+    return _split(_patch_rows(_patches(x, kernel, stride, dilation), dims, G), N, use)
 
 
 def _transposed_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
@@ -327,49 +309,30 @@ def _transposed_inputs(use: Use, N: int) -> Tensor:
         padded(spread, border).contiguous(), kernel, [1] * dims, dilation
     )
     patches = patches.flip(list(range(-dims, 0)))
-    return _split(_patch_rows(patches, dims, G), N)
+    return _split(_patch_rows(patches, dims, G), N, use)
 
 
 def _convolution_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     G = use.options.get("groups", 1)
     g = batched(use, g).flatten(2)
     columns = g.transpose(0, 1).reshape(G, -1, len(g), g.shape[-1])
-    return _split(columns.permute(0, 2, 3, 1), N)
+    return _split(columns.permute(0, 2, 3, 1), N, use)
 
 
-def _image_axes(use: Use, N: int) -> list[int]:
-    return [0]
+def _images(use: Use, t: Tensor) -> Tensor:
+    return batched(use, t).flatten(1)
 
 
-def _split(rows: Tensor, N: int) -> Tensor:
+def _split(rows: Tensor, N: int, use: Use) -> Tensor:
     """Reshape ``[G, M, R, d]`` to ``[G, N, M / N * R, d]``."""
     G, M, _, d = rows.shape
-    if M % N:
-        raise ValueError(
-            f"A convolution sees {M} images for the batch's {N} data points. Keep the "
-            "data on axis 0, or pass `batch_size_fn`."
-        )
+    if N not in (1, M):
+        assert isinstance(use.place, Order)
+        rows = use.place.data_first(rows.transpose(0, 1), N).permute(2, 0, 1, 3, 4)
     return rows if M == N else rows.reshape(G, N, -1, d)
 
 
 # -- scales and shifts --------------------------------------------------------------
-
-
-def _broadcast_axes(use: Use) -> list[int]:
-    """Return the axes of a use's result along which its parameter is the same."""
-    size, missing = use.options["size"], len(use.shape) - len(use.options["size"])
-    ones = [missing + i for i, length in enumerate(size) if length == 1]
-    return [*range(missing), *ones]
-
-
-def _elementwise_axes(use: Use, N: int) -> list[int]:
-    broadcast = _broadcast_axes(use)
-    return [i for i in _that_count(tuple(use.shape), N) if i in broadcast]
-
-
-def applies_elementwise(use: Use, N: int) -> bool:
-    """Whether a parameter is broadcast along an axis that may count data."""
-    return bool(_elementwise_axes(use, N))
 
 
 def _elementwise_layout(shape: Shape, use: Use) -> tuple[Shape, Shape, Shape]:
@@ -385,12 +348,14 @@ def _elementwise_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     """Return every datum's gradient by the parameter, ``[1, N, 1, m]``."""
     if use.input.ndim or use.input != 1:
         g = g * use.checked_input()
-    broadcast, data = _broadcast_axes(use), _axis(use, N, _elementwise_axes(use, N))
-    kept = [i for i in range(g.ndim) if i == data or i not in broadcast]
-    rest = [i for i in broadcast if i != data]
-    rows = (g.sum(rest) if rest else g).movedim(kept.index(data), 0)
-    if len(rows) != N:
-        rows = rows.reshape(N, -1, *rows.shape[1:]).sum(1)
+    rows = rows_without(g, use.options["size"])
+    if N > 1 and isinstance(use.place, Tensor):
+        rows = rows.reshape(-1, rows.shape[-1])
+        owners = use.place.where(use.place >= 0, N)
+        sums = rows.new_zeros(N + 1, rows.shape[-1])
+        rows = sums.index_add(0, owners, rows)[:N]
+    else:
+        rows = data_first(rows, N, use).sum(1)
     rows = rows.reshape(1, N, 1, -1)
     if (part := use.options.get("part")) is None:
         return rows
@@ -398,24 +363,46 @@ def _elementwise_outputs(use: Use, g: Tensor, N: int) -> Tensor:
     return F.pad(rows, (i * rows.shape[-1], (parts - 1 - i) * rows.shape[-1]))
 
 
+def _elementwise_rows(use: Use, t: Tensor) -> Tensor:
+    return rows_without(t, use.options["size"])
+
+
+def _elementwise_seen(use: Use) -> Tensor:
+    assert use.sums is not None
+    return use.sums.unsqueeze(-1)
+
+
+def _matrix_seen(use: Use) -> Tensor:
+    return _columns(use, use.input)
+
+
+def _embedding_seen(use: Use) -> Tensor:
+    seen: Tensor = use.input.unsqueeze(-1)
+    return seen
+
+
+def _images_seen(use: Use) -> Tensor:
+    return batched(use, use.input)
+
+
+_MATRIX = (_matrix_inputs, _matrix_outputs, _columns, _matrix_seen)
 KINDS: dict[str, Kind] = {
-    "linear": Kind(_matrix_layout, _matrix_inputs, _matrix_outputs, _matrix_axes),
-    "linear-transposed": Kind(
-        _flipped_layout, _matrix_inputs, _matrix_outputs, _matrix_axes
-    ),
+    "linear": Kind(_matrix_layout, *_MATRIX),
+    "linear-transposed": Kind(_flipped_layout, *_MATRIX),
     "embedding": Kind(
-        _flipped_layout, _embedding_inputs, _embedding_outputs, _matrix_axes
+        *(_flipped_layout, _embedding_inputs, _embedding_outputs, _columns),
+        _embedding_seen,
     ),
     "convolution": Kind(
-        _convolution_layout, _convolution_inputs, _convolution_outputs, _image_axes
+        *(_convolution_layout, _convolution_inputs, _convolution_outputs, _images),
+        _images_seen,
     ),
     "transposed-convolution": Kind(
-        _transposed_layout, _transposed_inputs, _convolution_outputs, _image_axes
+        *(_transposed_layout, _transposed_inputs, _convolution_outputs, _images),
+        _images_seen,
     ),
     "elementwise": Kind(
-        _elementwise_layout,
-        _elementwise_inputs,
-        _elementwise_outputs,
-        _elementwise_axes,
+        *(_elementwise_layout, _elementwise_inputs, _elementwise_outputs),
+        *(_elementwise_rows, _elementwise_seen),
     ),
 }

@@ -117,11 +117,23 @@ num_per_example_loss_terms, batch_size_fn, **options
     weights or, under ``"reduce"``, have equal inputs; and for every weight of a deep
     linear network with square loss.
 
-    Which axis of a layer's result counts data is found by evaluating the first datum
-    alone: it is the one that gets shorter. Where there is none (a position embedding of
-    ``arange(T)`` that is only broadcast to the batch later), no factors are known:
-    expand its input to the batch. Where the model cannot be evaluated so, it is axis 0,
-    or else the first one that has the batch's length.
+    Whose the rows of a layer are is found, in every batch, whether data have an axis of
+    their own, rows are sorted by positions, packed, or picked by content (experts,
+    masks), or the model goes over the data in a loop: data may come in any order and in
+    any batches. Models that couple data (a mean over the batch, batch normalisation in
+    train mode, products of data with each other) are refused by name of the parameters
+    that are used before, and so are uses that have no rows of single data (a position
+    embedding of ``arange(T)`` that is only broadcast to the batch later: expand its
+    input to the batch). Where it cannot be found whose the output's rows are, each is
+    sent back on its own, with a warning; there is no ``"reduce"`` then.
+
+    Finding this takes a forward pass on one datum (two in batches of two or three) for
+    the first batch, for every batch with other functions, shapes or numbers in it, and
+    for every batch if the model compares tensors (as for masks); on two data where the
+    model fails on one; on all data, besides, if it turns tensors into Python's numbers.
+    Only where that does not settle it, two backward passes to the layers' outputs
+    (three for more than 16 data, four for more than 256); and these in every batch if
+    the model picks or sorts rows by content.
 
     Cost: factors are computed at the first use, and again at the next one after
     parameters, buffers, modes or listed data have changed (of other changes, tell
