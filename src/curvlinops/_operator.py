@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
+from torch import Tensor, promote_types
 
+from curvlinops._counts import count
 from curvlinops._spaces import (
     TensorSpace,
     numeric_array,
@@ -39,6 +40,9 @@ class TorchOperator:
     * tensors of these shapes and returns a tensor, on the operand's device;
     * a list of tensors in the input's shapes (``[*shape]`` or ``[*shape, K]``) and
       returns a list of tensors in the output's shapes.
+
+    ``x @ A`` accepts the same with rows in place of columns: ``(M,)``, ``(K, M)``, and
+    lists of ``[*shape]`` or ``[K, *shape]`` in the output's shapes.
 
     Parameters
     ----------
@@ -169,12 +173,18 @@ class TorchOperator:
             return LinearOperator._rdot(self, x)
         transposed = self._transpose()
         if _is_tensor_list(x):
-            return transposed._product(x)
+            if (rows := self._out_space.pack_rows(x)) is None:
+                return transposed._product(x)
+            return self._in_space.split(self._rdot(rows))
         x = x if torch.is_tensor(x) else numeric_array(x)
         return transposed._product(x.T).T if x.ndim == 2 else transposed._product(x)
 
     def rdot(self, x: Any) -> Any:
-        """Return ``x @ A`` for ``x`` of shape ``(M,)`` or ``(K, M)``."""
+        """Return ``x @ A`` for ``x`` of shape ``(M,)`` or ``(K, M)``.
+
+        Tensors in a list have the shapes ``[*shape]`` of the output or, several rows
+        at once, ``[K, *shape]``: rows come first, as in an array.
+        """
         return self._rdot(x)
 
     def __rmul__(self, x: Any) -> Any:
@@ -233,10 +243,10 @@ class TorchOperator:
             K = X.shape[1]
             parts = self._multiply_torch(torch.cat([X.real, X.imag], dim=1))
             return torch.complex(parts[:, :K], parts[:, K:])
-        V = self._in_space.adopt(X)
+        V, dtype = self._in_space.adopt(X), promote_types(X.dtype, self.torch_dtype)
         if X.shape[1] == 0:
-            return V.new_zeros((self.shape[0], 0))
-        return self._apply(V).to(X.device)
+            return V.new_zeros((self.shape[0], 0), dtype=dtype)
+        return self._apply(V).to(X.device, dtype)
 
     # -- algebra ----------------------------------------------------------------
 
@@ -296,6 +306,7 @@ class TorchOperator:
             Of shape ``(M, N)``, in :attr:`torch_dtype`, on :attr:`device`.
         """
         M, N = self.shape
+        block_size = count("block_size", block_size, 1)
         dense = torch.empty(M, N, dtype=self.torch_dtype, device=self.device)
         for start in range(0, N, block_size):
             stop = min(start + block_size, N)

@@ -30,6 +30,7 @@ from numpy.linalg import LinAlgError, norm
 from scipy.sparse.linalg import LinearOperator, cg, lsmr, minres
 from torch import Tensor
 
+from curvlinops._counts import as_count
 from curvlinops._krylov import (
     DEFAULT_RTOL,
     Inverse,
@@ -80,7 +81,8 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
         Limit of iterations. Default: SciPy's ``10 N``; reaching that one warns.
     M, preconditioner : LinearOperator, array, sparse matrix, Tensor, or callable
         Symmetric positive definite approximation of :math:`A^{-1}`. A callable gets a
-        tensor of shape ``(N, K)`` on the operator's device and returns such a tensor.
+        tensor of shape ``(N, K)`` on the operator's device and returns such a tensor;
+        a method that multiplies (``P.__matmul__``) stands for its matrix.
     x0, initial_guess : array_like, Tensor, or list of Tensor
         Where to start: a vector, or a block with one column per right-hand side.
         Default: zero.
@@ -382,7 +384,8 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
     preconditioner : LinearOperator, array, sparse matrix, Tensor, or callable, optional
         Approximation :math:`P` of :math:`A^{-1}`; the identity if absent. A callable
         gets a tensor of shape ``(N, K)`` on the operator's device and returns such a
-        tensor.
+        tensor; the adjoint of this series is not known then. A method that multiplies
+        (``P.__matmul__``) stands for its matrix.
 
     Attributes
     ----------
@@ -431,8 +434,8 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
         preconditioner: Any = None,
     ) -> None:
         super().__init__(A)
-        terms, alpha = real_scalar(num_terms), real_scalar(scale)
-        if terms is None or not (terms >= 0 and terms.is_integer()):
+        terms, alpha = as_count(num_terms), real_scalar(scale)
+        if terms is None or terms < 0:
             raise ValueError(
                 f"A Neumann series needs num_terms = 0, 1, 2, ..., got {num_terms!r}."
             )
@@ -441,7 +444,7 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
                 f"A Neumann series needs a positive scale, got {scale!r}. Pass e.g. "
                 "1.99 divided by the largest eigenvalue."
             )
-        self.num_terms, self.scale, self.check_nan = int(terms), alpha, check_nan
+        self.num_terms, self.scale, self.check_nan = terms, alpha, check_nan
         self._P = (
             None
             if preconditioner is None

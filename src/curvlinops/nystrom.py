@@ -8,6 +8,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._counts import as_count
 from curvlinops._operator import TorchOperator
 from curvlinops._random import Probes, Rng, as_seed
 from curvlinops.structured import as_operator
@@ -81,15 +82,15 @@ class NystromPreconditionerLinearOperator(TorchOperator, LinearOperator):
         self, A: Any, rank: int, damping: float = 0.0, *, rng: Rng = None
     ) -> None:
         A = as_operator(A)
-        N = A.shape[0]
-        if A.shape != (N, N) or not 1 <= rank <= N or damping < 0:
+        N, number = A.shape[0], as_count(rank) or 0
+        if A.shape != (N, N) or not 1 <= number <= N or damping < 0:
             raise ValueError(
                 "A Nyström preconditioner needs a square matrix, 1 <= rank <= N, and "
                 f"damping >= 0; got {A!r} with rank={rank}, damping={damping}."
             )
         super().__init__(A._in_space, A._out_space)
         self.damping = damping
-        self.U, self.evals = _nystrom(A, rank, as_seed(rng))
+        self.U, self.evals = _nystrom(A, number, as_seed(rng))
 
     def _apply(self, V: Tensor) -> Tensor:
         least = self.evals[-1] + self.damping

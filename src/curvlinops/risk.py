@@ -12,7 +12,6 @@ loss of the concatenated data, however it is split into batches.
 from __future__ import annotations
 
 import copy
-import operator
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops._columns import VJPS, Body, Columns
+from curvlinops._counts import as_count, optional_count
 from curvlinops._data import (
     Share,
     Tables,
@@ -54,7 +54,7 @@ from curvlinops._linearization import (
     Middle,
 )
 from curvlinops._loss_state import unchanged
-from curvlinops._memory import budget_bytes, raise_if_out_of_memory
+from curvlinops._memory import checked_cache, raise_if_out_of_memory
 from curvlinops._model import (
     Model,
     Parameters,
@@ -134,7 +134,9 @@ class EmpiricalRisk:
         which needs ``batch_size_fn`` wherever the number of data points counts. All
         are moved to the parameters' device, objects with a method ``to`` by it.
     progressbar : bool, optional
-        Whether to show a progress bar over batches for every product.
+        Whether to show a progress bar over batches for every product; matrices that
+        are computed once and kept (of KFAC and its kin, and the GGN's diagonal) show
+        one for every pass over the data.
     check_deterministic : bool, optional
         Whether to evaluate loss and gradient twice (two passes over the data) and
         raise if they differ, and to refuse modules in a mode that makes the result
@@ -293,8 +295,9 @@ class EmpiricalRisk:
         self.data = checked_data(data)
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
-        self.terms_per_datum = num_per_example_loss_terms or 1
-        self.cache = cache
+        terms = optional_count("num_per_example_loss_terms", num_per_example_loss_terms)
+        self.terms_per_datum = terms or 1
+        self.cache = checked_cache(cache)
         self.max_memory = _checked_bytes(max_memory)
         #: How many times products were asked to be plain; see `fix_route`.
         self.plain = 0
@@ -306,8 +309,7 @@ class EmpiricalRisk:
         #: product after a change.
         self._checks_modes = check_deterministic
         self._start()
-        if cache != "auto":
-            budget_bytes(cache, self.space.device)  # raises on a wrong setting
+        num_data = optional_count("num_data", num_data)
         if check_deterministic:
             with self.terms.supposed():
                 self._fit(GRADIENT)
@@ -327,6 +329,7 @@ class EmpiricalRisk:
                 self._own = own_names(self.model_func, self.params)
             require_same_parameters(self.model_func, self.params, self._own)
         self.space = self.model.space
+        self._is_small = may_be_dense(self.space)
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
@@ -531,12 +534,12 @@ class EmpiricalRisk:
         key = key_of("mean", body, self, key)
         self._fit(Product("mean", body, title, key), K=V.shape[1])
 
-        def multiply(V: Tensor) -> Tensor:
+        def multiply(V: Tensor, title: str) -> Tensor:
             if self._may_join(key):
                 self._join(body, key)
             return self._mean(body, V, title, key)
 
-        return self._product(multiply, V, key)
+        return self._product(multiply, V, title, key)
 
     def congruence(
         self,
@@ -561,14 +564,14 @@ class EmpiricalRisk:
         """
         key = key_of("congruence", middle, self, key)
 
-        def multiply(V: Tensor) -> Tensor:
+        def multiply(V: Tensor, title: str) -> Tensor:
             if (jacobians := self._small_jacobians(key)) is None:
                 return self._mean(Congruence(middle), V, title, key)
             total: Any = 0
             count: Any = 0
             with torch.inference_mode(False), torch.enable_grad():
                 rows = V.T if V.shape[1] > 1 else V[:, 0]
-                for batch, J in jacobians:
+                for batch, J in self._shown(jacobians, title, len(jacobians)):
                     f = batch.output_space
                     U = (rows @ J.T).reshape((*rows.shape[:-1], *f.shapes[0]))
                     U = middle(batch, U.to(f.dtype)).to(J.dtype)
@@ -581,8 +584,8 @@ class EmpiricalRisk:
 
         if self.max_memory is not None:
             self._fit(Product("congruence", middle, title, key), K=V.shape[1])
-            return self._product(multiply, V, key)
-        return self._product(multiply, V, key, left_factor)
+            return self._product(multiply, V, title, key)
+        return self._product(multiply, V, title, key, left_factor)
 
     def _left_factor(self, middle: Middle, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
@@ -670,17 +673,20 @@ class EmpiricalRisk:
 
     def _product(
         self,
-        multiply: Callable[[Tensor], Tensor],
+        multiply: Callable[[Tensor, str], Tensor],
         V: Tensor,
+        title: str,
         key: Hashable,
         left_factor: Callable[[Jacobians], Tensor] | None = None,
     ) -> Tensor:
-        """Return ``multiply(V)``, by its matrix once that is known."""
+        """Return ``multiply(V, title)``, by its matrix once that is known."""
         self._refresh_if_changed()
         device = self.space.device.type
         with self._alone(), without_autocast(device), torch.inference_mode(False):
             if (factors := self._materialised(key, V, multiply, left_factor)) is None:
-                return self._session(lambda: multiply(V), key)
+                return self._session(lambda: multiply(V, title), key)
+            if self.progressbar:  # which is full at once
+                all(self._shown([True] * len(self._recordings), title))
             if V.shape[1] == 1:
                 for factor in factors:
                     V = factor @ V
@@ -694,7 +700,7 @@ class EmpiricalRisk:
         self,
         key: Hashable,
         V: Tensor,
-        multiply: Callable[[Tensor], Tensor],
+        multiply: Callable[[Tensor, str], Tensor],
         left_factor: Callable[[Jacobians], Tensor] | None,
     ) -> Factors | None:
         """Return the matrix, or its factors, if known, or paying from now on."""
@@ -702,7 +708,7 @@ class EmpiricalRisk:
             return None
 
         def run(V: Tensor) -> Tensor:
-            return self._session(lambda: multiply(V), key)
+            return self._session(lambda: multiply(V, ""), key)
 
         with self._lock:
             if (factors := self._dense.settled(key)) is not None:
@@ -713,12 +719,7 @@ class EmpiricalRisk:
 
     def _may_be_dense(self, key: Hashable) -> bool:
         """Whether a product's matrix, or Jacobians, may be kept if that pays."""
-        return (
-            key is not None
-            and not self.plain
-            and self._repeats
-            and may_be_dense(self.space)
-        )
+        return key is not None and not self.plain and self._repeats and self._is_small
 
     def _small_jacobians(self, key: Hashable) -> Jacobians | None:
         """Return the batches with their Jacobians as matrices if that pays.
@@ -987,7 +988,7 @@ class EmpiricalRisk:
             items = ahead(self._parts(), self.space.device, kept.keys())
         if self.progressbar:
             total = self._num_batches or length_of(self.data)
-            items = tqdm(items, f"{title} (on {self.space.device})", total)
+            items = self._shown(items, title, total)
         place = -1
         shapes: list[torch.Size] = []
         for place, (index, item, share) in enumerate(items):
@@ -1005,6 +1006,17 @@ class EmpiricalRisk:
         self._num_batches = place + 1
         self._output_shapes = tuple(shapes)
         self._reach.warn_about_unused()
+
+    def _shown(
+        self, items: Iterable[T], title: str, total: int | None = None
+    ) -> Iterable[T]:
+        """Return what is iterated over, with a progress bar if that is asked for.
+
+        Work of the package's own has no title, and shows none.
+        """
+        if not self.progressbar or not title:
+            return items
+        return tqdm(items, f"{title} (on {self.space.device})", total)
 
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
@@ -1294,11 +1306,9 @@ class EmpiricalRisk:
 
 
 def _checked_bytes(max_memory: int | None) -> int | None:
-    if max_memory is None:
-        return None
-    is_number = hasattr(max_memory, "__index__") and not isinstance(max_memory, bool)
-    if is_number and max_memory > 0:
-        return operator.index(max_memory)
+    number = as_count(max_memory)
+    if max_memory is None or (number is not None and number > 0):
+        return number
     raise ValueError(
         f"`max_memory` must be a number of bytes > 0 or None, got {max_memory!r}."
     )

@@ -11,6 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._counts import count
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
 from curvlinops._plan import Plan, plan
@@ -181,7 +182,7 @@ class RiskOperator(TorchOperator):
         >>> less.plan().peak <= plan.peak * 2 // 3
         True
         """
-        return plan(self, columns)
+        return plan(self, count("columns", columns, 1))
 
     def verify(self, rng: Rng = 0) -> Report:
         """Check this operator on its own model, loss and data.

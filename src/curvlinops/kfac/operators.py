@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
 
+from curvlinops._counts import count
 from curvlinops._model import Parameters
 from curvlinops.ggn import DEFAULT_SEED
 from curvlinops.kfac._blocks import Damping
@@ -493,9 +494,7 @@ unsupported, max_factor, **options
             batch_size_fn=batch_size_fn,
             **options,
         )
-        if max_iter < 1:
-            raise ValueError(f"`max_iter` must be positive, got {max_iter}.")
-        self.max_iter, self.tolerance = max_iter, tolerance
+        self.max_iter, self.tolerance = count("max_iter", max_iter, 1), tolerance
 
     def _estimate(self, title: str) -> list[Any]:
         estimation = Estimation(self.risk, self.settings, title, reuse=True)
