@@ -43,7 +43,7 @@ def look(risk: EmpiricalRisk, batches: Iterable[Linearization]) -> Fingerprint:
     for batch in batches:
         marks.append(Checksum(tensors_in((batch.X, batch.y)))())
         sizes.append(risk._size_or_none(batch.X))
-        if risk.loss is None:
+        if risk.loss_function is None:
             value += batch.output.detach().sum()
             grads = batch.vjp(torch.ones_like(batch.output))
         else:

@@ -319,11 +319,11 @@ class KrylovInverse(Inverse):
         for limit in sorted(limits - self._options.keys(), key=str):
             cause = (
                 "ended with a large residual: the operator is singular or nearly so, "
-                "or the system has no solution. Add damping (`A + d * I`)"
+                "or the system has no solution. Add damping (`A.damped(d)`)"
                 if limit is None
                 else f"reached SciPy's default {limit!r}. Pass a larger one (or this "
                 "one, to accept the result), a preconditioner or a looser tolerance "
-                "where the method has one, or add damping (`A + d * I`)"
+                "where the method has one, or add damping (`A.damped(d)`)"
             )
             # Level 9 is the line that says `A_inv @ b`.
             warnings.warn(
@@ -385,8 +385,8 @@ class Watch:
                 )
             raise LinAlgError(
                 f"The solver's vectors overflow in iteration {self.iterations + 1}: "
-                f"{name} is singular or nearly so. Add damping (`A + d * I`), or limit "
-                "the iterations with `maxiter`."
+                f"{name} is singular or nearly so. Add damping (`A.damped(d)`), or "
+                "limit the iterations with `maxiter`."
             )
         if length > 0:
             known = self.norms.get(name, 0.0)

@@ -243,9 +243,9 @@ class LossHessian(Middle):
                 "`mc_samples` must be 0 (exact) or a positive number of samples, got "
                 f"{mc_samples!r}."
             )
-        if risk.loss is None:
+        if risk.loss_function is None:
             raise ValueError("The GGN needs a loss function, got a risk without one.")
-        risk.loss.warn_if_flat("the GGN", stacklevel=3)
+        risk.loss_function.warn_if_flat("the GGN", stacklevel=3)
         if number > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
             risk.require_terms("a Monte-Carlo Fisher")

@@ -44,7 +44,6 @@ from curvlinops._krylov import (
 from curvlinops._lockstep import Multiply, Products
 from curvlinops._operator import TorchOperator
 from curvlinops._spaces import real_scalar, to_numpy, to_torch
-from curvlinops.structured import IdentityLinearOperator
 
 __all__ = [
     "CGInverseLinearOperator",
@@ -158,7 +157,7 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
     _scipy = staticmethod(cg)
     _own: ClassVar[set[str]] = {"atol", "maxiter"}
     _cure = (
-        "CG needs a positive definite operator: add damping (`A + d * I`), or use "
+        "CG needs a positive definite operator: add damping (`A.damped(d)`), or use "
         "`MINRESInverseLinearOperator`."
     )
 
@@ -252,9 +251,7 @@ class MINRESInverseLinearOperator(SymmetricInverse, LinearOperator):
         super().__init__(A, **hyperparameters)
         if shift := self._options.get("shift", 0.0):
             # Not SciPy's shift, which is wrong together with an initial guess.
-            space = self._A._in_space
-            identity = IdentityLinearOperator(space.shapes, space.device, space.dtype)
-            self._system = self._A - shift * identity
+            self._system = self._A.damped(-shift)
 
 
 class LSMRInverseLinearOperator(KrylovInverse, LinearOperator):
@@ -358,6 +355,16 @@ class LSMRInverseLinearOperator(KrylovInverse, LinearOperator):
         limit = {3: "conlim", 7: "maxiter"}.get(istop)
         solved = istop in (0, 1, 2, 4, 5)
         return Run(x, iterations, np.inf if solved else -1.0, limit)
+
+
+def _solver(A: TorchOperator, **hyperparameters: Any) -> TorchOperator:
+    """Return the inverse by the solver that every such matrix has."""
+    symmetric = A.adjoint() is A
+    cls = MINRESInverseLinearOperator if symmetric else LSMRInverseLinearOperator
+    return cls(A, **hyperparameters)
+
+
+TorchOperator._makers["solver"] = _solver
 
 
 # -- Neumann series -----------------------------------------------------------------
@@ -506,5 +513,5 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
             f"The Neumann series with scale={self.scale:.3g} diverges: {symptom}. It "
             "converges if the eigenvalues of scale * P A lie in (0, 2): pass scale="
             "1.99 / lambda_max, with `scipy.sparse.linalg.eigsh(A, k=1)` for "
-            "lambda_max, or add damping (`A + d * I`) to an indefinite operator."
+            "lambda_max, or add damping (`A.damped(d)`) to an indefinite operator."
         )

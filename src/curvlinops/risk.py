@@ -73,7 +73,7 @@ from curvlinops._plan import (
     numel,
 )
 from curvlinops._reach import CopyLeaksError, Reach
-from curvlinops._spaces import TensorSpace
+from curvlinops._spaces import TensorSpace, numeric_array, to_numpy
 from curvlinops._structure import own_names, require_same_parameters
 from curvlinops._terms import Terms
 from curvlinops._watch import Watch
@@ -391,7 +391,7 @@ class EmpiricalRisk:
         return known
 
     @property
-    def loss(self) -> LossFunction | None:
+    def loss_function(self) -> LossFunction | None:
         """The loss, as the package knows it; ``None`` if there is none."""
         return self.terms.loss
 
@@ -899,6 +899,143 @@ class EmpiricalRisk:
         seen = self.session(lambda: look(self, self.batches("gradient_and_loss")))
         return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
 
+    def loss(self) -> Tensor:
+        r"""Compute the loss of the whole data, :math:`L(\theta)`.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``()``, as it is: infinite where it overflows.
+
+        Raises
+        ------
+        ValueError
+            If there is no loss function.
+
+        Notes
+        -----
+        Costs one pass over the data, and a forward pass of the batches that are not
+        recorded.
+        """
+        self._require_loss("loss")
+        self._fit(GRADIENT)
+
+        def run() -> Tensor:
+            value = torch.zeros((), dtype=self.space.dtype, device=self.space.device)
+            count: Any = 0
+            for batch in self.batches("loss"):
+                value += batch.loss.value().detach()
+                count = count + batch.count
+                del batch
+            return value / self._denominator(count)
+
+        return self.session(run)
+
+    def gradient_vector(self, *, numpy: bool = False) -> Any:
+        r"""Compute the gradient of the loss as one vector, :math:`\nabla L(\theta)`.
+
+        Parameters
+        ----------
+        numpy : bool, optional
+            Whether to return an array, as SciPy takes it, in place of a tensor.
+
+        Returns
+        -------
+        Tensor or numpy.ndarray
+            Of shape ``(P,)``, in the layout of the operators' vectors.
+
+        Raises
+        ------
+        ValueError
+            If there is no loss function.
+        """
+        self._require_loss("gradient")
+        self._fit(GRADIENT)
+        seen = self.session(lambda: look(self, self.batches("gradient_vector")))
+        return to_numpy(seen.gradient) if numpy else seen.gradient
+
+    def parameters_vector(self, *, numpy: bool = False) -> Any:
+        r"""Return a copy of the parameters as one vector, :math:`\theta`.
+
+        Parameters
+        ----------
+        numpy : bool, optional
+            Whether to return an array, as SciPy takes it, in place of a tensor.
+
+        Returns
+        -------
+        Tensor or numpy.ndarray
+            Of shape ``(P,)``, in the layout of the operators' vectors.
+        """
+        vector = self.space.pack([*self.params.values()])
+        return to_numpy(vector) if numpy else vector
+
+    def set_parameters(self, x: Any) -> None:
+        r"""Write a vector into the parameters, in place.
+
+        Into the tensors that were given as ``params``: the module's own, or the copies
+        that were passed. Operators of this risk are those of the new values from now
+        on.
+
+        Parameters
+        ----------
+        x : numpy.ndarray or Tensor
+            The parameters :math:`\theta`, of shape ``(P,)``, in the layout of the
+            operators' vectors. Real numbers of any type, on any device.
+
+        Raises
+        ------
+        ValueError
+            If the shape is another one.
+        TypeError
+            If it holds anything else than real numbers.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from scipy.optimize import minimize
+        >>> from curvlinops import EmpiricalRisk, HessianLinearOperator
+        >>> net = torch.nn.Linear(2, 1, dtype=torch.float64)
+        >>> data = [(torch.eye(2).double(), torch.ones(2, 1).double())]
+        >>> risk = EmpiricalRisk(net, torch.nn.MSELoss(), "weight", data)
+        >>> H = HessianLinearOperator(risk)
+        >>> def loss(x):
+        ...     risk.set_parameters(x)
+        ...     return float(risk.loss())
+        >>> def gradient(x):
+        ...     risk.set_parameters(x)
+        ...     return risk.gradient_vector(numpy=True)
+        >>> def product(x, v):
+        ...     risk.set_parameters(x)
+        ...     return H @ v
+        >>> x0 = risk.parameters_vector(numpy=True)
+        >>> found = minimize(loss, x0, jac=gradient, hessp=product, method="trust-ncg")
+        >>> bool(found.fun < 1e-12)
+        True
+        """
+        given = x if torch.is_tensor(x) else torch.from_numpy(numeric_array(x).copy())
+        if given.is_complex():
+            raise TypeError(
+                f"Parameters are real numbers, got {given.dtype}. Pass `x.real`."
+            )
+        if given.shape != (self.space.dim,):
+            raise ValueError(
+                f"The parameters are a vector of shape ({self.space.dim},), got one of "
+                f"shape {tuple(given.shape)}."
+            )
+        flat = given.detach().to(self.space.device, self.space.dtype)
+        with torch.no_grad(), self.model.exclusive(), self._lock:
+            parts = self.space.split(flat)
+            for value, part in zip(self.params.values(), parts, strict=True):
+                value.copy_(part)
+
+    def _require_loss(self, what: str) -> None:
+        if self.loss_function is None:
+            raise ValueError(
+                f"There is no {what}: this risk was built without a loss function. "
+                "Pass one to `EmpiricalRisk(...)`."
+            )
+
     def session(self, run: Callable[[], T], key: Hashable = None) -> T:
         """Return ``run()``, with the model ready for :meth:`batches`.
 
@@ -920,7 +1057,9 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        known = self.loss is None or not self.loss.loss.opaque  # and not called
+        known = (
+            self.loss_function is None or not self.loss_function.loss.opaque
+        )  # and not called
         loss_func = None if known else self.loss_func
         with preserved_rng(self.space.device), unchanged(loss_func):
             while True:  # each cause is found once, and removed
@@ -974,7 +1113,7 @@ class EmpiricalRisk:
     def _jacobians_suffice(self) -> bool:
         """Whether kept Jacobians and losses are all that a product needs."""
         batches = [batch for batch, _ in self._dense.jacobians]
-        known = self.loss is not None and not self.loss.loss.opaque
+        known = self.loss_function is not None and not self.loss_function.loss.opaque
         return known and bool(batches) and all("loss" in vars(b) for b in batches)
 
     def batches(self, title: str) -> Iterator[Linearization]:
@@ -1076,10 +1215,12 @@ class EmpiricalRisk:
 
     def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
         """Return what builds a batch's loss, without a reference to this risk."""
-        if self.loss is None:
+        if self.loss_function is None:
             return None
         size = self._size_or_none(X)
-        return partial(self.loss, num_terms=size and size * self.terms_per_datum)
+        return partial(
+            self.loss_function, num_terms=size and size * self.terms_per_datum
+        )
 
     def _record(
         self, recordings: dict[int, Linearization], batch: Linearization
@@ -1253,7 +1394,7 @@ class EmpiricalRisk:
 
     def _denominator(self, count: Any) -> Any:
         """Return what the sum over batches is divided by."""
-        if self.loss is None or self.loss.reduction == "sum":
+        if self.loss_function is None or self.loss_function.reduction == "sum":
             return 1
         if float(count) == 0.0:
             if self._rehearses:  # a few data may have no target that counts

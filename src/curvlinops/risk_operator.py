@@ -11,6 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._closed_forms import require_square
 from curvlinops._counts import count
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
@@ -229,6 +230,16 @@ class ParameterBlock(TorchOperator, LinearOperator):
         full = V.new_zeros(A.shape[1], V.shape[1])
         full[self._cols] = V
         return A._apply(full)[self._rows]
+
+    def trace(self) -> Tensor:
+        require_square(self, "trace")
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        A, rows, cols = self.args
+        if rows != cols:
+            return super().diagonal()
+        return A.diagonal()[self._rows]
 
     def _adjoint(self) -> TorchOperator:
         A, rows, cols = self.args

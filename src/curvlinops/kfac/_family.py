@@ -66,12 +66,14 @@ class KroneckerFactored(Represented):
     ) -> None:
         risk = as_risk(model_func, loss_func, params, data, **options)
         super().__init__(risk)
-        if risk.loss is None:
+        if risk.loss_function is None:
             raise ValueError("Kronecker factors need a loss, got a risk without one.")
         if settings.fisher.fisher_type == FisherType.MC:
             risk.require_fixed_order("A Monte-Carlo Fisher")
         if settings.fisher.fisher_type == FisherType.TYPE2:
-            risk.loss.warn_if_flat("the GGN that is approximated", stacklevel=3)
+            risk.loss_function.warn_if_flat(
+                "the GGN that is approximated", stacklevel=3
+            )
         if settings.fisher.fisher_type in (FisherType.MC, FisherType.EMPIRICAL):
             risk.require_terms("sampled and empirical Fisher matrices")
         self.settings = settings
