@@ -28,6 +28,7 @@ from curvlinops import (
     KFACLinearOperator,
     KFOCLinearOperator,
     KroneckerProductLinearOperator,
+    NystromPreconditionerLinearOperator,
     OuterProductLinearOperator,
     SubmatrixLinearOperator,
     TensorLinearOperator,
@@ -99,6 +100,12 @@ SQUARE = {
     ),
     "eigendecomposed": lambda d: eighd(dtype=d),
     "decomposed kronecker": lambda d: kronecker(d).eigh(),
+    "nyström": lambda d: NystromPreconditionerLinearOperator(
+        TensorLinearOperator(spd(6, d)), rank=3, damping=0.1, rng=0
+    ),
+    "block diagonal of arrays": lambda d: BlockDiagonalLinearOperator(
+        [spd(2, d).numpy(), spd(3, d).numpy()]
+    ),
     "block diagonal": lambda d: BlockDiagonalLinearOperator(
         [diagonal(d), eighd(dtype=d), randn(3, 3, dtype=d) + 3 * eye(3, d)]
     ),
@@ -559,6 +566,8 @@ def test_the_identity_of_another_operator():
     G = GGNLinearOperator(*built)
     identity = IdentityLinearOperator.like(G)
     assert identity.in_shapes == G.in_shapes and identity.torch_dtype == torch.float32
+    assert IdentityLinearOperator.like(np.eye(3)).shape == (3, 3)
+    assert IdentityLinearOperator.like(aslinearoperator(np.eye(3))).shape == (3, 3)
     J = JacobianLinearOperator(built[0], built[2], built[3])
     with pytest.raises(ValueError, match=r"Only a square .*Jacobian"):
         IdentityLinearOperator.like(J)
@@ -584,7 +593,7 @@ def test_sums_with_matrices(name):
                          A.torch_dtype, size=1000)  # fmt: skip
             assert_close(B.H @ X, expected.T @ X.double(), size=1000)
     for sparse in (scipy.sparse.csr_array(array), scipy.sparse.coo_matrix(array)):
-        for B in (A + sparse, sparse + A):
+        for B in (A + sparse, sparse + A, sparse - (-1 * A), A - (-1 * sparse)):
             assert isinstance(B, LinearOperator)
             y = B @ X.double().numpy().astype(A.dtype)
             assert_close(y, (D + M) @ X.double(), A.torch_dtype, size=1000)

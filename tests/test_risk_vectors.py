@@ -6,10 +6,16 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.optimize import minimize
 from torch import nn
+from torch.utils.data import DataLoader
 
 import references
 from cases import find
-from curvlinops import EmpiricalRisk, GGNLinearOperator, HessianLinearOperator
+from curvlinops import (
+    EmpiricalRisk,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    ScalarFunction,
+)
 from curvlinops.jacobian import JacobianLinearOperator
 from tolerances import assert_close
 
@@ -93,6 +99,28 @@ def test_vectors_that_do_not_fit(x, error, message):
     with pytest.raises(error, match=message):
         risk.set_parameters(x)
     assert torch.equal(risk.parameters_vector(), before)
+
+
+def test_values_of_a_scalar_function():
+    x = torch.tensor([1.0, -2.0]).double()
+    f = ScalarFunction(lambda p: (p["x"] ** 3).sum(), {"x": x})
+    for scale in (1.0, 2.0):
+        f.set_parameters(np.array([1.0, -2.0]) * scale)
+        assert_close(f.loss(), (x**3).sum())
+        assert_close(f.gradient_vector(), 3 * x**2)
+
+
+@pytest.mark.parametrize("options", [{"cache": "off"}, {"max_memory": 10**8}], ids=str)
+def test_values_of_shuffled_and_of_bounded_data(options):
+    model, loss, params, data = find("mlp-tanh-ce").build()
+    X, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    pairs = list(zip(X, y, strict=True))
+    loader = DataLoader(pairs, batch_size=2, shuffle=True)
+    risk = EmpiricalRisk(model, loss, params, loader, **options)
+    for _ in range(2):
+        assert_close(risk.loss(), references.loss(model, loss, params, data), size=100)
+        gradient = references.gradient(model, loss, params, data)
+        assert_close(risk.gradient_vector(), gradient, size=100)
 
 
 def test_a_risk_without_loss_has_no_value():

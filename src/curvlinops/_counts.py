@@ -33,7 +33,7 @@ def count(name: str, value: Any, least: int = 0, hint: str = "") -> int:
     value : Any
         What was given.
     least : int, optional
-        The smallest that makes sense.
+        The smallest that makes sense, 0 or 1.
     hint : str, optional
         A sentence that ends the message.
 
@@ -50,9 +50,9 @@ def count(name: str, value: Any, least: int = 0, hint: str = "") -> int:
     """
     number = as_count(value)
     if number is None or number < least:
+        kind = "positive whole number" if least else "whole number from 0"
         raise ValueError(
-            f"`{name}` must be a whole number, {least} or above, got {value!r}."
-            + f" {hint}" * bool(hint)
+            f"`{name}` must be a {kind}, got {value!r}." + f" {hint}" * bool(hint)
         )
     return number
 

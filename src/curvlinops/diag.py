@@ -302,13 +302,13 @@ class IdentityLinearOperator(Diagonal, LinearOperator):
         super().__init__(space, space)
 
     @classmethod
-    def like(cls, A: TorchOperator) -> Self:
+    def like(cls, A: Any) -> Self:
         """Return the identity that goes with a square operator.
 
         Parameters
         ----------
-        A : TorchOperator
-            An operator of this package.
+        A : LinearOperator, array, sparse matrix, or Tensor
+            The operator.
 
         Returns
         -------
@@ -328,6 +328,7 @@ class IdentityLinearOperator(Diagonal, LinearOperator):
         >>> IdentityLinearOperator.like(D).in_shapes == D.in_shapes
         True
         """
+        A = TorchOperator._makers["matrix"](A)
         if A.shape[0] != A.shape[1]:
             raise ValueError(
                 f"Only a square matrix has an identity beside it, got {A!r}."

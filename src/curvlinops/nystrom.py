@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlinops._counts import as_count
 from curvlinops._operator import TorchOperator
 from curvlinops._random import Probes, Rng, as_seed
-from curvlinops.structured import as_operator
+from curvlinops.structured import OuterProductLinearOperator, as_operator
 
 __all__ = ["NystromPreconditionerLinearOperator"]
 
@@ -92,11 +92,35 @@ class NystromPreconditionerLinearOperator(TorchOperator, LinearOperator):
         self.damping = damping
         self.U, self.evals = _nystrom(A, number, as_seed(rng))
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _coefficients(self) -> Tensor:
+        """Return what the eigenvalues of the sketched subspace have more than one."""
         least = self.evals[-1] + self.damping
         scale = torch.where(least > 0, least / (self.evals + self.damping), 1.0)
+        return scale - 1
+
+    def _apply(self, V: Tensor) -> Tensor:
         coefficients = self.U.T @ V
-        return V + self.U @ ((scale - 1).unsqueeze(1) * coefficients)
+        return V + self.U @ (self._coefficients().unsqueeze(1) * coefficients)
+
+    def _low_rank(self) -> TorchOperator:
+        """Return this matrix minus the identity."""
+        return OuterProductLinearOperator(self._coefficients(), self.U)
+
+    def trace(self) -> Tensor:
+        return self._low_rank().trace() + self.shape[0]
+
+    def diagonal(self) -> Tensor:
+        return self._low_rank().diagonal() + 1
+
+    def frobenius_norm(self) -> Tensor:
+        rest = self.shape[0] - len(self.evals)
+        return ((self._coefficients() + 1).square().sum() + rest).sqrt()
+
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        return self._low_rank()._slogdet(1 + delta)
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> Any:
+        return self._low_rank()._inverse_of_damped(1 + delta)
 
 
 def _nystrom(A: TorchOperator, rank: int, seed: int) -> tuple[Tensor, Tensor]:

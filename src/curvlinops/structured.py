@@ -18,7 +18,7 @@ from torch import Tensor
 from curvlinops._closed_forms import require_square
 from curvlinops._composites import Foreign
 from curvlinops._operator import TorchOperator, check_same_side
-from curvlinops._spaces import TensorSpace
+from curvlinops._spaces import TensorSpace, to_torch
 from curvlinops.diag import (
     Diagonal,
     DiagonalLinearOperator,
@@ -39,7 +39,7 @@ __all__ = [
 def as_operator(A: Any) -> TorchOperator:
     """Return an operator, array, sparse matrix or 2-d tensor as one of ours.
 
-    A tensor stays on its device.
+    A tensor stays on its device, and an array's memory is shared where torch can.
 
     Raises
     ------
@@ -57,6 +57,10 @@ def as_operator(A: Any) -> TorchOperator:
             f"A matrix has two dimensions, got an array of shape {A.shape}. For a "
             "diagonal matrix pass `DiagonalLinearOperator(entries)`."
         )
+    if isinstance(A, np.ndarray) and A.dtype.kind in "biuf":
+        dtype = torch.float32 if A.dtype == np.float32 else torch.float64
+        space = TensorSpace.flat(A.shape[1], dtype, "cpu")
+        return TensorLinearOperator(to_torch(np.asarray(A), space))
     try:
         return Foreign(aslinearoperator(A))
     except TypeError as error:
