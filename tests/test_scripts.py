@@ -228,6 +228,28 @@ def test_what_does_not_count(value):
             CGInverseLinearOperator(MATRIX, maxiter=value)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda *p: KFOCLinearOperator(*p, max_iter=0), "`max_iter` must be a posit"),
+        (lambda *p: EFLinearOperator(*p, num_per_example_loss_terms=-1),
+         "`num_per_example_loss_terms` must be a whole number from 0 on, got -1"),
+        (lambda *p: FisherMCLinearOperator(*p, seed=0.5),
+         "`seed` must be a whole number, got 0.5"),
+        (lambda *p: KFACLinearOperator(*p, max_factor=2.0), "`max_factor` must be"),
+        (lambda *p: GGNLinearOperator(*p, cache=1e6), "number of bytes"),
+    ],
+)  # fmt: skip
+def test_counts_that_are_none_are_named(built, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(*built)
+
+
+def test_seeds_may_be_negative(built):
+    one, two = (FisherMCLinearOperator(*built, seed=-3).to_dense() for _ in range(2))
+    assert torch.equal(one, two)
+
+
 # Preconditioners
 
 SPD = np.diag([1.0, 5.0, 20.0]) + 0.5

@@ -23,7 +23,7 @@ def as_count(value: Any) -> int | None:
 _BOOLS = {str(bool), "bool", "torch.bool"}
 
 
-def count(name: str, value: Any, least: int = 0, hint: str = "") -> int:
+def count(name: str, value: Any, least: int | None = 0, hint: str = "") -> int:
     """Return an argument that counts something, or raise naming it.
 
     Parameters
@@ -32,8 +32,8 @@ def count(name: str, value: Any, least: int = 0, hint: str = "") -> int:
         What the argument is called.
     value : Any
         What was given.
-    least : int, optional
-        The smallest that makes sense, 0 or 1.
+    least : int or None, optional
+        The smallest that makes sense, 0 or 1; ``None`` for all.
     hint : str, optional
         A sentence that ends the message.
 
@@ -49,8 +49,9 @@ def count(name: str, value: Any, least: int = 0, hint: str = "") -> int:
     (3, 3)
     """
     number = as_count(value)
-    if number is None or number < least:
-        kind = "positive whole number" if least else "whole number from 0"
+    if number is None or (least is not None and number < least):
+        kind = "positive whole number" if least else "whole number"
+        kind += " from 0 on" * (least == 0)
         raise ValueError(
             f"`{name}` must be a {kind}, got {value!r}." + f" {hint}" * bool(hint)
         )

@@ -249,7 +249,8 @@ class LossHessian(Middle):
         if number > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
             risk.require_terms("a Monte-Carlo Fisher")
-        self.mc_samples, self.seed = number, count("seed", seed) if number else None
+        self.mc_samples = number
+        self.seed = count("seed", seed, None) if number else None
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
         if self.mc_samples == 0:

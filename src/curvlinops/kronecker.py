@@ -313,8 +313,9 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         return self._with([_power(f, exponent, self.name) for f in self.factors])
 
     def _times(self, c: float) -> KroneckerProductLinearOperator:
-        first, *others = self.factors
-        given = [c * first, *others]
+        given = [*self.factors]
+        smallest = min(range(len(given)), key=lambda i: given[i].numel())
+        given[smallest] = c * given[smallest]
         return KroneckerProductLinearOperator(
             *(given if self.grouped else [f[0] for f in given]),
             grouped=self.grouped,

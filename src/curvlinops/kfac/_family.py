@@ -266,7 +266,7 @@ def checked_settings(
     exact = "The exact matrix has `fisher_type='type-2'`."
     least = int(fisher_type == FisherType.MC)
     samples = count("mc_samples", mc_samples, least, exact)
-    fisher = Fisher(str(fisher_type), samples, count("seed", seed))
+    fisher = Fisher(str(fisher_type), samples, count("seed", seed, None))
     max_factor = count("max_factor", max_factor, 1)
     return Settings(
         fisher, kfac_approx == KFACType.REDUCE, bias, unsupported, max_factor
