@@ -5,6 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+#: Types of truth values, which Python would take as an index, too.
+_BOOLS = {str(bool), "bool", "torch.bool"}
+
 
 def as_count(value: Any) -> int | None:
     """Return a whole number as ``int``; ``None`` if it is none.
@@ -18,9 +21,6 @@ def as_count(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
-
-
-_BOOLS = {str(bool), "bool", "torch.bool"}
 
 
 def count(name: str, value: Any, least: int | None = 0, hint: str = "") -> int:
