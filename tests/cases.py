@@ -1484,6 +1484,30 @@ operator(
     without=["linear"],  # it is zero there
 )
 operator(
+    "damped",
+    lambda *built, **options: HessianLinearOperator(*built, **options).damped(0.5),
+    lambda *built: (H := references.hessian(*built)) + 0.5 * torch.eye(len(H)).to(H),
+    *("derived", "indefinite"),
+)
+operator(
+    "ggn-diagonal-composite",
+    lambda *built, **options: (
+        (D := GGNDiagonalLinearOperator(*built, **options)) @ D.damped(0.5)
+    ),
+    lambda *built: (d := references.ggn(*built).diagonal()).mul(d + 0.5).diag(),
+    *("derived", "indefinite", "stored"),
+    passes=None,
+)
+operator(
+    "kfac-multiple",
+    lambda *built, **options: (
+        2.0 * KFACLinearOperator(*built, fisher_type="type-2", **options)
+    ),
+    lambda *built: 2.0 * references.kronecker(*built),
+    *("derived", "stored"),
+    names=FACTORED,
+)
+operator(
     "block",
     _first_and_last(HessianLinearOperator),
     lambda *built: _corner(references.hessian(*built), *built),
@@ -1570,6 +1594,19 @@ operator(
     "diagonal",
     lambda *built, **_: DiagonalLinearOperator(_values(built[2])),
     lambda *built: _flat(*built).diag(),
+    *("derived", "datafree", "indefinite"),
+)
+operator(
+    "identity-multiple",
+    lambda *built, **_: (
+        -1.5
+        * IdentityLinearOperator(
+            [p.shape for p in _values(built[2])],
+            _values(built[2])[0].device,
+            _values(built[2])[0].dtype,
+        )
+    ),
+    lambda *built: -1.5 * torch.eye(len(_flat(*built)), dtype=torch.float64),
     *("derived", "datafree", "indefinite"),
 )
 operator(

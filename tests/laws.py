@@ -287,6 +287,20 @@ def left_product_is_the_product_with_the_transpose(s: Subject) -> None:
         s.close(u[:, 0].numpy() @ s.A, expected[0])
 
 
+@law()
+def lists_from_the_left_have_rows_first(s: Subject) -> None:
+    u = s.block(3, rows=True)
+    shapes = s.A.out_shapes
+    pieces = u.T.split([shape.numel() for shape in shapes], dim=1)
+    rows = [t.reshape(3, *shape) for t, shape in zip(pieces, shapes, strict=True)]
+    result = rows @ s.A
+    assert [t.shape for t in result] == [(3, *shape) for shape in s.A.in_shapes]
+    joined = torch.cat([t.reshape(3, -1) for t in result], dim=1)
+    s.close(joined, u.T.double() @ s.dense)
+    first = torch.cat([t.flatten() for t in [row[0] for row in rows] @ s.A])
+    s.close(first, u[:, 0].double() @ s.dense)
+
+
 # Operands
 
 

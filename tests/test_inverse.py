@@ -536,7 +536,7 @@ def test_negative_curvature_is_an_error(dtype, diagonal, b, columns):
     A_inv = CGInverseLinearOperator(np.diag(diagonal).astype(dtype))
     with pytest.raises(
         LinAlgError,
-        match=r"(?s)v\^T A v = -?\d.*times \|\|A\|\|.*A \+ d \* I.*MINRESInverse",
+        match=r"(?s)v\^T A v = -?\d.*times \|\|A\|\|.*A\.damped\(d\).*MINRESInverse",
     ):
         A_inv @ np.outer(b, np.ones(columns)).astype(dtype)
 

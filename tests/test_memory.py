@@ -24,7 +24,12 @@ from curvlinops import (
     kronecker,
     losses,
 )
-from curvlinops._memory import budget_bytes, free_memory, raise_if_out_of_memory
+from curvlinops._memory import (
+    budget_bytes,
+    checked_cache,
+    free_memory,
+    raise_if_out_of_memory,
+)
 from curvlinops.kfac import _estimation, _layers, _trial
 from tolerances import assert_close
 
@@ -37,7 +42,7 @@ def test_budget():
     assert 0 < budget_bytes("auto", cpu) < free * 1.01
     for wrong in ("all", -1, 1.5, None, True):
         with pytest.raises(ValueError, match="cache"):
-            budget_bytes(wrong, cpu)
+            checked_cache(wrong)
 
 
 def test_free_memory_without_proc(monkeypatch):

@@ -28,7 +28,8 @@ from scipy.sparse.linalg import (
 )
 from torch import Tensor
 
-from curvlinops._operator import Foreign, TorchOperator
+from curvlinops._composites import Foreign
+from curvlinops._operator import TorchOperator
 from curvlinops._spaces import TensorSpace
 from curvlinops.structured import as_operator
 from tolerances import assert_close

@@ -641,7 +641,7 @@ def test_numbers_of_numpy():
     assert A.plan(np.int64(2)) == A.plan(2)
     with pytest.raises(ValueError, match="number of bytes"):
         GGNLinearOperator(*arguments, max_memory=True)
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(ValueError, match="`columns` must be a positive whole number"):
         A.plan(True)
 
 

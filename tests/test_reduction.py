@@ -156,7 +156,7 @@ def test_found(name: str, checked: bool):
     expected = hessian(model, total)
     error = (H.to_dense() - expected).norm() / expected.norm()
     assert error < (1e-5 if name == "single precision" else 1e-10)
-    assert H.risk.loss.reduction == found
+    assert H.risk.loss_function.reduction == found
     assert H.verify().ok or name == "single precision"
 
 
@@ -205,7 +205,7 @@ def test_a_divergence_that_is_zero_everywhere(reduction: str):
         expected = hessian(model, partial(together, loss, data))
         error = (H.to_dense() - expected).norm() / expected.norm()
         assert error < (1e-10 if dtype == torch.float64 else 1e-4)
-        assert H.risk.loss.reduction == reduction
+        assert H.risk.loss_function.reduction == reduction
 
 
 @pytest.mark.parametrize("head", ["zero", "saturated", "exact"])
@@ -220,7 +220,7 @@ def test_outputs_at_which_losses_say_little(head: str):
     if head == "exact":
         data = [(X, model(X).detach()) for X, _ in ROWS]
         loss = lambda f, y: (f - y).square().mean()  # noqa: E731
-    assert EmpiricalRisk(model, loss, "*", data).loss.reduction == "mean"
+    assert EmpiricalRisk(model, loss, "*", data).loss_function.reduction == "mean"
     if head != "exact":
         data[1][1][3] = -100
         with pytest.raises(ValueError, match="num_terms_fn"):
@@ -316,7 +316,7 @@ def test_weights_that_fit_outputs_in_single_precision_only():
         GGNLinearOperator(model, weighted_in_single, "*", data)
     even = partial(F.cross_entropy, weight=torch.ones(3))
     risk = EmpiricalRisk(model, lambda f, y: even(f, y), "*", data)
-    assert risk.loss.reduction == "mean" and risk.terms.reduction.found
+    assert risk.loss_function.reduction == "mean" and risk.terms.reduction.found
 
 
 @EVERYWHERE
@@ -533,7 +533,7 @@ def test_no_targets():
         return f.square().sum()
 
     data = [(X, None) for X, _ in ROWS]
-    assert EmpiricalRisk(build(), loss, "*", data).loss.reduction == "sum"
+    assert EmpiricalRisk(build(), loss, "*", data).loss_function.reduction == "sum"
 
 
 def test_random_losses_are_not_taken_for_wrong_ones():
@@ -622,7 +622,7 @@ def test_changes_of_data_and_loss_are_looked_at():
         return F.cross_entropy(f, y, reduction=state["reduction"])
 
     H = HessianLinearOperator(model, loss, "*", data)
-    assert H.risk.loss.reduction == "mean"
+    assert H.risk.loss_function.reduction == "mean"
     data[1][1][2] = -100
     for _ in range(2):
         with pytest.raises(ValueError, match="num_terms_fn"):
@@ -655,7 +655,7 @@ def test_copies_keep_what_was_found():
     H = HessianLinearOperator(build(), summed, "*", ROWS)
     expected = hessian(build(), partial(together, SUM, ROWS))
     for again in (copy.copy(H), copy.deepcopy(H), pickle.loads(pickle.dumps(H))):
-        assert again.risk.loss.reduction == "sum"
+        assert again.risk.loss_function.reduction == "sum"
         assert torch.allclose(again.to_dense(), expected, rtol=1e-10)
 
 

@@ -43,7 +43,7 @@ def look(risk: EmpiricalRisk, batches: Iterable[Linearization]) -> Fingerprint:
     for batch in batches:
         marks.append(Checksum(tensors_in((batch.X, batch.y)))())
         sizes.append(risk._size_or_none(batch.X))
-        if risk.loss is None:
+        if risk.loss_function is None:
             value += batch.output.detach().sum()
             grads = batch.vjp(torch.ones_like(batch.output))
         else:
@@ -152,7 +152,7 @@ def _examined(
                 risk.terms.conclude(evidence)
                 batch.make_loss = risk._loss_maker(batch.X)
         yield batch
-        if risk.loss is not None:
+        if risk.loss_function is not None:
             risk.terms.look_for_curvature(batch.loss)
         if risk.loss_func is not None:
             check_loss_leaves(risk.model, risk.loss_func, batch.output, batch.y)

@@ -14,6 +14,7 @@ from numpy.linalg import LinAlgError, norm
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._counts import as_count
 from curvlinops._lockstep import Multiply, Products, solve_each, solve_together
 from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops._spaces import numeric_array, real_scalar, to_numpy, to_torch
@@ -142,10 +143,20 @@ class FunctionOperator(TorchOperator, LinearOperator):
         )
 
 
+#: Methods that multiply, of operators, arrays, sparse matrices and tensors.
+_PRODUCTS = {"__matmul__", "__call__", "dot", "matmul", "matmat", "matvec", "mv", "mm"}
+
+
 def as_preconditioner(M: Any, A: TorchOperator) -> TorchOperator:
-    """Return a preconditioner of ``A`` as one of our operators."""
+    """Return a preconditioner of ``A`` as one of our operators.
+
+    A method that multiplies by a matrix, such as ``P.__matmul__``, stands for it.
+    """
     if callable(M) and not hasattr(M, "shape"):
-        return FunctionOperator(M, A)
+        owner = getattr(M, "__self__", None)
+        if getattr(M, "__name__", "") not in _PRODUCTS or not hasattr(owner, "shape"):
+            return FunctionOperator(M, A)
+        M = owner  # whose adjoint is known, too
     P = as_operator(M)
     if P.shape != A.shape:
         raise ValueError(
@@ -223,14 +234,12 @@ class KrylovInverse(Inverse):
                     f"{options[key]!r}."
                 )
             options[key] = scalar
-        if (limit := real_scalar(options.get("maxiter", 1))) is None or not (
-            limit >= 1 and limit.is_integer()
-        ):
+        if (limit := as_count(options.get("maxiter", 1))) is None or limit < 1:
             raise ValueError(
                 f"{name} needs a positive integer as 'maxiter' (or 'max_iter'), got "
                 f"{options['maxiter']!r}."
             )
-        return options | ({"maxiter": int(limit)} if "maxiter" in options else {})
+        return options | ({"maxiter": limit} if "maxiter" in options else {})
 
     def _read_guess(self, x0: Any) -> np.ndarray:
         """Return an initial guess as an array of shape ``(N, K)`` or ``(N, 1)``."""
@@ -310,11 +319,11 @@ class KrylovInverse(Inverse):
         for limit in sorted(limits - self._options.keys(), key=str):
             cause = (
                 "ended with a large residual: the operator is singular or nearly so, "
-                "or the system has no solution. Add damping (`A + d * I`)"
+                "or the system has no solution. Add damping (`A.damped(d)`)"
                 if limit is None
                 else f"reached SciPy's default {limit!r}. Pass a larger one (or this "
                 "one, to accept the result), a preconditioner or a looser tolerance "
-                "where the method has one, or add damping (`A + d * I`)"
+                "where the method has one, or add damping (`A.damped(d)`)"
             )
             # Level 9 is the line that says `A_inv @ b`.
             warnings.warn(
@@ -376,8 +385,8 @@ class Watch:
                 )
             raise LinAlgError(
                 f"The solver's vectors overflow in iteration {self.iterations + 1}: "
-                f"{name} is singular or nearly so. Add damping (`A + d * I`), or limit "
-                "the iterations with `maxiter`."
+                f"{name} is singular or nearly so. Add damping (`A.damped(d)`), or "
+                "limit the iterations with `maxiter`."
             )
         if length > 0:
             known = self.norms.get(name, 0.0)

@@ -7,6 +7,8 @@ import re
 
 import torch
 
+from curvlinops._counts import as_count
+
 #: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
 AUTO_FRACTION = 0.4
 #: What torch says where it raises a mere `RuntimeError`: its allocators for a CPU and
@@ -78,14 +80,20 @@ def _control_group_limit() -> int:
         return 1 << 62
 
 
-def budget_bytes(cache: str | int, device: torch.device) -> int:
-    """Return how many bytes of recordings a setting of ``cache`` allows."""
-    if cache == "off":
-        return 0
-    if cache == "auto":
-        return int(AUTO_FRACTION * free_memory(device))
-    if isinstance(cache, int) and not isinstance(cache, bool) and cache >= 0:
+def checked_cache(cache: str | int) -> str | int:
+    """Return a setting of ``cache``, or raise."""
+    number = as_count(cache)
+    if number is not None and number >= 0:
+        return number
+    if isinstance(cache, str) and cache in ("auto", "off"):
         return cache
     raise ValueError(
         f'`cache` must be "auto", "off", or a number of bytes >= 0, got {cache!r}.'
     )
+
+
+def budget_bytes(cache: str | int, device: torch.device) -> int:
+    """Return how many bytes of recordings a setting of ``cache`` allows."""
+    if isinstance(cache, int):
+        return cache
+    return int(AUTO_FRACTION * free_memory(device)) if cache == "auto" else 0

@@ -10,19 +10,24 @@ the operand (NumPy, tensor, list of tensors), converts it once, and calls the ho
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from numbers import Number
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
-from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor, promote_types
 
+from curvlinops._closed_forms import ClosedForms
+from curvlinops._counts import count
 from curvlinops._spaces import (
     TensorSpace,
     numeric_array,
     real_scalar,
     to_numpy,
+    to_torch,
 )
 
 
@@ -30,7 +35,18 @@ def _is_tensor_list(x: Any) -> bool:
     return isinstance(x, (list, tuple)) and bool(x) and all(map(torch.is_tensor, x))
 
 
-class TorchOperator:
+def _factors(a: Any, b: Any) -> tuple[Any, Any]:
+    """Take the arguments of ``numpy.dot``; there is no array to write a result to."""
+    return a, b
+
+
+#: NumPy's functions that are products of operators, and what takes their arguments.
+_PRODUCTS: dict[Any, Callable[..., tuple[Any, Any]]] = {np.dot: _factors}
+if hasattr(np.linalg, "matmul"):  # `numpy.matmul` itself is no such function
+    _PRODUCTS[np.linalg.matmul] = lambda x1, x2, /: (x1, x2)
+
+
+class TorchOperator(ClosedForms):
     r"""Mixin that makes a SciPy operator out of a product with torch tensors.
 
     For an operator :math:`A \in \mathbb{R}^{M \times N}`, ``A @ x`` accepts
@@ -39,6 +55,9 @@ class TorchOperator:
     * tensors of these shapes and returns a tensor, on the operand's device;
     * a list of tensors in the input's shapes (``[*shape]`` or ``[*shape, K]``) and
       returns a list of tensors in the output's shapes.
+
+    ``x @ A`` accepts the same with rows in place of columns: ``(M,)``, ``(K, M)``, and
+    lists of ``[*shape]`` or ``[K, *shape]`` in the output's shapes.
 
     Parameters
     ----------
@@ -133,10 +152,10 @@ class TorchOperator:
             return self._product(x)
         if isinstance(x, LinearOperator):
             if isinstance(x, TorchOperator):
-                return Product(self, x)
+                return self._after(x)
             return LinearOperator.dot(self, x)
         if (scalar := real_scalar(x)) is not None:
-            return Scaled(self, scalar)
+            return self._times(scalar)
         if np.isscalar(x) and np.iscomplexobj(x):
             return LinearOperator.dot(self, x)
         return self._product(x)
@@ -169,18 +188,24 @@ class TorchOperator:
             return LinearOperator._rdot(self, x)
         transposed = self._transpose()
         if _is_tensor_list(x):
-            return transposed._product(x)
+            if (rows := self._out_space.pack_rows(x)) is None:
+                return transposed._product(x)
+            return self._in_space.split(self._rdot(rows))
         x = x if torch.is_tensor(x) else numeric_array(x)
         return transposed._product(x.T).T if x.ndim == 2 else transposed._product(x)
 
     def rdot(self, x: Any) -> Any:
-        """Return ``x @ A`` for ``x`` of shape ``(M,)`` or ``(K, M)``."""
+        """Return ``x @ A`` for ``x`` of shape ``(M,)`` or ``(K, M)``.
+
+        Tensors in a list have the shapes ``[*shape]`` of the output or, several rows
+        at once, ``[K, *shape]``: rows come first, as in an array.
+        """
         return self._rdot(x)
 
     def __rmul__(self, x: Any) -> Any:
         """Return ``x * A`` for a scalar, ``x @ A`` for anything else."""
         if (scalar := real_scalar(x)) is not None:
-            return Scaled(self, scalar)
+            return self._times(scalar)
         if np.isscalar(x):
             return LinearOperator.__rmul__(self, x)
         return self._rdot(x)
@@ -233,32 +258,106 @@ class TorchOperator:
             K = X.shape[1]
             parts = self._multiply_torch(torch.cat([X.real, X.imag], dim=1))
             return torch.complex(parts[:, :K], parts[:, K:])
-        V = self._in_space.adopt(X)
+        V, dtype = self._in_space.adopt(X), promote_types(X.dtype, self.torch_dtype)
         if X.shape[1] == 0:
-            return V.new_zeros((self.shape[0], 0))
-        return self._apply(V).to(X.device)
+            return V.new_zeros((self.shape[0], 0), dtype=dtype)
+        return self._apply(V).to(X.device, dtype)
 
     # -- algebra ----------------------------------------------------------------
 
+    def _plus(self, other: TorchOperator) -> TorchOperator:
+        """Return the sum with another operator of ours, of equal shape and type."""
+        return cast(TorchOperator, self._makers["sum"](self, other))
+
+    def _times(self, c: float) -> TorchOperator:
+        """Return a multiple."""
+        return cast(TorchOperator, self._makers["multiple"](self, c))
+
+    def _after(self, other: TorchOperator) -> TorchOperator:
+        """Return the product with another operator of ours, which comes first."""
+        return cast(TorchOperator, self._makers["product"](self, other))
+
     def __add__(self, other: Any) -> Any:
-        """Return the lazy sum; with a foreign SciPy operator, SciPy's own."""
-        if isinstance(other, TorchOperator):
-            return Sum(self, other)
-        return LinearOperator.__add__(self, other)
+        """Return the lazy sum with an operator, an array, a tensor or a sparse matrix.
+
+        With a foreign SciPy operator it is SciPy's own. Matrices are converted to the
+        operator's dtype. A number names :meth:`damped`.
+        """
+        if isinstance(other, LinearOperator):
+            if not isinstance(other, TorchOperator):
+                return LinearOperator.__add__(self, other)
+            if self.shape != other.shape:
+                raise ValueError(
+                    f"Cannot add {self!r} and {other!r}: their shapes differ. Build "
+                    "both for the same parameters."
+                )
+            check_same_side(self, other, "add")
+            if (c := other._identity_multiple()) is not None:
+                return self._damped(c)
+            if (c := self._identity_multiple()) is not None:
+                return other._damped(c)
+            return self._plus(other)
+        if getattr(other, "ndim", None) == 2:
+            return self + self._matrix_to_add(other)
+        if isinstance(other, Number) or getattr(other, "ndim", None) == 0:
+            raise TypeError(
+                f"A number and a matrix have no sum, got {other!r} and {self!r}. For "
+                f"the sum with its multiple of the identity, call `A.damped({other})`."
+            )
+        return NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        """Return ``M + A`` for an array, a tensor or a sparse matrix."""
+        return self + other
+
+    def __rsub__(self, other: Any) -> Any:
+        """Return ``M - A`` for an array, a tensor or a sparse matrix."""
+        return -self + other
+
+    def _matrix_to_add(self, M: Any) -> Any:
+        """Return a matrix of numbers as an operator that goes with this one."""
+        if tuple(M.shape) != self.shape:
+            raise ValueError(
+                f"Cannot add a matrix of shape {tuple(M.shape)} to {self!r}."
+            )
+        if torch.is_tensor(M):
+            return self._makers["matrix"](self._in_space.adopt(M))
+        if np.dtype(M.dtype).kind == "c":
+            return aslinearoperator(M)  # SciPy's own sum
+        if isinstance(M, np.ndarray):
+            matrix = to_torch(numeric_array(M), self._in_space)
+            return self._makers["matrix"](matrix)
+        foreign = self._makers["matrix"](M.astype(self.dtype))
+        same = foreign.device == self.device and foreign.torch_dtype == self.torch_dtype
+        return foreign if same else aslinearoperator(M)
 
     def __neg__(self) -> Any:
         """Return ``-1 * A``."""
-        return Scaled(self, -1.0)
+        return self._times(-1.0)
 
     def __truediv__(self, other: Any) -> Any:
         """Return ``A / c`` for a scalar ``c``."""
         if (scalar := real_scalar(other)) is not None:
-            return Scaled(self, 1.0 / scalar)
+            return self._times(1.0 / scalar)
         return LinearOperator.__truediv__(self, other)
 
     def __pow__(self, p: Any) -> Any:
         """Return the lazy power for a non-negative integer exponent."""
-        return Power(self, p)
+        return self._makers["power"](self, p)
+
+    def __array_function__(
+        self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Make ``numpy.dot`` the product; leave other functions of NumPy as they are.
+
+        It would take the operator for a scalar, and multiply every entry by it.
+        """
+        if func not in _PRODUCTS:
+            if not all(issubclass(t, (TorchOperator, np.ndarray)) for t in types):
+                return NotImplemented
+            return func._implementation(*args, **kwargs)
+        a, b = _PRODUCTS[func](*args, **kwargs)
+        return a.dot(b) if isinstance(a, TorchOperator) else b.__rmul__(a)
 
     # -- conversions ------------------------------------------------------------
 
@@ -280,7 +379,7 @@ class TorchOperator:
         in_half = self.torch_dtype.itemsize < self.dtype.itemsize
         if dtype is None or (np.dtype(dtype) == self.dtype and not in_half):
             return self
-        return Cast(self, dtype)
+        return self._makers["cast"](self, dtype)
 
     def to_dense(self, block_size: int = 64) -> Tensor:
         r"""Return the matrix, computed as :math:`A I` in blocks of columns.
@@ -296,6 +395,7 @@ class TorchOperator:
             Of shape ``(M, N)``, in :attr:`torch_dtype`, on :attr:`device`.
         """
         M, N = self.shape
+        block_size = count("block_size", block_size, 1)
         dense = torch.empty(M, N, dtype=self.torch_dtype, device=self.device)
         for start in range(0, N, block_size):
             stop = min(start + block_size, N)
@@ -351,7 +451,7 @@ class TorchOperator:
         return f"<{M}x{N} {name} with dtype={dtype}, device={self.device}>"
 
 
-def _check_same_side(A: TorchOperator, B: TorchOperator, verb: str) -> None:
+def check_same_side(A: TorchOperator, B: TorchOperator, verb: str) -> None:
     """Raise if two operators compute in different dtypes or on different devices."""
     a, b = (A.torch_dtype, A.device), (B.torch_dtype, B.device)
     if a != b:
@@ -360,144 +460,3 @@ def _check_same_side(A: TorchOperator, B: TorchOperator, verb: str) -> None:
             f"other in {b[0]} on {b[1]}. Bring both to the same dtype with "
             "`A.to_scipy(dtype)`, or build them on the same device."
         )
-
-
-class Sum(TorchOperator, LinearOperator):
-    """The lazy sum ``A + B``."""
-
-    def __init__(self, A: TorchOperator, B: TorchOperator) -> None:
-        if A.shape != B.shape:
-            raise ValueError(
-                f"Cannot add {A!r} and {B!r}: their shapes differ. Build both for the "
-                "same parameters."
-            )
-        _check_same_side(A, B, "add")
-        super().__init__(A._in_space, A._out_space)
-        self.args = (A, B)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        A, B = self.args
-        return A._apply(V).add_(B._apply(V))
-
-    def _adjoint(self) -> TorchOperator:
-        A, B = self.args
-        adjoints = A.adjoint(), B.adjoint()
-        return self if adjoints == self.args else Sum(*adjoints)
-
-
-class Scaled(TorchOperator, LinearOperator):
-    """The lazy multiple ``c A``."""
-
-    def __init__(self, A: TorchOperator, c: float) -> None:
-        super().__init__(A._in_space, A._out_space)
-        self.args = (A, c)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        A, c = self.args
-        return A._apply(V).mul_(c)
-
-    def _adjoint(self) -> TorchOperator:
-        A, c = self.args
-        return self if A.adjoint() is A else Scaled(A.adjoint(), c)
-
-
-class Product(TorchOperator, LinearOperator):
-    """The lazy product ``A B``."""
-
-    def __init__(self, A: TorchOperator, B: TorchOperator) -> None:
-        if A.shape[1] != B.shape[0]:
-            raise ValueError(
-                f"Cannot multiply {A!r} and {B!r}: the columns of the first are not "
-                "the rows of the second."
-            )
-        _check_same_side(A, B, "multiply")
-        super().__init__(B._in_space, A._out_space)
-        self.args = (A, B)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        A, B = self.args
-        return A._apply(B._apply(V))
-
-    def _adjoint(self) -> TorchOperator:
-        A, B = self.args
-        return Product(B.adjoint(), A.adjoint())
-
-
-class Power(TorchOperator, LinearOperator):
-    """The lazy power ``A ** k`` of a square operator, ``k = 0, 1, 2, ...``."""
-
-    def __init__(self, A: TorchOperator, exponent: int) -> None:
-        if A.shape[0] != A.shape[1]:
-            raise ValueError(
-                f"Only a square operator has powers, got {A!r}. `A.H @ A` is square."
-            )
-        scalar = real_scalar(exponent)
-        if scalar is None or scalar != int(scalar) or scalar < 0:
-            raise ValueError(
-                f"{A!r} has powers 0, 1, 2, ..., got the exponent {exponent!r}. For an "
-                "inverse use e.g. `CGInverseLinearOperator(A)`."
-            )
-        super().__init__(A._in_space, A._in_space)
-        self.args = (A, int(scalar))
-
-    def _apply(self, V: Tensor) -> Tensor:
-        A, exponent = self.args
-        V = V.clone()
-        for _ in range(exponent):
-            V = A._apply(V)
-        return V
-
-    def _adjoint(self) -> TorchOperator:
-        A, exponent = self.args
-        return self if A.adjoint() is A else Power(A.adjoint(), exponent)
-
-
-class Cast(TorchOperator, LinearOperator):
-    """An operator whose vectors have another floating-point type.
-
-    Products are computed in the type of the operator inside.
-    """
-
-    def __init__(self, A: TorchOperator, dtype: DTypeLike) -> None:
-        torch_dtype = {"float32": torch.float32, "float64": torch.float64}.get(
-            np.dtype(dtype).name
-        )
-        if torch_dtype is None:
-            raise TypeError(
-                f"An operator can be cast to float32 or float64, got {dtype!r}."
-            )
-        super().__init__(
-            A._in_space.with_dtype(torch_dtype), A._out_space.with_dtype(torch_dtype)
-        )
-        self.args = (A,)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        (A,) = self.args
-        return A._apply(V.to(A.torch_dtype)).to(V.dtype)
-
-    def _adjoint(self) -> TorchOperator:
-        (A,) = self.args
-        return self if A.adjoint() is A else Cast(A.adjoint(), self.dtype)
-
-
-class Foreign(TorchOperator, LinearOperator):
-    """A SciPy operator from elsewhere as one of ours: NumPy inside, on the CPU."""
-
-    def __init__(self, A: Any) -> None:
-        dtype = torch.float32 if A.dtype == np.float32 else torch.float64
-        if np.dtype(A.dtype).kind == "c":
-            raise TypeError(f"Complex operators are not supported, got {A!r}.")
-        M, N = A.shape
-        super().__init__(
-            TensorSpace.flat(N, dtype, "cpu"), TensorSpace.flat(M, dtype, "cpu")
-        )
-        self.args = (A,)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        (A,) = self.args
-        result = np.array(A @ V.numpy(), dtype=self.dtype)
-        return torch.from_numpy(result)
-
-    def _adjoint(self) -> TorchOperator:
-        (A,) = self.args
-        return Foreign(A.adjoint())

@@ -64,7 +64,7 @@ def _composes(
     us = U.split(len(U) // len(parts))
     eps = rounding(f.dtype, f.device, batch.convolves)
     pairs = [(torch.cat([part.output.detach() for part in parts]), f)]
-    if risk.loss is not None:
+    if risk.loss_function is not None:
         HU = [p.loss.hessian_mul(u) for p, u in zip(parts, us, strict=True)]
         pairs.append((torch.cat(HU), batch.loss.hessian_mul(U)))
     if not all(rows_agree(a, b, eps**0.5) for a, b in pairs):
@@ -103,9 +103,9 @@ def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
             f"{tuple(f.shape)}, whose first axis is no multiple of that: return "
             "the outputs datum by datum, or pass `batch_size_fn`."
         )
-    assert risk.loss is not None
+    assert risk.loss_function is not None
     gradients = [
-        risk.loss(
+        risk.loss_function(
             cut(f, size, i, i + 1, several=True),
             cut(batch.y, size, i, i + 1, several=True),
             risk.terms_per_datum,

@@ -963,7 +963,7 @@ def _why_whole(probe: Probe) -> tuple[str, int]:
             "pass `batch_size_fn`.",
             0,
         )
-    loss = risk.loss
+    loss = risk.loss_function
     if loss is not None and loss.loss.opaque and loss.num_terms_fn is None:
         return (
             "They cannot be cut, since a loss that is not known in closed form may "
@@ -999,7 +999,7 @@ def _why_whole(probe: Probe) -> tuple[str, int]:
 def _is_apart(risk: EmpiricalRisk, batch: Any) -> bool:
     """Whether two data contribute apart."""
     parts = one_by_one(risk, batch)
-    if len(parts) == 1 or risk.loss is None:
+    if len(parts) == 1 or risk.loss_function is None:
         return len(parts) > 1
     pairs = [
         (sum(torch.as_tensor(p.count) for p in parts), torch.as_tensor(batch.count)),

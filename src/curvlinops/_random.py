@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlinops._counts import as_count, count
+
 #: What is accepted wherever randomness enters.
 Rng: TypeAlias = "int | np.integer | np.random.Generator | torch.Generator | None"
 
@@ -73,14 +75,14 @@ def as_seed(rng: Rng = None) -> int:
         return int(torch.randint(bound, (), generator=rng, device=device))
     if isinstance(rng, np.random.Generator):
         return int(rng.integers(bound))
-    if isinstance(rng, bool) or not isinstance(rng, (int, np.integer)):
+    if (seed := as_count(rng)) is None:
         raise TypeError(
             "rng is an int, a numpy.random.Generator, a torch.Generator, or None for "
             f"torch's global generator; got {type(rng).__name__}."
         )
-    if not 0 <= rng <= bound:
-        raise ValueError(f"A seed lies between 0 and 2**63 - 1, got {rng}.")
-    return int(rng)
+    if not 0 <= seed <= bound:
+        raise ValueError(f"A seed lies between 0 and 2**63 - 1, got {seed}.")
+    return seed
 
 
 class Probes:
@@ -187,4 +189,6 @@ def random_vector(
     >>> round(float(vector @ vector), 12)
     5.0
     """
-    return Probes(dim, distribution, as_seed(rng), dtype, device).block(0, 1)[:, 0]
+    return Probes(count("dim", dim), distribution, as_seed(rng), dtype, device).block(
+        0, 1
+    )[:, 0]

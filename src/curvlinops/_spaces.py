@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from math import prod
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class TensorSpace:
                 f"Operators compute in real floating-point types, got {dtype}. "
                 "Convert the tensors first, e.g. with `.to(torch.float32)`."
             )
-        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.shapes = tuple(torch.Size(map(index, shape)) for shape in shapes)
         self.dtype = dtype
         # `torch.empty` turns "cuda" into "cuda:0", the device that tensors report.
         self.device = torch.empty(0, device=device).device
@@ -151,6 +152,37 @@ class TensorSpace:
             ]
         )
 
+    def pack_rows(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Turn a list of ``[K, *shape]`` into ``(K, dim)``.
+
+        Returns
+        -------
+        Tensor or None
+            ``None`` unless the first tensor has one dimension more than its shape.
+
+        Raises
+        ------
+        ValueError
+            If number or shapes of the tensors are not those of this space.
+        """
+        if not self.shapes or tensors[0].ndim != len(self.shapes[0]) + 1:
+            return None
+        K = len(tensors[0])
+        given = [tuple(t.shape) for t in tensors]
+        if given != [(K, *shape) for shape in self.shapes]:
+            raise ValueError(
+                f"Expected a list of {len(self.shapes)} tensors of the shapes "
+                f"{[tuple(s) for s in self.shapes]} (with one more leading dimension "
+                f"for several rows), got the shapes {given}."
+            )
+        return torch.cat(
+            [
+                t.detach().reshape(K, size)
+                for t, size in zip(tensors, self.sizes, strict=True)
+            ],
+            dim=1,
+        )
+
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """Turn ``(dim,)`` or ``(dim, K)`` into a list of ``[*shape]``/``[*shape, K]``.
 
@@ -164,9 +196,10 @@ class TensorSpace:
     def adopt(self, tensor: Tensor) -> Tensor:
         """Return a user's real tensor in the dtype and on the device of this space.
 
-        Integers are converted. Another floating-point type or another device
-        (except the CPU, whose tensors are moved) is an error, since converting it
-        silently would hide a mistake or lose digits.
+        Integers are converted, and single precision to half, which is what NumPy
+        operands have there. Any other floating-point type, or another device (except
+        the CPU, whose tensors are moved), is an error, since converting it silently
+        would hide a mistake or lose digits.
 
         Raises
         ------
@@ -175,7 +208,11 @@ class TensorSpace:
         ValueError
             If it lives on a device other than the CPU and :attr:`device`.
         """
-        if tensor.is_floating_point() and tensor.dtype != self.dtype:
+        if (
+            tensor.is_floating_point()
+            and tensor.dtype != self.dtype
+            and tensor.dtype != NUMPY_TORCH[self.dtype]
+        ):
             raise TypeError(
                 f"The operator computes in {self.dtype}, the operand is a tensor of "
                 f"{tensor.dtype}. Convert it with `x.to({self.dtype})`, or convert the "

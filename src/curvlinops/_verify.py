@@ -382,9 +382,9 @@ class _Plain:
 
     def losses(self) -> list[Loss]:
         """Return the loss of every batch, as the package knows it."""
-        if self.risk.loss is None:
+        if self.risk.loss_function is None:
             raise _SkippedError("there is no loss function")
-        return list(map(self.risk.loss, self.here, self.targets))
+        return list(map(self.risk.loss_function, self.here, self.targets))
 
     def pull_back(self, U: Outputs, shift: Tensor | None = None) -> Tensor:
         """Multiply by the transposed Jacobian."""
@@ -439,7 +439,10 @@ class _Plain:
     @property
     def is_mean(self) -> bool:
         """Whether the loss is a mean over its terms."""
-        return self.risk.loss is not None and self.risk.loss.reduction == "mean"
+        return (
+            self.risk.loss_function is not None
+            and self.risk.loss_function.reduction == "mean"
+        )
 
     @cached_property
     def share_of_a_term(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._counts import as_count, count
 from curvlinops._linearization import Linearization, Middle
 from curvlinops._model import Parameters
 from curvlinops.risk import EmpiricalRisk
@@ -236,18 +237,21 @@ class LossHessian(Middle):
     """
 
     def __init__(self, risk: EmpiricalRisk, mc_samples: int, seed: int) -> None:
-        if mc_samples < 0 or mc_samples != int(mc_samples):
+        number = as_count(mc_samples)
+        if number is None or number < 0:
             raise ValueError(
                 "`mc_samples` must be 0 (exact) or a positive number of samples, got "
-                f"{mc_samples}."
+                f"{mc_samples!r}."
             )
-        if risk.loss is None:
+        if risk.loss_function is None:
             raise ValueError("The GGN needs a loss function, got a risk without one.")
-        (risk.loss if mc_samples else risk.terms).warn_if_flat("the GGN", stacklevel=3)
-        if mc_samples > 0:
+        known = risk.loss_function if number else risk.terms
+        known.warn_if_flat("the GGN", stacklevel=3)
+        if number > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
             risk.require_terms("a Monte-Carlo Fisher")
-        self.mc_samples, self.seed = mc_samples, seed if mc_samples else None
+        self.mc_samples = number
+        self.seed = count("seed", seed, None) if number else None
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
         if self.mc_samples == 0:

@@ -15,13 +15,13 @@ from curvlinops._identity import UNRECORDED, identity_of
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
+from curvlinops.diag import Diagonal
 from curvlinops.ggn import DEFAULT_SEED, LossHessian
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
-from curvlinops.structured import DiagonalLinearOperator
 
 
-class GGNDiagonalLinearOperator(RiskOperator, LinearOperator):
+class GGNDiagonalLinearOperator(Diagonal, RiskOperator, LinearOperator):
     r"""Diagonal of the generalised Gauss-Newton matrix as a diagonal operator.
 
     .. math::
@@ -83,6 +83,8 @@ batch_size_fn, mc_samples, seed, **options
     True
     """
 
+    _follows = True
+
     def __init__(
         self,
         model_func: Callable[..., Any] | EmpiricalRisk,
@@ -121,9 +123,9 @@ batch_size_fn, mc_samples, seed, **options
                 f"`max_memory` is {limit}. Pass `max_memory={ceil(1.02 * needed)}` or "
                 "more, or fewer columns."
             )
-        return V * self._current().unsqueeze(1)
+        return super()._apply(V)
 
-    def _current(self) -> Tensor:
+    def _entries(self) -> Tensor:
         """Return the diagonal, computed once until parameters or data change."""
         risk = self.risk
 
@@ -158,33 +160,6 @@ batch_size_fn, mc_samples, seed, **options
                     if len(x) > 1:
                         row.add_((x[1:].to(dtype) * y[1:].to(dtype)).sum(0))
         return risk.space.split(total)
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal, of shape ``(P,)``."""
-        return self._current().clone()
-
-    def inverse(self, damping: float = 0.0) -> DiagonalLinearOperator:
-        r"""Return :math:`(\operatorname{diag}(G) + \delta I)^{-1}`.
-
-        Of the present diagonal: it does not follow the parameters.
-
-        Parameters
-        ----------
-        damping : float, optional
-            The number :math:`\delta` that is added to every entry.
-
-        Returns
-        -------
-        DiagonalLinearOperator
-            The inverse, with vectors of the same shapes.
-
-        Raises
-        ------
-        numpy.linalg.LinAlgError
-            If an entry of the damped diagonal is zero.
-        """
-        entries = self.risk.space.split(self._current())
-        return DiagonalLinearOperator(entries).inverse(damping)
 
     def _sampled(
         self, b: Linearization, parts: list[Linearization], width: int

@@ -115,7 +115,7 @@ num_per_example_loss_terms, batch_size_fn, **options
             batch_size_fn=batch_size_fn,
             **options,
         )
-        if risk.loss is None:
+        if risk.loss_function is None:
             raise ValueError(
                 "The empirical Fisher needs a loss function, got a risk without one."
             )

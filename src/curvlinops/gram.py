@@ -111,15 +111,15 @@ batch_size_fn, **options
             batch_size_fn=batch_size_fn,
             **options,
         )
-        if weighted and risk.loss is None:
+        if weighted and risk.loss_function is None:
             raise ValueError(
                 "A weighted Gram matrix needs a loss function: pass one, or "
                 "`weighted=False` for the tangent kernel."
             )
         risk.require_fixed_order("A Gram matrix")
-        self.weighted = risk.loss is not None if weighted is None else weighted
-        if self.weighted and risk.loss is not None:
-            risk.loss.warn_if_flat("this Gram matrix", stacklevel=2)
+        self.weighted = risk.loss_function is not None if weighted is None else weighted
+        if self.weighted and risk.loss_function is not None:
+            risk.loss_function.warn_if_flat("this Gram matrix", stacklevel=2)
         space = output_space(risk)
         super().__init__(risk, space, space)
 

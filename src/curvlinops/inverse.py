@@ -30,6 +30,7 @@ from numpy.linalg import LinAlgError, norm
 from scipy.sparse.linalg import LinearOperator, cg, lsmr, minres
 from torch import Tensor
 
+from curvlinops._counts import as_count
 from curvlinops._krylov import (
     DEFAULT_RTOL,
     Inverse,
@@ -43,7 +44,6 @@ from curvlinops._krylov import (
 from curvlinops._lockstep import Multiply, Products
 from curvlinops._operator import TorchOperator
 from curvlinops._spaces import real_scalar, to_numpy, to_torch
-from curvlinops.structured import IdentityLinearOperator
 
 __all__ = [
     "CGInverseLinearOperator",
@@ -80,7 +80,8 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
         Limit of iterations. Default: SciPy's ``10 N``; reaching that one warns.
     M, preconditioner : LinearOperator, array, sparse matrix, Tensor, or callable
         Symmetric positive definite approximation of :math:`A^{-1}`. A callable gets a
-        tensor of shape ``(N, K)`` on the operator's device and returns such a tensor.
+        tensor of shape ``(N, K)`` on the operator's device and returns such a tensor;
+        a method that multiplies (``P.__matmul__``) stands for its matrix.
     x0, initial_guess : array_like, Tensor, or list of Tensor
         Where to start: a vector, or a block with one column per right-hand side.
         Default: zero.
@@ -156,7 +157,7 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
     _scipy = staticmethod(cg)
     _own: ClassVar[set[str]] = {"atol", "maxiter"}
     _cure = (
-        "CG needs a positive definite operator: add damping (`A + d * I`), or use "
+        "CG needs a positive definite operator: add damping (`A.damped(d)`), or use "
         "`MINRESInverseLinearOperator`."
     )
 
@@ -250,9 +251,7 @@ class MINRESInverseLinearOperator(SymmetricInverse, LinearOperator):
         super().__init__(A, **hyperparameters)
         if shift := self._options.get("shift", 0.0):
             # Not SciPy's shift, which is wrong together with an initial guess.
-            space = self._A._in_space
-            identity = IdentityLinearOperator(space.shapes, space.device, space.dtype)
-            self._system = self._A - shift * identity
+            self._system = self._A.damped(-shift)
 
 
 class LSMRInverseLinearOperator(KrylovInverse, LinearOperator):
@@ -358,6 +357,16 @@ class LSMRInverseLinearOperator(KrylovInverse, LinearOperator):
         return Run(x, iterations, np.inf if solved else -1.0, limit)
 
 
+def _solver(A: TorchOperator, **hyperparameters: Any) -> TorchOperator:
+    """Return the inverse by the solver that every such matrix has."""
+    symmetric = A.adjoint() is A
+    cls = MINRESInverseLinearOperator if symmetric else LSMRInverseLinearOperator
+    return cls(A, **hyperparameters)
+
+
+TorchOperator._makers["solver"] = _solver
+
+
 # -- Neumann series -----------------------------------------------------------------
 
 
@@ -382,7 +391,8 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
     preconditioner : LinearOperator, array, sparse matrix, Tensor, or callable, optional
         Approximation :math:`P` of :math:`A^{-1}`; the identity if absent. A callable
         gets a tensor of shape ``(N, K)`` on the operator's device and returns such a
-        tensor.
+        tensor; the adjoint of this series is not known then. A method that multiplies
+        (``P.__matmul__``) stands for its matrix.
 
     Attributes
     ----------
@@ -431,8 +441,8 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
         preconditioner: Any = None,
     ) -> None:
         super().__init__(A)
-        terms, alpha = real_scalar(num_terms), real_scalar(scale)
-        if terms is None or not (terms >= 0 and terms.is_integer()):
+        terms, alpha = as_count(num_terms), real_scalar(scale)
+        if terms is None or terms < 0:
             raise ValueError(
                 f"A Neumann series needs num_terms = 0, 1, 2, ..., got {num_terms!r}."
             )
@@ -441,7 +451,7 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
                 f"A Neumann series needs a positive scale, got {scale!r}. Pass e.g. "
                 "1.99 divided by the largest eigenvalue."
             )
-        self.num_terms, self.scale, self.check_nan = int(terms), alpha, check_nan
+        self.num_terms, self.scale, self.check_nan = terms, alpha, check_nan
         self._P = (
             None
             if preconditioner is None
@@ -503,5 +513,5 @@ class NeumannInverseLinearOperator(Inverse, LinearOperator):
             f"The Neumann series with scale={self.scale:.3g} diverges: {symptom}. It "
             "converges if the eigenvalues of scale * P A lie in (0, 2): pass scale="
             "1.99 / lambda_max, with `scipy.sparse.linalg.eigsh(A, k=1)` for "
-            "lambda_max, or add damping (`A + d * I`) to an indefinite operator."
+            "lambda_max, or add damping (`A.damped(d)`) to an indefinite operator."
         )

@@ -17,10 +17,12 @@ from numpy.linalg import LinAlgError
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._closed_forms import absent
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._operator import TorchOperator
 from curvlinops._spaces import TensorSpace, real_scalar
-from curvlinops.structured import _tensors, as_operator
+from curvlinops.diag import tensors_of
+from curvlinops.structured import as_operator
 
 __all__ = ["EighDecomposedLinearOperator", "KroneckerProductLinearOperator"]
 
@@ -94,7 +96,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         name: str = "",
         symmetric: bool = False,
     ) -> None:
-        given = _tensors("A Kronecker product", *factors)
+        given = tensors_of("A Kronecker product", *factors)
         if not given:
             raise ValueError("A Kronecker product needs at least one factor, got none.")
         self.factors = given if grouped else [f.unsqueeze(0) for f in given]
@@ -157,21 +159,12 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         r"""Return the Frobenius norm, :math:`\prod_i \|A_i\|`."""
         return self._per_group(lambda f: f.square().flatten(1).sum(1)).sum().sqrt()
 
-    def det(self) -> Tensor:
-        r"""Return the determinant, :math:`\prod_i \det(A_i)^{N / n_i}`."""
-        sign, logabsdet = self._slogdet()
-        return sign * logabsdet.exp()
-
-    def logdet(self) -> Tensor:
-        """Return the determinant's logarithm; NaN if it is negative.
-
-        Minus infinity if a factor is singular up to rounding.
-        """
-        sign, logabsdet = self._slogdet()
-        return logabsdet if sign >= 0 else logabsdet * torch.nan
-
-    def _slogdet(self) -> tuple[Tensor, Tensor]:
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        r"""Return sign and logarithm of :math:`\prod_i \det(A_i)^{N / n_i}`."""
         self._check_square("determinant")
+        if delta:
+            self._require_symmetric("determinant")
+            return self.eigh()._slogdet(delta)
         N = prod(self._cols)
         total = self.factors[0].new_zeros(())
         sign = total + 1
@@ -222,7 +215,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
             _outer(list(evals)).flatten(), Q, name=self.name, spectra=evals
         )
 
-    def inverse(
+    def inverse(  # type: ignore[override]
         self,
         damping: Damping = 0.0,
         use_heuristic_damping: bool = False,
@@ -322,12 +315,38 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
         self._check_square("power")
         return self._with([_power(f, exponent, self.name) for f in self.factors])
 
+    def _times(self, c: float) -> KroneckerProductLinearOperator:
+        given = [*self.factors]
+        smallest = min(range(len(given)), key=lambda i: given[i].numel())
+        given[smallest] = c * given[smallest]
+        return KroneckerProductLinearOperator(
+            *(given if self.grouped else [f[0] for f in given]),
+            grouped=self.grouped,
+            name=self.name,
+            symmetric=self.symmetric,
+        )
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> Any:
+        if self._rows != self._cols or not self._looks_symmetric():
+            return super()._inverse_of_damped(delta, **options)
+        return self.eigh().inverse(delta)
+
+    def _looks_symmetric(self) -> bool:
+        return self.symmetric or all(
+            f.ndim == 2 or bool(_asymmetry(f) <= f.shape[-1] * torch.finfo(f.dtype).eps)
+            for f in self.factors
+        )
+
     def _check_square(self, what: str) -> None:
         if self._rows != self._cols:
-            raise ValueError(
+            raise LinAlgError(
                 f"Only square factors have a {what} here, got the shapes "
                 f"{[tuple(f.shape[1:]) for f in self.factors]}."
             )
+
+    def _require_symmetric(self, what: str) -> None:
+        if not self._looks_symmetric():
+            raise absent(self, what)
 
 
 class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
@@ -380,7 +399,7 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
         spectra: Sequence[Tensor] | None = None,
     ) -> None:
         self.Q, self.spectra = as_operator(Q), spectra
-        flat = _tensors("An eigendecomposition", evals)[0].flatten()
+        flat = tensors_of("An eigendecomposition", evals)[0].flatten()
         if self.Q.shape != (len(flat), len(flat)):
             raise ValueError(
                 f"{len(flat)} eigenvalues need eigenvectors of shape "
@@ -442,18 +461,9 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
         """Return the trace, the sum of the eigenvalues."""
         return self.evals.sum()
 
-    def det(self) -> Tensor:
-        """Return the determinant, the product of the eigenvalues."""
-        return self._without_rounding().prod()
-
-    def logdet(self) -> Tensor:
-        """Return the determinant's logarithm; NaN if it is negative.
-
-        Minus infinity if an eigenvalue is zero up to rounding.
-        """
-        evals = self._without_rounding()
-        logs = evals.abs().log().sum()
-        return logs if evals.sign().prod() >= 0 else logs * torch.nan
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        evals = self.evals + delta if delta else self._without_rounding()
+        return evals.sign().prod(), evals.abs().log().sum()
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm, the Euclidean norm of the eigenvalues."""
@@ -470,7 +480,9 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
             return squared._apply(self.evals.unsqueeze(1))[:, 0]
         return self.Q.to_dense().square() @ self.evals
 
-    def inverse(self, damping: float = 0.0) -> EighDecomposedLinearOperator:
+    def inverse(  # type: ignore[override]
+        self, damping: float = 0.0
+    ) -> EighDecomposedLinearOperator:
         r"""Return :math:`Q \operatorname{diag}(\lambda + \delta)^{-1} Q^\top`.
 
         Raises
@@ -489,6 +501,22 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
                 " of its eigenvalues are zero. Pass a larger `damping`."
             )
         return EighDecomposedLinearOperator(damped.reciprocal(), self.Q, name=self.name)
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> Any:
+        return self.inverse(delta)
+
+    def _damped(self, delta: float) -> TorchOperator:
+        return EighDecomposedLinearOperator(self.evals + delta, self.Q, name=self.name)
+
+    def _times(self, c: float) -> EighDecomposedLinearOperator:
+        evals, spectra = c * self.evals, self.spectra
+        if spectra is not None:
+            products = torch.equal(self.evals, _outer(list(spectra)).flatten())
+            spectra = [c * spectra[0], *spectra[1:]]
+            evals = _outer(spectra).flatten() if products else evals
+        return EighDecomposedLinearOperator(
+            evals, self.Q, name=self.name, spectra=spectra
+        )
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with any real exponent."""
@@ -516,6 +544,13 @@ def _multiply(factor: Tensor, X: Tensor, i: int) -> Tensor:
     else:
         product = factor.unsqueeze(1) @ X.reshape(K, G, before, n, after)
     return product.reshape(K, G, *dims[:i], factor.shape[1], *dims[i + 1 :])
+
+
+def _asymmetry(factor: Tensor) -> Tensor:
+    """Return the largest difference from the transpose, relative to all entries."""
+    size = factor.abs().amax() if factor.numel() else factor.new_zeros(())
+    difference = (factor - factor.mT).abs().amax() if factor.numel() else size
+    return difference / size.clamp(min=torch.finfo(factor.dtype).tiny)
 
 
 def _diagonal(factor: Tensor) -> Tensor:

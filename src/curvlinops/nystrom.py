@@ -8,9 +8,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._counts import as_count
 from curvlinops._operator import TorchOperator
 from curvlinops._random import Probes, Rng, as_seed
-from curvlinops.structured import as_operator
+from curvlinops.structured import OuterProductLinearOperator, as_operator
 
 __all__ = ["NystromPreconditionerLinearOperator"]
 
@@ -81,21 +82,45 @@ class NystromPreconditionerLinearOperator(TorchOperator, LinearOperator):
         self, A: Any, rank: int, damping: float = 0.0, *, rng: Rng = None
     ) -> None:
         A = as_operator(A)
-        N = A.shape[0]
-        if A.shape != (N, N) or not 1 <= rank <= N or damping < 0:
+        N, number = A.shape[0], as_count(rank) or 0
+        if A.shape != (N, N) or not 1 <= number <= N or damping < 0:
             raise ValueError(
                 "A Nyström preconditioner needs a square matrix, 1 <= rank <= N, and "
                 f"damping >= 0; got {A!r} with rank={rank}, damping={damping}."
             )
         super().__init__(A._in_space, A._out_space)
         self.damping = damping
-        self.U, self.evals = _nystrom(A, rank, as_seed(rng))
+        self.U, self.evals = _nystrom(A, number, as_seed(rng))
 
-    def _apply(self, V: Tensor) -> Tensor:
+    def _coefficients(self) -> Tensor:
+        """Return what the eigenvalues of the sketched subspace have more than one."""
         least = self.evals[-1] + self.damping
         scale = torch.where(least > 0, least / (self.evals + self.damping), 1.0)
+        return scale - 1
+
+    def _apply(self, V: Tensor) -> Tensor:
         coefficients = self.U.T @ V
-        return V + self.U @ ((scale - 1).unsqueeze(1) * coefficients)
+        return V + self.U @ (self._coefficients().unsqueeze(1) * coefficients)
+
+    def _low_rank(self) -> TorchOperator:
+        """Return this matrix minus the identity."""
+        return OuterProductLinearOperator(self._coefficients(), self.U)
+
+    def trace(self) -> Tensor:
+        return self._low_rank().trace() + self.shape[0]
+
+    def diagonal(self) -> Tensor:
+        return self._low_rank().diagonal() + 1
+
+    def frobenius_norm(self) -> Tensor:
+        rest = self.shape[0] - len(self.evals)
+        return ((self._coefficients() + 1).square().sum() + rest).sqrt()
+
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        return self._low_rank()._slogdet(1 + delta)
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> Any:
+        return self._low_rank()._inverse_of_damped(1 + delta)
 
 
 def _nystrom(A: TorchOperator, rank: int, seed: int) -> tuple[Tensor, Tensor]:

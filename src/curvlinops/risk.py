@@ -12,7 +12,6 @@ loss of the concatenated data, however it is split into batches.
 from __future__ import annotations
 
 import copy
-import operator
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops._columns import VJPS, Body, Columns
+from curvlinops._counts import as_count, optional_count
 from curvlinops._data import (
     Share,
     Tables,
@@ -55,7 +55,7 @@ from curvlinops._linearization import (
     Middle,
 )
 from curvlinops._loss_state import unchanged
-from curvlinops._memory import budget_bytes, raise_if_out_of_memory
+from curvlinops._memory import checked_cache, raise_if_out_of_memory
 from curvlinops._model import (
     Model,
     Parameters,
@@ -74,7 +74,7 @@ from curvlinops._plan import (
     numel,
 )
 from curvlinops._reach import CopyLeaksError, Reach
-from curvlinops._spaces import TensorSpace
+from curvlinops._spaces import TensorSpace, numeric_array, to_numpy
 from curvlinops._structure import own_names, require_same_parameters
 from curvlinops._terms import Terms
 from curvlinops._watch import Watch
@@ -135,7 +135,9 @@ class EmpiricalRisk:
         which needs ``batch_size_fn`` wherever the number of data points counts. All
         are moved to the parameters' device, objects with a method ``to`` by it.
     progressbar : bool, optional
-        Whether to show a progress bar over batches for every product.
+        Whether to show a progress bar over batches for every product; matrices that
+        are computed once and kept (of KFAC and its kin, and the GGN's diagonal) show
+        one for every pass over the data.
     check_deterministic : bool, optional
         Whether to evaluate loss and gradient twice (two passes over the data) and
         raise if they differ, and to refuse modules in a mode that makes the result
@@ -296,8 +298,9 @@ class EmpiricalRisk:
         self.data = checked_data(data)
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
-        self.terms_per_datum = num_per_example_loss_terms or 1
-        self.cache = cache
+        terms = optional_count("num_per_example_loss_terms", num_per_example_loss_terms)
+        self.terms_per_datum = terms or 1
+        self.cache = checked_cache(cache)
         self.max_memory = _checked_bytes(max_memory)
         #: How many times products were asked to be plain; see `fix_route`.
         self.plain = 0
@@ -309,8 +312,7 @@ class EmpiricalRisk:
         #: product after a change.
         self._checks_modes = check_deterministic
         self._start()
-        if cache != "auto":
-            budget_bytes(cache, self.space.device)  # raises on a wrong setting
+        num_data = optional_count("num_data", num_data)
         if check_deterministic:
             with self.terms.supposed():
                 self._fit(GRADIENT)
@@ -330,6 +332,7 @@ class EmpiricalRisk:
                 self._own = own_names(self.model_func, self.params)
             require_same_parameters(self.model_func, self.params, self._own)
         self.space = self.model.space
+        self._is_small = may_be_dense(self.space)
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
@@ -393,7 +396,7 @@ class EmpiricalRisk:
         return known
 
     @property
-    def loss(self) -> LossFunction | None:
+    def loss_function(self) -> LossFunction | None:
         """The loss, as the package knows it; ``None`` if there is none."""
         return self.terms.loss
 
@@ -536,12 +539,12 @@ class EmpiricalRisk:
         key = key_of("mean", body, self, key)
         self._fit(Product("mean", body, title, key), K=V.shape[1])
 
-        def multiply(V: Tensor) -> Tensor:
+        def multiply(V: Tensor, title: str) -> Tensor:
             if self._may_join(key):
                 self._join(body, key)
             return self._mean(body, V, title, key)
 
-        return self._product(multiply, V, key)
+        return self._product(multiply, V, title, key)
 
     def congruence(
         self,
@@ -566,14 +569,14 @@ class EmpiricalRisk:
         """
         key = key_of("congruence", middle, self, key)
 
-        def multiply(V: Tensor) -> Tensor:
+        def multiply(V: Tensor, title: str) -> Tensor:
             if (jacobians := self._small_jacobians(key)) is None:
                 return self._mean(Congruence(middle), V, title, key)
             total: Any = 0
             count: Any = 0
             with torch.inference_mode(False), torch.enable_grad():
                 rows = V.T if V.shape[1] > 1 else V[:, 0]
-                for batch, J in jacobians:
+                for batch, J in self._shown(jacobians, title, len(jacobians)):
                     f = batch.output_space
                     U = (rows @ J.T).reshape((*rows.shape[:-1], *f.shapes[0]))
                     U = middle(batch, U.to(f.dtype)).to(J.dtype)
@@ -586,8 +589,8 @@ class EmpiricalRisk:
 
         if self.max_memory is not None:
             self._fit(Product("congruence", middle, title, key), K=V.shape[1])
-            return self._product(multiply, V, key)
-        return self._product(multiply, V, key, left_factor)
+            return self._product(multiply, V, title, key)
+        return self._product(multiply, V, title, key, left_factor)
 
     def _left_factor(self, middle: Middle, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
@@ -675,17 +678,20 @@ class EmpiricalRisk:
 
     def _product(
         self,
-        multiply: Callable[[Tensor], Tensor],
+        multiply: Callable[[Tensor, str], Tensor],
         V: Tensor,
+        title: str,
         key: Hashable,
         left_factor: Callable[[Jacobians], Tensor] | None = None,
     ) -> Tensor:
-        """Return ``multiply(V)``, by its matrix once that is known."""
+        """Return ``multiply(V, title)``, by its matrix once that is known."""
         self._refresh_if_changed()
         device = self.space.device.type
         with self._alone(), without_autocast(device), torch.inference_mode(False):
             if (factors := self._materialised(key, V, multiply, left_factor)) is None:
-                return self._session(lambda: multiply(V), key)
+                return self._session(lambda: multiply(V, title), key)
+            if self.progressbar:  # which is full at once
+                all(self._shown([True] * len(self._recordings), title))
             if V.shape[1] == 1:
                 for factor in factors:
                     V = factor @ V
@@ -699,7 +705,7 @@ class EmpiricalRisk:
         self,
         key: Hashable,
         V: Tensor,
-        multiply: Callable[[Tensor], Tensor],
+        multiply: Callable[[Tensor, str], Tensor],
         left_factor: Callable[[Jacobians], Tensor] | None,
     ) -> Factors | None:
         """Return the matrix, or its factors, if known, or paying from now on."""
@@ -707,7 +713,7 @@ class EmpiricalRisk:
             return None
 
         def run(V: Tensor) -> Tensor:
-            return self._session(lambda: multiply(V), key)
+            return self._session(lambda: multiply(V, ""), key)
 
         with self._lock:
             if (factors := self._dense.settled(key)) is not None:
@@ -718,12 +724,7 @@ class EmpiricalRisk:
 
     def _may_be_dense(self, key: Hashable) -> bool:
         """Whether a product's matrix, or Jacobians, may be kept if that pays."""
-        return (
-            key is not None
-            and not self.plain
-            and self._repeats
-            and may_be_dense(self.space)
-        )
+        return key is not None and not self.plain and self._repeats and self._is_small
 
     def _small_jacobians(self, key: Hashable) -> Jacobians | None:
         """Return the batches with their Jacobians as matrices if that pays.
@@ -903,6 +904,143 @@ class EmpiricalRisk:
         seen = self.session(lambda: look(self, self.batches("gradient_and_loss")))
         return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
 
+    def loss(self) -> Tensor:
+        r"""Compute the loss of the whole data, :math:`L(\theta)`.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``()``, as it is: infinite where it overflows.
+
+        Raises
+        ------
+        ValueError
+            If there is no loss function.
+
+        Notes
+        -----
+        Costs one pass over the data, and a forward pass of the batches that are not
+        recorded.
+        """
+        self._require_loss("loss")
+        self._fit(GRADIENT)
+
+        def run() -> Tensor:
+            value = torch.zeros((), dtype=self.space.dtype, device=self.space.device)
+            count: Any = 0
+            for batch in self.batches("loss"):
+                value += batch.loss.value().detach()
+                count = count + batch.count
+                del batch
+            return value / self._denominator(count)
+
+        return self.session(run)
+
+    def gradient_vector(self, *, numpy: bool = False) -> Any:
+        r"""Compute the gradient of the loss as one vector, :math:`\nabla L(\theta)`.
+
+        Parameters
+        ----------
+        numpy : bool, optional
+            Whether to return an array, as SciPy takes it, in place of a tensor.
+
+        Returns
+        -------
+        Tensor or numpy.ndarray
+            Of shape ``(P,)``, in the layout of the operators' vectors.
+
+        Raises
+        ------
+        ValueError
+            If there is no loss function.
+        """
+        self._require_loss("gradient")
+        self._fit(GRADIENT)
+        seen = self.session(lambda: look(self, self.batches("gradient_vector")))
+        return to_numpy(seen.gradient) if numpy else seen.gradient
+
+    def parameters_vector(self, *, numpy: bool = False) -> Any:
+        r"""Return a copy of the parameters as one vector, :math:`\theta`.
+
+        Parameters
+        ----------
+        numpy : bool, optional
+            Whether to return an array, as SciPy takes it, in place of a tensor.
+
+        Returns
+        -------
+        Tensor or numpy.ndarray
+            Of shape ``(P,)``, in the layout of the operators' vectors.
+        """
+        vector = self.space.pack([*self.params.values()])
+        return to_numpy(vector) if numpy else vector
+
+    def set_parameters(self, x: Any) -> None:
+        r"""Write a vector into the parameters, in place.
+
+        Into the tensors that were given as ``params``: the module's own, or the copies
+        that were passed. Operators of this risk are those of the new values from now
+        on.
+
+        Parameters
+        ----------
+        x : numpy.ndarray or Tensor
+            The parameters :math:`\theta`, of shape ``(P,)``, in the layout of the
+            operators' vectors. Real numbers of any type, on any device.
+
+        Raises
+        ------
+        ValueError
+            If the shape is another one.
+        TypeError
+            If it holds anything else than real numbers.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from scipy.optimize import minimize
+        >>> from curvlinops import EmpiricalRisk, HessianLinearOperator
+        >>> net = torch.nn.Linear(2, 1, dtype=torch.float64)
+        >>> data = [(torch.eye(2).double(), torch.ones(2, 1).double())]
+        >>> risk = EmpiricalRisk(net, torch.nn.MSELoss(), "weight", data)
+        >>> H = HessianLinearOperator(risk)
+        >>> def loss(x):
+        ...     risk.set_parameters(x)
+        ...     return float(risk.loss())
+        >>> def gradient(x):
+        ...     risk.set_parameters(x)
+        ...     return risk.gradient_vector(numpy=True)
+        >>> def product(x, v):
+        ...     risk.set_parameters(x)
+        ...     return H @ v
+        >>> x0 = risk.parameters_vector(numpy=True)
+        >>> found = minimize(loss, x0, jac=gradient, hessp=product, method="trust-ncg")
+        >>> bool(found.fun < 1e-12)
+        True
+        """
+        given = x if torch.is_tensor(x) else torch.from_numpy(numeric_array(x).copy())
+        if given.is_complex():
+            raise TypeError(
+                f"Parameters are real numbers, got {given.dtype}. Pass `x.real`."
+            )
+        if given.shape != (self.space.dim,):
+            raise ValueError(
+                f"The parameters are a vector of shape ({self.space.dim},), got one of "
+                f"shape {tuple(given.shape)}."
+            )
+        flat = given.detach().to(self.space.device, self.space.dtype)
+        with torch.no_grad(), self.model.exclusive(), self._lock:
+            parts = self.space.split(flat)
+            for value, part in zip(self.params.values(), parts, strict=True):
+                value.copy_(part)
+
+    def _require_loss(self, what: str) -> None:
+        if self.loss_function is None:
+            raise ValueError(
+                f"There is no {what}: this risk was built without a loss function. "
+                "Pass one to `EmpiricalRisk(...)`."
+            )
+
     def session(self, run: Callable[[], T], key: Hashable = None) -> T:
         """Return ``run()``, with the model ready for :meth:`batches`.
 
@@ -924,7 +1062,9 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        known = self.loss is None or not self.loss.loss.opaque  # and not called
+        known = (
+            self.loss_function is None or not self.loss_function.loss.opaque
+        )  # and not called
         loss_func = None if known else self.loss_func
         with preserved_rng(self.space.device), unchanged(loss_func):
             while True:  # each cause is found once, and removed
@@ -978,7 +1118,7 @@ class EmpiricalRisk:
     def _jacobians_suffice(self) -> bool:
         """Whether kept Jacobians and losses are all that a product needs."""
         batches = [batch for batch, _ in self._dense.jacobians]
-        known = self.loss is not None and not self.loss.loss.opaque
+        known = self.loss_function is not None and not self.loss_function.loss.opaque
         return known and bool(batches) and all("loss" in vars(b) for b in batches)
 
     def batches(self, title: str) -> Iterator[Linearization]:
@@ -992,7 +1132,7 @@ class EmpiricalRisk:
             items = ahead(self._parts(), self.space.device, kept.keys())
         if self.progressbar:
             total = self._num_batches or length_of(self.data)
-            items = tqdm(items, f"{title} (on {self.space.device})", total)
+            items = self._shown(items, title, total)
         place = -1
         shapes: list[torch.Size] = []
         for place, (index, item, share) in enumerate(items):
@@ -1010,6 +1150,17 @@ class EmpiricalRisk:
         self._num_batches = place + 1
         self._output_shapes = tuple(shapes)
         self._reach.warn_about_unused()
+
+    def _shown(
+        self, items: Iterable[T], title: str, total: int | None = None
+    ) -> Iterable[T]:
+        """Return what is iterated over, with a progress bar if that is asked for.
+
+        Work of the package's own has no title, and shows none.
+        """
+        if not self.progressbar or not title:
+            return items
+        return tqdm(items, f"{title} (on {self.space.device})", total)
 
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
@@ -1076,10 +1227,12 @@ class EmpiricalRisk:
 
     def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
         """Return what builds a batch's loss, without a reference to this risk."""
-        if self.loss is None:
+        if self.loss_function is None:
             return None
         size = self._size_or_none(X)
-        return partial(self.loss, num_terms=size and size * self.terms_per_datum)
+        return partial(
+            self.loss_function, num_terms=size and size * self.terms_per_datum
+        )
 
     def _record(
         self, recordings: dict[int, Linearization], batch: Linearization
@@ -1253,7 +1406,7 @@ class EmpiricalRisk:
 
     def _denominator(self, count: Any) -> Any:
         """Return what the sum over batches is divided by."""
-        if self.loss is None or self.loss.reduction == "sum":
+        if self.loss_function is None or self.loss_function.reduction == "sum":
             return 1
         if float(count) == 0.0:
             if self._rehearses:  # a few data may have no target that counts
@@ -1306,11 +1459,9 @@ class EmpiricalRisk:
 
 
 def _checked_bytes(max_memory: int | None) -> int | None:
-    if max_memory is None:
-        return None
-    is_number = hasattr(max_memory, "__index__") and not isinstance(max_memory, bool)
-    if is_number and max_memory > 0:
-        return operator.index(max_memory)
+    number = as_count(max_memory)
+    if max_memory is None or (number is not None and number > 0):
+        return number
     raise ValueError(
         f"`max_memory` must be a number of bytes > 0 or None, got {max_memory!r}."
     )

@@ -11,6 +11,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._closed_forms import require_square
+from curvlinops._counts import count
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
 from curvlinops._plan import Plan, plan
@@ -181,7 +183,7 @@ class RiskOperator(TorchOperator):
         >>> less.plan().peak <= plan.peak * 2 // 3
         True
         """
-        return plan(self, columns)
+        return plan(self, count("columns", columns, 1))
 
     def verify(self, rng: Rng = 0) -> Report:
         """Check this operator on its own model, loss and data.
@@ -228,6 +230,16 @@ class ParameterBlock(TorchOperator, LinearOperator):
         full = V.new_zeros(A.shape[1], V.shape[1])
         full[self._cols] = V
         return A._apply(full)[self._rows]
+
+    def trace(self) -> Tensor:
+        require_square(self, "trace")
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        A, rows, cols = self.args
+        if rows != cols:
+            return super().diagonal()
+        return A.diagonal()[self._rows]
 
     def _adjoint(self) -> TorchOperator:
         A, rows, cols = self.args

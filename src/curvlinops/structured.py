@@ -6,7 +6,7 @@ the dtype of what they are given, and multiply blocks of columns at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,16 @@ from numpy.linalg import LinAlgError
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-from curvlinops._operator import Foreign, TorchOperator, _check_same_side
-from curvlinops._spaces import TensorSpace
+from curvlinops._closed_forms import require_square
+from curvlinops._composites import Foreign
+from curvlinops._operator import TorchOperator, check_same_side
+from curvlinops._spaces import TensorSpace, to_torch
+from curvlinops.diag import (
+    Diagonal,
+    DiagonalLinearOperator,
+    IdentityLinearOperator,
+    tensors_of,
+)
 
 __all__ = [
     "BlockDiagonalLinearOperator",
@@ -31,7 +39,7 @@ __all__ = [
 def as_operator(A: Any) -> TorchOperator:
     """Return an operator, array, sparse matrix or 2-d tensor as one of ours.
 
-    A tensor stays on its device.
+    A tensor stays on its device, and an array's memory is shared where torch can.
 
     Raises
     ------
@@ -49,6 +57,10 @@ def as_operator(A: Any) -> TorchOperator:
             f"A matrix has two dimensions, got an array of shape {A.shape}. For a "
             "diagonal matrix pass `DiagonalLinearOperator(entries)`."
         )
+    if isinstance(A, np.ndarray) and A.dtype.kind in "biuf":
+        dtype = torch.float32 if A.dtype == np.float32 else torch.float64
+        space = TensorSpace.flat(A.shape[1], dtype, "cpu")
+        return TensorLinearOperator(to_torch(np.asarray(A), space))
     try:
         return Foreign(aslinearoperator(A))
     except TypeError as error:
@@ -56,142 +68,6 @@ def as_operator(A: Any) -> TorchOperator:
             "Expected an operator, a 2-d array or tensor, or a sparse matrix, got "
             f"{type(A).__name__}: {error}."
         ) from error
-
-
-def _tensors(name: str, *tensors: Any) -> list[Tensor]:
-    """Return tensors of one dtype on one device, without their autograd graphs."""
-    for t in tensors:
-        if not torch.is_tensor(t):
-            raise TypeError(
-                f"{name} is built from tensors, got {type(t).__name__}. Convert it "
-                "with `torch.as_tensor(x)`."
-            )
-    if len({(t.dtype, t.device) for t in tensors}) > 1:
-        given = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
-        raise TypeError(
-            f"{name} needs tensors of one dtype on one device, got {given}. Bring them "
-            "together with `x.to(dtype=..., device=...)`."
-        )
-    return [t.detach() for t in tensors]
-
-
-class IdentityLinearOperator(TorchOperator, LinearOperator):
-    r"""The identity :math:`I \in \mathbb{R}^{N \times N}`.
-
-    Parameters
-    ----------
-    shapes : iterable of sequences of int
-        Shapes of the tensors that make up a vector; ``N`` is their number of entries.
-    device : torch.device or str
-        Device of the vectors.
-    dtype : torch.dtype
-        Floating-point type of the vectors.
-
-    Raises
-    ------
-    TypeError
-        If ``dtype`` is not a real floating-point type.
-
-    Notes
-    -----
-    Self-adjoint. A product copies its operand.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from curvlinops.structured import IdentityLinearOperator
-    >>> I = IdentityLinearOperator([(2, 2), (3,)], "cpu", torch.float64)
-    >>> bool(torch.equal((2.0 * I).to_dense(), 2.0 * torch.eye(7).double()))
-    True
-    """
-
-    def __init__(
-        self,
-        shapes: Iterable[Sequence[int]],
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
-        space = TensorSpace(shapes, dtype, device)
-        super().__init__(space, space)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return V.clone()
-
-
-class DiagonalLinearOperator(TorchOperator, LinearOperator):
-    r"""A diagonal matrix :math:`\operatorname{diag}(d) \in \mathbb{R}^{N \times N}`.
-
-    Parameters
-    ----------
-    diagonal : list of Tensor, or Tensor
-        The entries :math:`d`, in the shapes of the tensors that make up a vector.
-        They are copied.
-
-    Raises
-    ------
-    TypeError
-        If an entry of the list is no tensor, or dtypes or devices differ.
-    ValueError
-        If the list is empty.
-
-    Notes
-    -----
-    Self-adjoint. A product costs one multiplication per entry.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from curvlinops.structured import DiagonalLinearOperator
-    >>> D = DiagonalLinearOperator([torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])])
-    >>> bool(torch.equal(D.to_dense(), torch.diag(torch.tensor([1.0, 2.0, 3.0]))))
-    True
-    >>> D.inverse(damping=1.0) @ torch.ones(3)
-    tensor([0.5000, 0.3333, 0.2500])
-    """
-
-    def __init__(self, diagonal: Sequence[Tensor] | Tensor) -> None:
-        given = [diagonal] if torch.is_tensor(diagonal) else list(diagonal)
-        if not given:
-            raise ValueError("A diagonal operator needs at least one tensor, got none.")
-        entries = _tensors("A diagonal operator", *given)
-        space = TensorSpace(
-            [t.shape for t in entries], entries[0].dtype, entries[0].device
-        )
-        super().__init__(space, space)
-        self._diagonal = space.pack(entries)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return V * self._diagonal.unsqueeze(1)
-
-    def diagonal(self) -> Tensor:
-        """Return a copy of the entries, flattened, of shape ``(N,)``."""
-        return self._diagonal.clone()
-
-    def inverse(self, damping: float = 0.0) -> DiagonalLinearOperator:
-        r"""Return :math:`(\operatorname{diag}(d) + \delta I)^{-1}`.
-
-        Parameters
-        ----------
-        damping : float, optional
-            The number :math:`\delta` that is added to every entry.
-
-        Returns
-        -------
-        DiagonalLinearOperator
-            The inverse, with vectors of the same shapes.
-
-        Raises
-        ------
-        numpy.linalg.LinAlgError
-            If an entry of the damped diagonal is zero.
-        """
-        damped = self._diagonal + damping
-        if zeros := int((damped == 0).sum()):
-            raise LinAlgError(
-                f"{self!r} plus damping={damping} is singular: {zeros} of its entries "
-                "are zero. Pass another damping, e.g. `inverse(damping=1e-3)`."
-            )
-        return DiagonalLinearOperator(self._in_space.unpack(damped.reciprocal()))
 
 
 class TensorLinearOperator(TorchOperator, LinearOperator):
@@ -212,7 +88,8 @@ class TensorLinearOperator(TorchOperator, LinearOperator):
     Notes
     -----
     The adjoint multiplies with the transposed view of the same memory; whether the
-    matrix is symmetric is not looked at. A product costs :math:`2 M N` operations.
+    matrix is symmetric is not looked at. A product costs :math:`2 M N` operations, a
+    determinant or an inverse :math:`O(N^3)`.
 
     Examples
     --------
@@ -225,7 +102,7 @@ class TensorLinearOperator(TorchOperator, LinearOperator):
     """
 
     def __init__(self, A: Tensor) -> None:
-        (self._matrix,) = _tensors("A dense operator", A)
+        (self._matrix,) = tensors_of("A dense operator", A)
         if A.ndim != 2:
             raise ValueError(
                 f"A dense operator needs a tensor of shape (M, N), got {tuple(A.shape)}"
@@ -241,6 +118,36 @@ class TensorLinearOperator(TorchOperator, LinearOperator):
 
     def _adjoint(self) -> TensorLinearOperator:
         return TensorLinearOperator(self._matrix.T)
+
+    def _wide(self, delta: float = 0.0) -> Tensor:
+        """Return a copy plus a multiple of the identity that can be decomposed."""
+        wide = self._matrix.to(_decomposable(self._matrix.dtype), copy=True)
+        wide.diagonal().add_(delta)
+        return wide
+
+    def trace(self) -> Tensor:
+        require_square(self, "trace")
+        return self._matrix.trace()
+
+    def diagonal(self) -> Tensor:
+        require_square(self, "diagonal")
+        return self._matrix.diagonal().clone()
+
+    def frobenius_norm(self) -> Tensor:
+        return self._matrix.norm()
+
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        sign, logarithm = torch.linalg.slogdet(self._wide(delta))
+        return sign.to(self.torch_dtype), logarithm.to(self.torch_dtype)
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> TensorLinearOperator:
+        inverse, info = torch.linalg.inv_ex(self._wide(delta))
+        if info:
+            raise LinAlgError(
+                f"{self!r} plus damping={delta} is singular. Pass another damping, "
+                "e.g. `inverse(damping=1e-3)`."
+            )
+        return TensorLinearOperator(inverse.to(self.torch_dtype))
 
 
 class OuterProductLinearOperator(TorchOperator, LinearOperator):
@@ -263,7 +170,8 @@ class OuterProductLinearOperator(TorchOperator, LinearOperator):
     Notes
     -----
     Self-adjoint. A product costs :math:`4 N R` operations and :math:`R` numbers of
-    memory; the matrix of shape ``(N, N)`` is never formed.
+    memory; the matrix of shape ``(N, N)`` is never formed, not even for determinants
+    and inverses, which take :math:`O(N R^2)` operations.
 
     Examples
     --------
@@ -276,7 +184,7 @@ class OuterProductLinearOperator(TorchOperator, LinearOperator):
     """
 
     def __init__(self, c: Tensor, A: Tensor) -> None:
-        self._coefficients, self._vectors = _tensors("A sum of outer products", c, A)
+        self._coefficients, self._vectors = tensors_of("A sum of outer products", c, A)
         if A.ndim != 2 or c.shape != A.shape[1:]:
             raise ValueError(
                 "A sum of outer products needs coefficients of shape (R,) and vectors "
@@ -288,6 +196,46 @@ class OuterProductLinearOperator(TorchOperator, LinearOperator):
 
     def _apply(self, V: Tensor) -> Tensor:
         return self._vectors @ (self._coefficients.unsqueeze(1) * (self._vectors.T @ V))
+
+    def trace(self) -> Tensor:
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        return self._vectors.square() @ self._coefficients
+
+    def frobenius_norm(self) -> Tensor:
+        return self._decomposed()[0].norm().to(self.torch_dtype)
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        """Return ``min(N, R)`` eigenvalues, and eigenvectors; all others are zero."""
+        dtype = _decomposable(self.torch_dtype)
+        Q, R = torch.linalg.qr(self._vectors.to(dtype))
+        small = (R * self._coefficients.to(dtype)) @ R.T
+        evals, vectors = torch.linalg.eigh((small + small.T) / 2)
+        return evals, Q @ vectors
+
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        evals, _ = self._decomposed()
+        rest = evals.new_full((self.shape[0] - len(evals),), delta)
+        damped = torch.cat([evals + delta, rest])
+        sign, logarithm = damped.sign().prod(), damped.abs().log().sum()
+        return sign.to(self.torch_dtype), logarithm.to(self.torch_dtype)
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> TorchOperator:
+        evals, vectors = self._decomposed()
+        rest = self.shape[0] - len(evals)
+        damped = evals + delta
+        if (zeros := int((damped == 0).sum())) or (rest and not delta):
+            raise LinAlgError(
+                f"{self!r} plus damping={delta} is singular: "
+                f"{zeros + rest * (not delta)} of its eigenvalues are zero. Pass "
+                "another damping, e.g. `inverse(damping=1e-3)`."
+            )
+        elsewhere = 1.0 / delta if rest else 0.0
+        coefficients = (damped.reciprocal() - elsewhere).to(self.torch_dtype)
+        vectors = vectors.to(self.torch_dtype)
+        inverse = OuterProductLinearOperator(coefficients, vectors)
+        return inverse._damped(elsewhere) if rest else inverse
 
 
 class BlockDiagonalLinearOperator(TorchOperator, LinearOperator):
@@ -308,8 +256,8 @@ class BlockDiagonalLinearOperator(TorchOperator, LinearOperator):
 
     Notes
     -----
-    The adjoint is the block-diagonal matrix of the adjoints. A product costs one
-    product with each block.
+    The adjoint, multiples and inverses are block-diagonal matrices of those of the
+    blocks. A product costs one product with each block.
 
     Examples
     --------
@@ -326,7 +274,7 @@ class BlockDiagonalLinearOperator(TorchOperator, LinearOperator):
         if not self.blocks:
             raise ValueError("A block-diagonal operator needs at least one block.")
         for block in self.blocks[1:]:
-            _check_same_side(self.blocks[0], block, "put on one diagonal")
+            check_same_side(self.blocks[0], block, "put on one diagonal")
         dtype, device = self.blocks[0].torch_dtype, self.blocks[0].device
         in_shapes = [shape for block in self.blocks for shape in block.in_shapes]
         out_shapes = [shape for block in self.blocks for shape in block.out_shapes]
@@ -350,6 +298,35 @@ class BlockDiagonalLinearOperator(TorchOperator, LinearOperator):
         if adjoints == self.blocks:
             return self
         return BlockDiagonalLinearOperator(adjoints)
+
+    def _times(self, c: float) -> TorchOperator:
+        return BlockDiagonalLinearOperator(block._times(c) for block in self.blocks)
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> TorchOperator:
+        self._require_square_blocks("inverse")
+        return BlockDiagonalLinearOperator(
+            block._inverse_of_damped(delta, **options) for block in self.blocks
+        )
+
+    def _require_square_blocks(self, what: str) -> None:
+        for block in self.blocks:
+            require_square(block, what)
+
+    def trace(self) -> Tensor:
+        self._require_square_blocks("trace")
+        return torch.stack([block.trace() for block in self.blocks]).sum()
+
+    def diagonal(self) -> Tensor:
+        self._require_square_blocks("diagonal")
+        return torch.cat([block.diagonal() for block in self.blocks])
+
+    def frobenius_norm(self) -> Tensor:
+        return torch.stack([block.frobenius_norm() for block in self.blocks]).norm()
+
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        self._require_square_blocks("determinant")
+        signs, logarithms = zip(*(b._slogdet(delta) for b in self.blocks), strict=True)
+        return torch.stack(signs).prod(), torch.stack(logarithms).sum()
 
 
 class SubmatrixLinearOperator(TorchOperator, LinearOperator):
@@ -421,11 +398,56 @@ class SubmatrixLinearOperator(TorchOperator, LinearOperator):
     def _parts(self) -> list[TorchOperator]:
         return [self._full]
 
+    def _is_principal(self) -> bool:
+        return torch.equal(self._rows, self._cols)
+
     def _adjoint(self) -> TorchOperator:
         adjoint = self._full.adjoint()
-        if adjoint is self._full and torch.equal(self._rows, self._cols):
+        if adjoint is self._full and self._is_principal():
             return self
         return SubmatrixLinearOperator(adjoint, self._cols, self._rows)
+
+    def _chosen(self) -> TorchOperator | None:
+        """Return the same matrix with a structure, if that of the full one stays."""
+        if isinstance(self._full, TensorLinearOperator):
+            matrix = self._full._matrix[self._rows][:, self._cols]
+            return TensorLinearOperator(matrix)
+        if isinstance(self._full, Diagonal) and self._is_principal():
+            return DiagonalLinearOperator(self._full.diagonal()[self._rows])
+        return None
+
+    def trace(self) -> Tensor:
+        require_square(self, "trace")
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        require_square(self, "diagonal")
+        if (chosen := self._chosen()) is not None:
+            return chosen.diagonal()
+        if self._is_principal():
+            return self._full.diagonal()[self._rows]
+        return super().diagonal()
+
+    def frobenius_norm(self) -> Tensor:
+        chosen = self._chosen()
+        return super().frobenius_norm() if chosen is None else chosen.frobenius_norm()
+
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        chosen = self._chosen()
+        return super()._slogdet(delta) if chosen is None else chosen._slogdet(delta)
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> Any:
+        if (chosen := self._chosen()) is None:
+            return super()._inverse_of_damped(delta, **options)
+        return chosen._inverse_of_damped(delta, **options)
+
+
+def _decomposable(dtype: torch.dtype) -> torch.dtype:
+    """Return a type in which there are decompositions: not half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+TorchOperator._makers["matrix"] = as_operator
 
 
 def _indices(given: Any, size: int, axis: str) -> np.ndarray:

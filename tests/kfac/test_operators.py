@@ -445,7 +445,7 @@ def test_generic_loss():
         ({"fisher_type": "exact"}, "`fisher_type` must be one of 'type-2'"),
         ({"kfac_approx": "mean"}, "`kfac_approx` must be one of"),
         ({"unsupported": "ignore"}, "`unsupported` must be one of"),
-        ({"mc_samples": 0}, "`mc_samples` must be positive"),
+        ({"mc_samples": 0}, "`mc_samples` must be a positive"),
         ({"backend": "triton"}, "`backend` must be"),
     ],
 )

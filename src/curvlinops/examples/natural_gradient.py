@@ -38,7 +38,6 @@ from curvlinops import (
     EmpiricalRisk,
     GGNLinearOperator,
     HessianLinearOperator,
-    IdentityLinearOperator,
     NeumannInverseLinearOperator,
     TensorLinearOperator,
 )
@@ -494,8 +493,7 @@ def run(args: argparse.Namespace) -> int:
     params = dict(model.named_parameters())
     risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), params, data)
     G, H = GGNLinearOperator(risk), HessianLinearOperator(risk)
-    identity = IdentityLinearOperator(G.in_shapes, G.device, G.torch_dtype)
-    A = G + delta * identity
+    A = G.damped(delta)
     gradient, loss = risk.gradient_and_loss()
     g = nn.utils.parameters_to_vector(gradient).cpu().numpy()
     print(f"Network   64-{args.hidden}-10 with P = {len(g)} parameters, ", end="")

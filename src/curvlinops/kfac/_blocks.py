@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,24 +132,14 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
 
     # -- scalars and vectors ------------------------------------------------------
 
-    def _sum(self, method: str) -> Tensor:
-        values: list[Tensor] = [getattr(block, method)() for block in self.blocks]
-        return reduce(torch.add, values)
-
     def trace(self) -> Tensor:
-        """Return the trace."""
-        return self._sum("trace")
+        return torch.stack([block.trace() for block in self.blocks]).sum()
 
-    def logdet(self) -> Tensor:
-        """Return the determinant's logarithm (minus infinity if singular)."""
-        return self._sum("logdet")
-
-    def det(self) -> Tensor:
-        """Return the determinant, which overflows easily; see :meth:`logdet`."""
-        return reduce(torch.mul, [block.det() for block in self.blocks])
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        signs, logs = zip(*(b._slogdet(delta) for b in self.blocks), strict=True)
+        return torch.stack(signs).prod(), torch.stack(logs).sum()
 
     def frobenius_norm(self) -> Tensor:
-        """Return the Frobenius norm."""
         norms = torch.stack([block.frobenius_norm() for block in self.blocks])
         return norms.norm()
 
@@ -160,7 +149,6 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         return parts.sort().values
 
     def diagonal(self) -> Tensor:
-        """Return the diagonal, of shape ``(P,)``."""
         result = torch.zeros(self.shape[0], dtype=self.torch_dtype, device=self.device)
         tensors = self._in_space.split(result)
         for places, layout, block in zip(
@@ -234,6 +222,12 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
             return block.inverse(its, **its_options)
 
         return self.map(invert)
+
+    def _times(self, c: float) -> BlockwiseLinearOperator:
+        return self.map(lambda _, block: block._times(c))
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> TorchOperator:
+        return self.inverse(delta, use_exact_damping=True)
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with a real exponent, block by block."""

@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor
 
+from curvlinops._counts import count
 from curvlinops._model import Parameters
 from curvlinops.kfac._blocks import BlockwiseLinearOperator, Factors, load
 from curvlinops.kfac._estimation import Settings
@@ -65,7 +66,7 @@ class KroneckerFactored(Represented):
     ) -> None:
         risk = as_risk(model_func, loss_func, params, data, **options)
         super().__init__(risk)
-        if risk.loss is None:
+        if risk.loss_function is None:
             raise ValueError("Kronecker factors need a loss, got a risk without one.")
         if settings.fisher.fisher_type == FisherType.MC:
             risk.require_fixed_order("A Monte-Carlo Fisher")
@@ -260,14 +261,11 @@ def checked_settings(
         if value not in allowed:
             listing = ", ".join(repr(str(v)) for v in allowed)
             raise ValueError(f"`{name}` must be one of {listing}, got {value!r}.")
-    if fisher_type == FisherType.MC and mc_samples < 1:
-        raise ValueError(
-            f"`mc_samples` must be positive, got {mc_samples}. The exact matrix has "
-            "`fisher_type='type-2'`."
-        )
-    if max_factor < 1:
-        raise ValueError(f"`max_factor` must be positive, got {max_factor}.")
-    fisher = Fisher(str(fisher_type), mc_samples, seed)
+    exact = "The exact matrix has `fisher_type='type-2'`."
+    least = int(fisher_type == FisherType.MC)
+    samples = count("mc_samples", mc_samples, least, exact)
+    fisher = Fisher(str(fisher_type), samples, count("seed", seed, None))
+    max_factor = count("max_factor", max_factor, 1)
     return Settings(
         fisher, kfac_approx == KFACType.REDUCE, bias, unsupported, max_factor
     )

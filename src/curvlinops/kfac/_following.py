@@ -9,7 +9,7 @@ from typing import Any, Self
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlinops._operator import _is_tensor_list
+from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops._spaces import real_scalar
 from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping, Factors
 from curvlinops.risk import EmpiricalRisk
@@ -69,23 +69,15 @@ class Represented(RiskOperator):
     # -- algebra ----------------------------------------------------------------------
 
     def trace(self) -> Tensor:
-        """Return the trace."""
         return self.representation.trace()
 
-    def det(self) -> Tensor:
-        """Return the determinant."""
-        return self.representation.det()
-
-    def logdet(self) -> Tensor:
-        """Return the determinant's logarithm."""
-        return self.representation.logdet()
+    def _slogdet(self, delta: float = 0.0) -> tuple[Tensor, Tensor]:
+        return self.representation._slogdet(delta)
 
     def frobenius_norm(self) -> Tensor:
-        """Return the Frobenius norm."""
         return self.representation.frobenius_norm()
 
     def diagonal(self) -> Tensor:
-        """Return the diagonal, of shape ``(P,)``."""
         return self.representation.diagonal()
 
     def eigenvalues(self) -> Tensor:
@@ -97,6 +89,12 @@ class Represented(RiskOperator):
         inverse = KFACInverseLinearOperator(self, damping, **options)
         _ = inverse.representation
         return inverse
+
+    def _inverse_of_damped(self, delta: float, **options: Any) -> Any:
+        return self._inverse(delta, use_exact_damping=True)
+
+    def _times(self, c: float) -> TorchOperator:
+        return KFACMultipleLinearOperator(self, c)
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with a real exponent, e.g. ``-0.5``; it follows this one."""
@@ -191,6 +189,25 @@ class KFACPowerLinearOperator(Following, LinearOperator):
 
     def _function(self, matrix: BlockwiseLinearOperator) -> BlockwiseLinearOperator:
         return matrix**self.exponent
+
+
+class KFACMultipleLinearOperator(Following, LinearOperator):
+    """A multiple of a Kronecker-factored operator, which follows it.
+
+    Parameters
+    ----------
+    A : Represented
+        The operator.
+    c : float
+        The number it is multiplied by.
+    """
+
+    def __init__(self, A: Represented, c: float) -> None:
+        super().__init__(A)
+        self.c = c
+
+    def _function(self, matrix: BlockwiseLinearOperator) -> BlockwiseLinearOperator:
+        return matrix._times(self.c)
 
 
 class KFACInverseLinearOperator(Following, LinearOperator):

@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
 
+from curvlinops._counts import count
 from curvlinops._model import Parameters
 from curvlinops.ggn import DEFAULT_SEED
 from curvlinops.kfac._blocks import Damping
@@ -228,7 +229,7 @@ num_per_example_loss_terms, batch_size_fn, **options
     def _recipe(self) -> tuple[Any, ...]:
         return (self.settings,)
 
-    def inverse(
+    def inverse(  # type: ignore[override]
         self,
         damping: Damping = 0.0,
         use_heuristic_damping: bool = False,
@@ -270,6 +271,31 @@ num_per_example_loss_terms, batch_size_fn, **options
             If both ways of damping are asked for, or ``damping`` does not fit them.
         numpy.linalg.LinAlgError
             If a damped block is not positive definite; it is named.
+
+        Notes
+        -----
+        The three ways damp three matrices, with three determinants: ``logdet()`` of the
+        result is that of the result. By default, that is
+        :math:`-\log \det \operatorname{diag}((B_l + \delta I) \otimes (A_l + \delta
+        I))`, not :math:`-\log \det (K + \delta I)`. The latter belongs to
+        ``use_exact_damping=True``, and is ``-K.damped(delta).logdet()``. The inverse of
+        :meth:`damped` is that of exact damping, too.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from curvlinops import KFACLinearOperator
+        >>> net, loss = torch.nn.Linear(3, 2).double(), torch.nn.MSELoss()
+        >>> data = [(torch.rand(4, 3).double(), torch.rand(4, 2).double())]
+        >>> K = KFACLinearOperator(net, loss, dict(net.named_parameters()), data)
+        >>> exact = torch.logdet(K.to_dense() + 0.1 * torch.eye(8))
+        >>> inverse = K.inverse(0.1, use_exact_damping=True)
+        >>> bool(torch.allclose(inverse.logdet(), -exact))
+        True
+        >>> bool(torch.allclose(K.damped(0.1).logdet(), exact))
+        True
+        >>> bool(torch.allclose(K.inverse(0.1).logdet(), -exact))  # damps factors
+        False
         """
         return self._inverse(
             damping,
@@ -397,7 +423,9 @@ separate_weight_and_bias, num_data, batch_size_fn, backend, unsupported, max_fac
     def _depends_on_batches(self) -> str:
         return "the eigenvectors of equal eigenvalues are not unique"
 
-    def inverse(self, damping: Damping = 0.0) -> KFACInverseLinearOperator:
+    def inverse(  # type: ignore[override]
+        self, damping: Damping = 0.0
+    ) -> KFACInverseLinearOperator:
         r"""Return the damped inverse, with :math:`(\Lambda + \delta)^{-1}`.
 
         Parameters
@@ -517,9 +545,7 @@ unsupported, max_factor, **options
             batch_size_fn=batch_size_fn,
             **options,
         )
-        if max_iter < 1:
-            raise ValueError(f"`max_iter` must be positive, got {max_iter}.")
-        self.max_iter, self.tolerance = max_iter, tolerance
+        self.max_iter, self.tolerance = count("max_iter", max_iter, 1), tolerance
 
     def _estimate(self, title: str) -> list[Any]:
         estimation = Estimation(self.risk, self.settings, title, reuse=True)
