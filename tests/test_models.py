@@ -29,7 +29,7 @@ from curvlinops import (
     HessianLinearOperator,
 )
 from curvlinops._linearization import GraphFreedError
-from curvlinops._model import Model, _Changes, _MathAttention, _Owner
+from curvlinops._model import Model, _Changes, _Owner, _Switches
 from curvlinops._reach import CopyLeaksError
 from tolerances import assert_close
 
@@ -430,7 +430,7 @@ def test_changes_are_undone_when_their_owner_is_gone():
 
 def test_users_that_are_gone_do_not_keep_attention_as_it_is():
     before = torch.backends.cuda.flash_sdp_enabled()
-    attention = _MathAttention()
+    attention = _Switches()
     attention.add(1, lambda: None)  # a weak reference to what is gone
     assert torch.backends.cuda.flash_sdp_enabled() == before
     attention.add(2, object)

@@ -27,7 +27,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from curvlinops import _compiled
 from curvlinops._caching import EVALUATIONS, INSIDE
+from curvlinops._compiled import is_wrapper, module_behind, plain_name
 from curvlinops._data import cloned
 from curvlinops._hooks import hooks_of
 from curvlinops._memory import raise_if_out_of_memory
@@ -71,7 +73,7 @@ def named_parameters(
     if isinstance(model_func, nn.Module):
         known.update(model_func.named_parameters(remove_duplicate=False))
     if isinstance(params, Mapping):
-        named = dict(params)
+        named = _in_spelling_of(known, params)
     elif isinstance(params, str):
         if not is_module:
             raise TypeError(
@@ -147,7 +149,9 @@ def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if pattern in names:
         return [pattern]
+    plain = plain_name(pattern)
     found = [name for name in names if fnmatchcase(name, pattern)]
+    found = found or [name for name in names if fnmatchcase(plain_name(name), plain)]
     if not found:
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
         raise ValueError(
@@ -155,6 +159,20 @@ def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
             + (f"close names: {close}." if close else f"there are {names[:8]}.")
         )
     return found
+
+
+def _in_spelling_of(
+    known: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return parameters with names as the module has them.
+
+    Whether or not a module is compiled, `torch.compile` leaves a trace in the names.
+    """
+    spelt = {plain_name(name): name for name in known} if known else {}
+    return {
+        name if name in known else spelt.get(plain_name(str(name)), name): tensor
+        for name, tensor in params.items()
+    }
 
 
 def _names_of(params: Iterable[Any], known: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -644,12 +662,18 @@ def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
     """Do what `copy.deepcopy` does, but ordinary modules in a fifth of the time.
 
     These are copied attribute by attribute, everything else is left to the original.
+    In place of a compiled module stands a copy of the one behind it.
     """
     kind: Any = type(value)
     if kind in _ATOMS:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if is_wrapper(value):
+        if (behind := module_behind(value)) is value:
+            raise TypeError("A compiled module's own hooks are lost in copies of it.")
+        memo[id(value)] = new = _deep_copy(behind, memo)
+        return new
     if isinstance(value, nn.Module) and _is_ordinary(kind):
         memo[id(value)] = new = kind.__new__(kind)
         state = value.__getstate__()
@@ -692,18 +716,20 @@ def _lock_of(module: Any) -> RLock:
         return _LOCKS.setdefault(module, RLock())
 
 
-class _MathAttention:
-    """Process-wide choice of attention's math form, while anything uses it.
+class _Switches:
+    """Process-wide switches of torch, while anything uses them.
 
-    Flash and memory-efficient attention have no double backward. torch's switches are
-    global, hence turned by the first user and turned back by the last. Users are known
-    by weak references: one that is gone counts no more.
+    Those of attention choose its math form, since flash and memory-efficient attention
+    have no double backward; compiled functions, which have none either, run as they
+    were written. The switches are global, hence turned by the first user and turned
+    back by the last. Users are known by weak references: one that is gone counts no
+    more.
     """
 
     def __init__(self) -> None:
         self._lock = RLock()
         self._users: dict[int, Callable[[], Any]] = {}
-        self._before: list[bool] | None = None
+        self._before: list[tuple[Callable[[Any], Any], Any]] | None = None
 
     def add(self, key: int, user: Callable[[], Any]) -> None:
         """Turn the switches on behalf of a user, given by a weak reference."""
@@ -719,14 +745,20 @@ class _MathAttention:
 
     def _update(self) -> None:
         if any(user() is not None for user in list(self._users.values())):
+            switches = [*_attention(), *_compiled.switches()]
             if self._before is None:
-                self._before = [_get_switch(name)() for name in _ATTENTION]
-            for name in _ATTENTION:
-                _set_switch(name)(name == "math")
+                self._before = [(turn, read()) for read, turn, _ in switches]
+            for _, turn, value in switches:
+                turn(value)
         elif self._before is not None:
-            for name, value in zip(_ATTENTION, self._before, strict=True):
-                _set_switch(name)(value)
+            for turn, value in self._before:
+                turn(value)
             self._before = None
+
+
+def _attention() -> list[_compiled.Switch]:
+    """Return what makes attention take its math form."""
+    return [(_get_switch(n), _set_switch(n), n == "math") for n in _ATTENTION]
 
 
 def _get_switch(name: str) -> Callable[[], bool]:
@@ -744,7 +776,7 @@ _ATTENTION = [
     for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
     if hasattr(torch._C, f"_set_sdp_use_{name}")
 ]
-_MATH_ATTENTION = _MathAttention()
+_SWITCHES = _Switches()
 _NO_CUDNN = partial(torch.backends.cudnn.flags, enabled=False)
 
 
@@ -753,7 +785,7 @@ class _Owner:
 
 
 class _Changes:
-    """What a run changes outside of itself: attention, torch's caches, a module.
+    """What a run changes outside of itself: switches, torch's caches, a module.
 
     What is to be undone is noted before it is done, and undoing twice does no harm. So
     wherever an interrupt strikes, the rest can be undone later: at the latest when the
@@ -772,9 +804,9 @@ class _Changes:
         self.undo()
 
     def make(self, module: nn.Module | None, aliases: dict[str, nn.Parameter]) -> None:
-        """Switch attention and caches, and put aliases and buffers into a module."""
+        """Turn switches and caches, and put aliases and buffers into a module."""
         assert self._owner is not None
-        _MATH_ATTENTION.add(id(self), self._owner)
+        _SWITCHES.add(id(self), self._owner)
         EVALUATIONS[id(self)] = self._owner
         INSIDE.number = 0
         if module is None:
@@ -800,7 +832,7 @@ class _Changes:
             place, name, tensor = self._places[-1]
             place[name] = tensor
             self._places.pop()
-        _MATH_ATTENTION.remove(id(self))
+        _SWITCHES.remove(id(self))
         EVALUATIONS.pop(id(self), None)
         INSIDE.number = self._inside  # matters within an evaluation only
         self._owner = None  # it need not call any more

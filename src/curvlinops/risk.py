@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops._columns import VJPS, Body, Columns
+from curvlinops._compiled import module_behind
 from curvlinops._data import (
     Share,
     Tables,
@@ -281,14 +282,14 @@ class EmpiricalRisk:
                 "The model must be a module or a callable `(params, X) -> prediction`, "
                 f"got {type(model_func).__name__}."
             )
-        self.model_func = model_func
-        self.loss_func = loss_func
+        self.model_func = model_func = module_behind(model_func)
+        self.loss_func = module_behind(loss_func)
         self.loss_options: dict[str, Any] = {
             "num_terms_fn": num_terms_fn,
             "sampler": sampler,
             "reduction": reduction,
         }
-        self.terms = Terms(loss_func, self.loss_options, data)
+        self.terms = Terms(self.loss_func, self.loss_options, data)
         self.params = named_parameters(model_func, params)
         self.data = checked_data(data)
         self.progressbar = progressbar
