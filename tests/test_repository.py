@@ -148,11 +148,11 @@ LEVELS = [
         *["_adjoint", "_agreement", "_caching", "_compiled", "_conflicts"],
         *["_cuda_graph", "_data"],
         *["_differences", "_hooks", "_lockstep", "_loss_state", "_memory"],
-        *["_objects", "_random", "_spaces", "_substitutes", "_walk"],
+        *["_objects", "_random", "_reading", "_spaces", "_substitutes", "_walk"],
     ],
     [
-        *["_checksum", "_foreign", "_identity", "_model", "_operator", "_program"],
-        *["_reduction", "_replay", "_watch"],
+        *["_adapter", "_checksum", "_foreign", "_identity", "_model", "_operator"],
+        *["_program", "_reduction", "_replay", "_watch"],
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [

@@ -40,6 +40,7 @@ from curvlinops._model import (
     graph_nodes,
 )
 from curvlinops._objects import content_of
+from curvlinops._reading import not_a_tensor
 from curvlinops._replay import (
     RECORD_EARLY,
     RECORD_LATE,
@@ -804,14 +805,11 @@ def _arrays(leaves: Iterable[Any]) -> list[Any]:
 def _checked_output(output: Any, index: int) -> Tensor:
     """Return the model's output after checking that it can be differentiated."""
     if not torch.is_tensor(output):
-        raise TypeError(
-            f"The model must return a tensor, got {type(output).__name__} for batch "
-            f"{index}. Wrap it, e.g. `lambda params, X: functional_call(model, params, "
-            "(X,)).logits`, or in a module that returns the tensor."
-        )
+        raise not_a_tensor(output, index)
     if not output.is_floating_point():
         raise TypeError(
             f"The model must return real floating-point numbers, got {output.dtype}."
+            + " Return `torch.view_as_real(output)`." * output.is_complex()
         )
     if not torch.isfinite(output).all():
         raise ValueError(

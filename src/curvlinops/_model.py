@@ -33,6 +33,7 @@ from curvlinops._compiled import is_wrapper, module_behind, plain_name
 from curvlinops._data import cloned
 from curvlinops._hooks import hooks_of
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._reading import PLAIN, Caller, Reading
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 from curvlinops._substitutes import Substitutions
 
@@ -274,6 +275,8 @@ class Model:
         A module, or a function ``(params_dict, X) -> prediction``.
     params : dict of str to Tensor
         The tensors to differentiate by, as :func:`named_parameters` returns them.
+    reading : Reading, optional
+        What of its result is the prediction.
 
     Notes
     -----
@@ -286,9 +289,15 @@ class Model:
     """
 
     def __init__(
-        self, model_func: Callable[..., Any], params: dict[str, Tensor]
+        self,
+        model_func: Callable[..., Any],
+        params: dict[str, Tensor],
+        reading: Reading = PLAIN,
     ) -> None:
-        self.params = params
+        self.params, self.reading = params, reading
+        self._call = Caller()
+        #: Whether the prediction was only a part of the model's last result.
+        self.takes_apart = False
         self._model_func = model_func
         self._module = model_func if isinstance(model_func, nn.Module) else None
         self._lock = nullcontext() if self._module is None else _lock_of(self._module)
@@ -341,6 +350,7 @@ class Model:
     def behave_like(self, other: Model) -> None:
         """Take over what has been found out about the same module."""
         self.checked_graphs = dict(other.checked_graphs)
+        self._call = other._call
         self.forward_mode &= other.forward_mode
         self.by_datum &= other.by_datum
         self.may_free &= other.may_free
@@ -349,9 +359,13 @@ class Model:
 
     def shifted(self, tensors: Sequence[Tensor]) -> Model:
         """Return the same model at other values of its parameters."""
-        other = Model(self._model_func, dict(zip(self.params, tensors, strict=True)))
+        other = self.anew(dict(zip(self.params, tensors, strict=True)))
         other.behave_like(self)
         return other
+
+    def anew(self, params: dict[str, Tensor] | None = None) -> Model:
+        """Return the same model, of which nothing has been found out yet."""
+        return Model(self._model_func, params or self.params, self.reading)
 
     def keeps_to_itself(self) -> bool:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
@@ -380,13 +394,20 @@ class Model:
         known = self.checked_graphs
         spare = X if "kernels" in known else cloned(X)
         with Substitutions(not known.get("kernels", True)) as substitutions:
-            output = self._function(X)
+            output = self._evaluated(X)
         if not substitutions.lacking:
             known.setdefault("kernels", True)
             return output
         known["kernels"] = False
         with Substitutions(differentiates=True):
-            return self._function(spare)
+            return self._evaluated(spare)
+
+    def _evaluated(self, X: Any) -> Any:
+        """Return the prediction, or what the model returns instead of one."""
+        result = self._call(self._function, X)
+        prediction = self.reading.tensor(result)
+        self.takes_apart = prediction is not result
+        return prediction
 
     def at(self, X: Any, tensors: Sequence[Tensor]) -> Tensor:
         """Evaluate with other tensors in place of the leaves that functions meet."""

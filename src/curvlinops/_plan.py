@@ -34,7 +34,6 @@ from curvlinops._columns import (
 from curvlinops._data import (
     Share,
     Tables,
-    checked_pair,
     cloned,
     moved,
     part_of,
@@ -270,7 +269,7 @@ class Data:
         entries: list[int] = []
         rows = []
         with preserved_rng(risk.space.device):
-            for X, y in risk.data:
+            for X, y in risk.pairs():
                 sizes.append(size := risk._size_or_none(X))
                 entries.append(numel(X))
                 if size:
@@ -548,7 +547,7 @@ class Probe:
         if not risk._may_be_dense(product.key) or not risk._may_put_together():
             return None
         with preserved_rng(risk.space.device):
-            twin = twin_of(risk, list(risk.data), risk.cache)
+            twin = twin_of(risk, list(risk.pairs()), risk.cache)
         with Tracker() as tracker:
             V = product.operand(twin, self.K)
             for number in range(_MAX_PRODUCTS):
@@ -901,8 +900,7 @@ def check_parts(probe: Probe, fit: Fit) -> None:
     device, twin = risk.space.device, None
     room = int(probe.limit) - _operand(risk, probe.products, probe.K)
     with preserved_rng(device):
-        for index, pair in enumerate(risk.data):
-            X, y = checked_pair(pair, index)
+        for index, (X, y) in enumerate(risk.pairs()):
             size = risk._size_or_none(X)
             number = number_of_parts(size, numel(X), fit.entries)
             if size is None or number == 1:

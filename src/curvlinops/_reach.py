@@ -53,9 +53,9 @@ class Reach:
             raise CopyLeaksError
         if not leaked and len(reached) == len(self._params):
             return
-        self._without_gradient = self._used_without_gradient(batch)
+        self._without_gradient = self._used_without_gradient(model, batch)
         # Parameters that do not require gradients leave no trace when they leak.
-        if copied and (leaked or self._names_in_place(batch) - reached):
+        if copied and (leaked or self._names_in_place(model, batch) - reached):
             raise CopyLeaksError
         if not leaked and reached:
             return
@@ -88,16 +88,16 @@ class Reach:
                 stacklevel=2,
             )
 
-    def _names_in_place(self, batch: Linearization) -> set[str]:
+    def _names_in_place(self, model: Model, batch: Linearization) -> set[str]:
         """Return the parameters that a batch's output depends on, without a copy."""
-        model = Model(self._model_func, self._params)
+        model = model.anew()
         model.evaluate_in_place()
         output = model.run(lambda: model(cloned(batch.X)))
         return _names(model, set(map(id, graph_leaves(output))))
 
-    def _used_without_gradient(self, batch: Linearization) -> list[str]:
+    def _used_without_gradient(self, model: Model, batch: Linearization) -> list[str]:
         """Return the parameters that the model uses where gradients are off."""
-        model = Model(self._model_func, self._params)  # whose uses nobody records
+        model = model.anew()  # whose uses nobody records
         return model.run(lambda: model.used_without_gradient(cloned(batch.X)))
 
     def _hint(self, unused: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ import operator
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from io import BytesIO
 from math import inf
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvlinops._adapter import AsModel
 from curvlinops._columns import VJPS, Body, Columns
 from curvlinops._compiled import module_behind
 from curvlinops._data import (
@@ -33,7 +35,6 @@ from curvlinops._data import (
     Tables,
     ahead,
     checked_data,
-    checked_pair,
     cloned,
     length_of,
     moved,
@@ -74,6 +75,7 @@ from curvlinops._plan import (
     numel,
 )
 from curvlinops._reach import CopyLeaksError, Reach
+from curvlinops._reading import PLAIN, ClassesElsewhereError
 from curvlinops._spaces import TensorSpace
 from curvlinops._structure import own_names, require_same_parameters
 from curvlinops._terms import Terms
@@ -86,6 +88,7 @@ MAX_MATRICES = 256
 #: Attributes of a risk that are pickled and copied; all others are made from them.
 _KEPT = (
     "model_func",
+    "reading",
     "loss_func",
     "loss_options",
     "params",
@@ -282,7 +285,12 @@ class EmpiricalRisk:
                 "The model must be a module or a callable `(params, X) -> prediction`, "
                 f"got {type(model_func).__name__}."
             )
-        self.model_func = model_func = module_behind(model_func)
+        #: How batches and the model's results are read.
+        self.reading = PLAIN
+        given: Any = model_func
+        if isinstance(given, AsModel):
+            given, self.reading = given.module, given.reading
+        self.model_func = model_func = module_behind(given)
         self.loss_func = module_behind(loss_func)
         self.loss_options: dict[str, Any] = {
             "num_terms_fn": num_terms_fn,
@@ -291,7 +299,7 @@ class EmpiricalRisk:
         }
         self.terms = Terms(self.loss_func, self.loss_options, data)
         self.params = named_parameters(model_func, params)
-        self.data = checked_data(data)
+        self.data = checked_data(data, self._pair)
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
         self.terms_per_datum = num_per_example_loss_terms or 1
@@ -321,7 +329,7 @@ class EmpiricalRisk:
     def _start(self) -> None:
         """Create everything that is rebuilt rather than pickled."""
         self._lock = RLock()
-        self.model = Model(self.model_func, self.params)
+        self.model = Model(self.model_func, self.params, self.reading)
         with self.model.exclusive():
             if "_own" not in vars(self):
                 #: Names of the parameters that are the module's own.
@@ -351,7 +359,7 @@ class EmpiricalRisk:
         with self.model.exclusive(), self._lock:
             self.terms.restore(None)
             before = self.model
-            self.model = Model(self.model_func, self.params)
+            self.model = Model(self.model_func, self.params, self.reading)
             self.model.by_datum &= before.by_datum
             self.model.may_free &= before.may_free
             if before._held is not None:
@@ -929,6 +937,8 @@ class EmpiricalRisk:
                     return model.run(run)
                 except CopyLeaksError:
                     model.evaluate_in_place()
+                except ClassesElsewhereError as error:
+                    self._read_anew(model, error.axis)
                 except GraphFreedError as error:
                     if not may_free:  # it is none of ours
                         raise RuntimeError(str(error)) from error
@@ -943,7 +953,7 @@ class EmpiricalRisk:
             model.may_free = False
             if self.model is not model:  # another thread was faster
                 return
-            self.model = Model(self.model_func, self.params)
+            self.model = Model(self.model_func, self.params, self.reading)
             self.model.may_free = False
             self.model.by_datum &= model.by_datum
             self._drop_recordings()
@@ -1007,14 +1017,22 @@ class EmpiricalRisk:
         self._output_shapes = tuple(shapes)
         self._reach.warn_about_unused()
 
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Read the data, each batch as inputs and targets."""
+        for index, item in enumerate(self.data):
+            yield self._pair(item, index)
+
+    def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
+        return self.reading.pair(item, index, targets=self.loss_func is not None)
+
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
         entries, tables = self._entries, self._tables
-        for index, item in enumerate(self.data):
+        for index, item in enumerate(self.pairs()):
             if entries is None:
                 yield index, item, self._share
                 continue
-            X, y = checked_pair(item, index)
+            X, y = item
             size = self._size_or_none(X)
             number = number_of_parts(size, numel(X), entries)
             if size is None or number == 1:
@@ -1029,7 +1047,7 @@ class EmpiricalRisk:
     def _linearize(
         self, index: int, item: Any, place: int, share: Share | None
     ) -> Linearization:
-        X, y = checked_pair(item, index)
+        X, y = item
         device = self.space.device
         X, y = moved(X, device), moved(y, device)
         make_loss = self._loss_maker(X)
@@ -1058,10 +1076,25 @@ class EmpiricalRisk:
         if self._repeats and not batch.writes:
             self._unwritten.add((index, share))
         if not self._known_input:
+            self._check_classes(batch)
             self._reach.check(self.model, batch)
             self._known_input = True
         self._reach.note(self.model, batch)
         return batch
+
+    def _check_classes(self, batch: Linearization) -> None:
+        """Raise if a first batch's classes are not where the loss looks for them."""
+        if self.loss is not None:
+            axes = self.loss.class_axes(batch.output, batch.y)
+            taken = self.model.takes_apart
+            self.reading.check_classes(axes, batch.output.shape, taken)
+
+    def _read_anew(self, model: Model, axis: int) -> None:
+        """Move the axis of classes from now on."""
+        with model.exclusive(), self._lock:
+            if self.model is model:  # else another thread was faster
+                self.reading = replace(self.reading, class_axis=axis)
+                self.model = Model(self.model_func, self.params, self.reading)
 
     def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
         """Return what builds a batch's loss, without a reference to this risk."""
