@@ -186,6 +186,13 @@ def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
+def marks_of(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """Return what models leave on tensors beside what these contain."""
+    return [
+        (t.requires_grad, t.is_leaf and t.grad is None, [*vars(t)]) for t in tensors
+    ]
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """Move the tensors in a nest to a device.
 

@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlinops._adjoint import gap, lost, positive_like
 from curvlinops._agreement import in_units, matrices_agree
-from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
+from curvlinops._data import Share, cloned, leaves_in, marks_of, strided, tensors_in
 from curvlinops._differences import misfits
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._foreign import foreign_parts, not_differentiable
@@ -201,13 +201,14 @@ class Linearization:
         form: list[Any] = []
         given = leaves_in(X, form)
         seen = strided(filter(torch.is_tensor, given))
-        versions = [t._version for t in seen]
+        versions, marks = [t._version for t in seen], marks_of(seen)
         output = _checked_output(self._model(X), self.index)
         form_now: list[Any] = []
         self.writes = (
             [*map(id, given)] != [*map(id, leaves_in(X, form_now))]
             or form != form_now
             or versions != [t._version for t in seen]
+            or marks != marks_of(seen)
             or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
             or _arrays(given) != _arrays(leaves_in(self.X))
         )
@@ -638,7 +639,13 @@ class Linearization:
             self._compare_with_differences()
             known[key] = True
         leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
-        return self._last("_gradient", V, leading)
+        try:
+            return self._last("_gradient", V, leading)
+        except RuntimeError as error:
+            raise_if_out_of_memory(error)
+            if self.loss.opaque:  # it may say that it is to blame
+                self.loss.hessian_mul(torch.zeros_like(self.loss.output))
+            raise
 
     def _compare_with_differences(self) -> None:
         """Raise if the gradient's graph lacks a part of the Hessian.
@@ -806,6 +813,11 @@ def _checked_output(output: Any, index: int) -> Tensor:
     """Return the model's output after checking that it can be differentiated."""
     if not torch.is_tensor(output):
         raise not_a_tensor(output, index)
+    if output.is_nested:
+        raise TypeError(
+            "The model must return a plain tensor, got a nested (jagged) one for batch "
+            f"{index}: return its `.values()`, or `.to_padded_tensor(0.0)`."
+        )
     if not output.is_floating_point():
         raise TypeError(
             f"The model must return real floating-point numbers, got {output.dtype}."

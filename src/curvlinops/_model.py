@@ -31,6 +31,7 @@ from curvlinops import _compiled
 from curvlinops._caching import EVALUATIONS, INSIDE
 from curvlinops._compiled import is_wrapper, module_behind, plain_name
 from curvlinops._data import cloned
+from curvlinops._failures import refuse_meta
 from curvlinops._hooks import hooks_of
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._reading import PLAIN, Caller, Reading
@@ -118,6 +119,8 @@ def named_parameters(
     _check_alike(named, lambda t: t.dtype, "dtypes", "`model.to(torch.float32)`")
     _check_alike(named, lambda t: t.device, "devices", "`model.to(device)`")
     _check_distinct(named, known)
+    others = model_func.named_buffers() if isinstance(model_func, nn.Module) else ()
+    refuse_meta([*named.items(), *known.items(), *others])
     return named
 
 
@@ -213,6 +216,9 @@ def _check_parameter(
         raise TypeError(
             f"Parameter {name!r} has dtype {tensor.dtype}; derivatives need a real "
             "floating-point type."
+            + " Keep real and imaginary part of it, `torch.view_as_real(p)`, as the "
+            "parameter, and use `torch.view_as_complex` of that in the model."
+            * tensor.is_complex()
         )
     if tensor.is_inference():
         raise ValueError(

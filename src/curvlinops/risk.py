@@ -45,6 +45,13 @@ from curvlinops._data import (
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
+from curvlinops._failures import (
+    holds_nested,
+    meets_numpy,
+    model_failure,
+    nested_failure,
+    require_numbers,
+)
 from curvlinops._identity import Identity, checked_owner, key_of
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
@@ -299,7 +306,7 @@ class EmpiricalRisk:
         }
         self.terms = Terms(self.loss_func, self.loss_options, data)
         self.params = named_parameters(model_func, params)
-        self.data = checked_data(data, self._pair)
+        self.data = checked_data(data, self._known_pair)
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
         self.terms_per_datum = num_per_example_loss_terms or 1
@@ -339,6 +346,8 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
+        #: Index of a batch that holds nested tensors.
+        self._nested: int | None = None
         self._reach = Reach(self.model_func, self.params)
         self._columns = Columns(self.space)
         #: Which part of a larger batch the only batch stands for.
@@ -487,6 +496,8 @@ class EmpiricalRisk:
         state = copy.deepcopy(self.__getstate__(), memo)
         del state["_own"]  # a module may copy its parameters as it likes
         new.__setstate__(state)
+        if self._reach.names is None:
+            new._reach.say_no_more()
         return new
 
     def twin(self, **changes: Any) -> Self:
@@ -499,7 +510,7 @@ class EmpiricalRisk:
         """
         new = object.__new__(type(self))
         new.__setstate__({**self.__getstate__(), **changes})
-        new._reach.names = None  # unused parameters are this risk's to warn about
+        new._reach.say_no_more()  # unused parameters are this risk's to warn about
         return new
 
     # -- the loop over data -----------------------------------------------------
@@ -939,6 +950,12 @@ class EmpiricalRisk:
                     model.evaluate_in_place()
                 except ClassesElsewhereError as error:
                     self._read_anew(model, error.axis)
+                except Exception as error:  # whatever torch raises for nested tensors
+                    raise_if_out_of_memory(error)
+                    ours = isinstance(error, (TypeError, ValueError))
+                    if self._nested is None or (ours and error.__cause__ is None):
+                        raise
+                    raise nested_failure(self._nested) from error
                 except GraphFreedError as error:
                     if not may_free:  # it is none of ours
                         raise RuntimeError(str(error)) from error
@@ -1025,6 +1042,10 @@ class EmpiricalRisk:
     def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
         return self.reading.pair(item, index, targets=self.loss_func is not None)
 
+    def _known_pair(self, item: Any, index: int) -> None:
+        """Raise if a batch that is there already cannot be worked on."""
+        require_numbers(self._pair(item, index), index)
+
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
         entries, tables = self._entries, self._tables
@@ -1047,32 +1068,20 @@ class EmpiricalRisk:
     def _linearize(
         self, index: int, item: Any, place: int, share: Share | None
     ) -> Linearization:
-        X, y = item
         device = self.space.device
-        X, y = moved(X, device), moved(y, device)
+        if protect := (index, share) not in self._unwritten:
+            require_numbers(item, index)
+            self._nested = index if holds_nested(item) else self._nested
+        X, y = (moved(side, device) for side in item)
         make_loss = self._loss_maker(X)
         try:
-            protect = (index, share) not in self._unwritten
             batch = Linearization(self.model, X, y, make_loss, index, protect)
             batch.place, batch.share = place, share
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise_if_out_of_memory(error)
-            dtypes = sorted({str(t.dtype) for t in tensors_in(X)})
-            differ = str(self.space.dtype) not in dtypes
-            raise ValueError(
-                f"The model failed on batch {index} (inputs of type {', '.join(dtypes)}"
-                f" on {device}, parameters of {self.space.dtype}): {error}"
-                + differ
-                * f". Convert the inputs with `X.to({self.space.dtype})`, or "
-                "the model, if it does not expect these."
-            ) from error
-        except TypeError as error:
-            if tensors_in(X):
+            if (explained := self._failure(error, X, index)) is None:
                 raise
-            raise TypeError(
-                f"The model failed on batch {index}, whose inputs are no tensors but "
-                f"{type(X).__name__}: {error}. Convert them with `torch.as_tensor`."
-            ) from error
+            raise explained from error
         if self._repeats and not batch.writes:
             self._unwritten.add((index, share))
         if not self._known_input:
@@ -1081,6 +1090,12 @@ class EmpiricalRisk:
             self._known_input = True
         self._reach.note(self.model, batch)
         return batch
+
+    def _failure(self, error: Exception, X: Any, index: int) -> Exception | None:
+        """Return what explains why the model failed, if that can be said."""
+        if isinstance(error, TypeError) and tensors_in(X) and not meets_numpy(error):
+            return None
+        return model_failure(error, X, index, self.space)
 
     def _check_classes(self, batch: Linearization) -> None:
         """Raise if a first batch's classes are not where the loss looks for them."""
