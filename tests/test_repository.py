@@ -146,7 +146,7 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 LEVELS = [
     [
         *["_adjoint", "_agreement", "_caching", "_compiled", "_conflicts"],
-        *["_cuda_graph", "_data", "_failures"],
+        *["_cuda_graph", "_data", "_failures", "_finite"],
         *["_differences", "_hooks", "_lockstep", "_loss_state", "_memory"],
         *["_objects", "_random", "_reading", "_spaces", "_substitutes", "_walk"],
     ],

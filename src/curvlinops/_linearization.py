@@ -29,6 +29,7 @@ from curvlinops._adjoint import gap, lost, positive_like
 from curvlinops._agreement import in_units, matrices_agree
 from curvlinops._data import Share, cloned, leaves_in, marks_of, strided, tensors_in
 from curvlinops._differences import misfits
+from curvlinops._finite import all_finite, named, warn_about_product
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._identity import checked_owner
@@ -349,7 +350,8 @@ class Linearization:
         """
         if key is None:
             return body(self, vectors)
-        if (route := self._routes.get(key)) is None:
+        is_first = (route := self._routes.get(key)) is None
+        if route is None:
             route = self._routes.setdefault(
                 key, Route(self._record_after, self.convolves)
             )
@@ -358,7 +360,34 @@ class Linearization:
         product: Product = partial(body, self)
         if (folded := self._folded.get(key)) is not None:
             product = partial(self._multiply_folded, *folded)
-        return route.multiply(product, vectors, several)
+        products = route.multiply(product, vectors, several)
+        if is_first:
+            self._warn_unless_finite(key, vectors, products)
+        return products
+
+    def _warn_unless_finite(
+        self, key: Hashable, vectors: list[Tensor], products: Sequence[Tensor]
+    ) -> None:
+        """Say why a product is not finite, if it is the first with this batch."""
+        known, name = self._model.checked_graphs, (self.index, self.share, key)
+        if name in known:
+            return
+        known[name] = all_finite(products)
+        if not known[name] and all_finite(vectors) and self._model.warns:
+            names = named(self._model.params, products)
+            first = not all_finite(self._pulled(torch.ones_like(self.output)))
+            by_loss = not first and self._is_loss_at_fault()
+            warn_about_product(names, self.index, first, by_loss)
+
+    def _is_loss_at_fault(self) -> bool:
+        """Whether a loss's second derivative by the output is not finite."""
+        if self.make_loss is None:
+            return False
+        try:
+            product = self.loss.hessian_mul(torch.ones_like(self.output))
+        except NotImplementedError:  # there is no loss beside the model
+            return False
+        return not all_finite([product])
 
     def fold_due(self, key: Hashable, body: Any, number: int) -> bool:
         """Whether as many products have been asked for as folding would cost.

@@ -304,6 +304,8 @@ class Model:
         self._call = Caller()
         #: Whether the prediction was only a part of the model's last result.
         self.takes_apart = False
+        #: Whether products that are not finite are warned about.
+        self.warns = True
         self._model_func = model_func
         self._module = model_func if isinstance(model_func, nn.Module) else None
         self._lock = nullcontext() if self._module is None else _lock_of(self._module)

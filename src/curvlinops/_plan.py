@@ -221,6 +221,7 @@ def twin_of(risk: EmpiricalRisk, data: list[Any], cache: str | int) -> Empirical
     """Return a risk of other data, on which products are tried out."""
     twin = risk.twin(data=data, cache=cache, max_memory=None, progressbar=False)
     twin.model.behave_like(risk.model)
+    twin.model.warns = False
     twin._known_input = risk._known_input
     twin._unwritten = set(risk._unwritten)
     twin._rehearses, twin._may_fold = True, risk._may_fold

@@ -950,16 +950,16 @@ class EmpiricalRisk:
                     model.evaluate_in_place()
                 except ClassesElsewhereError as error:
                     self._read_anew(model, error.axis)
+                except GraphFreedError as error:
+                    if not may_free:  # it is none of ours
+                        raise RuntimeError(str(error)) from error
+                    self._replace_copy(model)
                 except Exception as error:  # whatever torch raises for nested tensors
                     raise_if_out_of_memory(error)
                     ours = isinstance(error, (TypeError, ValueError))
                     if self._nested is None or (ours and error.__cause__ is None):
                         raise
                     raise nested_failure(self._nested) from error
-                except GraphFreedError as error:
-                    if not may_free:  # it is none of ours
-                        raise RuntimeError(str(error)) from error
-                    self._replace_copy(model)
 
     def _replace_copy(self, model: Model) -> None:
         """Give up a private copy that keeps parts of graphs, which have been freed.
