@@ -148,7 +148,8 @@ LEVELS = [
         *["_adjoint", "_agreement", "_caching", "_compiled", "_conflicts"],
         *["_cuda_graph", "_data", "_failures", "_finite"],
         *["_differences", "_hooks", "_lockstep", "_loss_state", "_memory"],
-        *["_objects", "_random", "_reading", "_spaces", "_substitutes", "_walk"],
+        *["_objects", "_once", "_random", "_reading", "_shuffling", "_spaces"],
+        *["_substitutes", "_walk"],
     ],
     [
         *["_adapter", "_checksum", "_foreign", "_identity", "_model", "_operator"],
@@ -158,7 +159,7 @@ LEVELS = [
     [
         *["_apart", "_columns", "_dense", "_determinism", "_folding", "_joining"],
         *["_ledger", "_linearization", "_loss_leaves", "_parts", "_plan", "_reach"],
-        *["_structure", "_terms", "_tracker", "_verify", "structured"],
+        *["_status", "_structure", "_terms", "_tracker", "_verify", "structured"],
     ],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],
     [

@@ -17,6 +17,7 @@ from curvlinops._linearization import Linearization
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
 from curvlinops._reduction import Evidence
+from curvlinops._shuffling import why_passes_differ
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
@@ -113,9 +114,7 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
                 else "the model is random although the data repeats. Call "
                 "`model.eval()`, or remove its randomness."
                 if same_batches
-                else "the data differs between the passes. Is this a shuffling "
-                "`DataLoader` with `drop_last=True`, or random augmentation? Set "
-                "`shuffle=False`, or pass `list(loader)`."
+                else why_passes_differ(risk.data)
             )
             + " To go on all the same, pass `check_deterministic=False`."
         )

@@ -1078,6 +1078,8 @@ class Plan:
         fewer than half as many outputs as rows, it is kept as a product of two factors.
     joined : int
         Bytes of the one batch that small ones are put into, zero if they are not.
+    reason : str
+        Why nothing is kept, or not everything; empty if everything is.
     """
 
     batches: tuple[BatchPlan, ...]
@@ -1088,6 +1090,7 @@ class Plan:
     max_memory: int | None
     dense_after: int | None
     joined: int = 0
+    reason: str = ""
 
     def __str__(self) -> str:
         """Return a table."""
@@ -1108,6 +1111,8 @@ class Plan:
             table.append(
                 f"The matrix or its factors are kept after {self.dense_after} products."
             )
+        if self.reason:
+            table.append(self.reason)
         return "\n".join(table)
 
 
@@ -1188,6 +1193,17 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
         risk.max_memory,
         dense_after,
         0 if joined is None else joined.nbytes,
+        risk.why_nothing_is_kept() or _why_not_all(batches, budget),
+    )
+
+
+def _why_not_all(batches: Sequence[BatchPlan], budget: int) -> str:
+    """Say why some batches are recomputed, if they are."""
+    if all(batch.kept == batch.parts for batch in batches):
+        return ""
+    return (
+        f"Not all is kept, since recordings may take {_bytes(budget)}: what `cache` "
+        "and `max_memory` allow."
     )
 
 

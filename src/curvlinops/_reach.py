@@ -5,16 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from curvlinops._data import cloned
 from curvlinops._linearization import Linearization
 from curvlinops._model import Model, graph_leaves
-
-#: By models, the parameters that were warned about.
-_TOLD: WeakKeyDictionary[Any, set[frozenset[str]]] = WeakKeyDictionary()
+from curvlinops._once import told_before
 
 
 class CopyLeaksError(Exception):
@@ -88,7 +85,7 @@ class Reach:
             return
         unused = [name for name in self._params if name not in self.names]
         self.say_no_more()
-        if unused and not self._told(frozenset(unused)):
+        if unused and not told_before(self._model_func, (Reach, *unused)):
             warnings.warn(
                 f"The model's output does not depend on {unused} for this data: the "
                 f"corresponding rows and columns are zero.{self._hint(unused)}",
@@ -98,16 +95,6 @@ class Reach:
     def say_no_more(self) -> None:
         """Leave the warning to somebody else."""
         self.names = None
-
-    def _told(self, unused: frozenset[str]) -> bool:
-        """Whether there has been this warning for the model, which is taken down."""
-        try:
-            told = _TOLD.setdefault(self._model_func, set())
-        except TypeError:  # a callable that has no hash, or no weak references
-            return False
-        known = unused in told
-        told.add(unused)
-        return known
 
     def _names_in_place(self, model: Model, batch: Linearization) -> set[str]:
         """Return the parameters that a batch's output depends on, without a copy."""

@@ -83,7 +83,9 @@ from curvlinops._plan import (
 )
 from curvlinops._reach import CopyLeaksError, Reach
 from curvlinops._reading import PLAIN, ClassesElsewhereError
+from curvlinops._shuffling import warn_about_shuffling, why_nothing_is_kept
 from curvlinops._spaces import TensorSpace
+from curvlinops._status import Status, status_of
 from curvlinops._structure import own_names, require_same_parameters
 from curvlinops._terms import Terms
 from curvlinops._watch import Watch
@@ -939,6 +941,8 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
+        if self._shuffled and key is not None and not self._rehearses:
+            warn_about_shuffling(self.data)
         known = self.loss is None or not self.loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
         with preserved_rng(self.space.device), unchanged(loss_func):
@@ -1320,6 +1324,23 @@ class EmpiricalRisk:
             return None
 
     # -- determinism ------------------------------------------------------------
+
+    def why_nothing_is_kept(self) -> str:
+        """Say why products keep nothing for later ones; nothing if they may."""
+        return why_nothing_is_kept(self.data, self._shuffled, self._repeats, self.cache)
+
+    def status(self, keys: Iterable[Hashable] = ()) -> Status:
+        """Return what is kept for products named by ``keys``."""
+        self._refresh_if_changed()
+        with self._lock:
+            return status_of(
+                self._recordings,
+                self._num_batches,
+                keys,
+                self._dense.matrices,
+                self._ledger.used(),
+                self.why_nothing_is_kept(),
+            )
 
     def require_fixed_order(self, what: str) -> None:
         """Raise if the batches are known to differ between passes."""
