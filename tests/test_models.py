@@ -1148,6 +1148,9 @@ def test_loader(cls: type, shuffle: bool):
     loader = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=shuffle)
     expected = dense_now(DENSE[cls], (model, loss_func, params, data))
     A = cls(model, loss_func, params, loader)
+    said = pytest.warns(UserWarning, match="shuffle=True") if shuffle else nullcontext()
+    with said:
+        A @ vectors(A)
     for _ in range(3):
         assert_close(A.to_dense(), expected)
     # only batches that repeat are kept

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 from curvlinops._once import told_before
 
 _CURE = (
-    "No matrix depends on the order of the data, so pass `shuffle=False`, or "
+    "The matrix does not depend on their order, so pass `shuffle=False`, or "
     "`list(loader)` if all batches fit into memory"
 )
 

@@ -49,6 +49,7 @@ def status_of(
     keys: Iterable[Hashable],
     matrices: Mapping[Hashable, object],
     held: int,
+    full: bool,
     reason: str,
 ) -> Status:
     """Return the status of products that are named by some keys.
@@ -65,6 +66,8 @@ def status_of(
         Matrices that are kept, by name.
     held : int
         Bytes of everything that is kept.
+    full : bool
+        Whether something did not fit.
     reason : str
         Why nothing is kept, as far as that is known beforehand.
     """
@@ -75,7 +78,7 @@ def status_of(
         replays = batch is not None and all(batch.replays(key) for key in keys)
         form = "recording" if replays and keys else "graph"
         forms.append("recomputed" if batch is None else form)
-    if not reason and number is None:
+    if not reason and not recordings and not full:
         reason = "Nothing is kept yet, since there was no product."
     if not reason and "recomputed" in forms:
         reason = (

@@ -941,7 +941,8 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        if self._shuffled and key is not None and not self._rehearses:
+        loses = self._shuffled and self.cache != "off" and key is not None
+        if loses and not self._rehearses:
             warn_about_shuffling(self.data)
         known = self.loss is None or not self.loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
@@ -1339,6 +1340,7 @@ class EmpiricalRisk:
                 keys,
                 self._dense.matrices,
                 self._ledger.used(),
+                self._ledger.full,
                 self.why_nothing_is_kept(),
             )
 
