@@ -27,6 +27,7 @@ from curvlinops import (
     FisherMCLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    KFACLinearOperator,
 )
 from curvlinops._linearization import GraphFreedError
 from curvlinops._model import Model, _Changes, _Owner, _Switches
@@ -1133,6 +1134,13 @@ def test_unused_parameter_is_named_once():
     with pytest.warns(UserWarning, match=r"inner\.1\.weight.*zero") as caught:
         A = GGNLinearOperator(*built)
         A.to_dense()
+        A @ vectors(A)
+        for twin in (copy.deepcopy(A), copy.copy(A)):
+            twin @ vectors(A)
+        for cls in (HessianLinearOperator, KFACLinearOperator):  # of the same model
+            B = cls(*built)
+            B @ vectors(B)
+        A.refresh()
         A @ vectors(A)
     assert len(caught) == 1
 
