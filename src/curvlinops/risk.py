@@ -125,8 +125,12 @@ class EmpiricalRisk:
     ----------
     model_func : nn.Module or callable
         The model: a module, or a function ``(params_dict, X) -> prediction``. The
-        prediction is one tensor. The module must be in the mode (``train``/``eval``)
-        that is meant.
+        prediction is one tensor, or the tensor ``.logits`` of an object; for anything
+        else see :func:`~curvlinops.as_model`. A module must be in the mode
+        (``train``/``eval``) that is meant. Of a module that ``torch.compile`` has
+        wrapped the one behind it is evaluated, and compiled functions run as they were
+        written, since compiled code has no second derivatives; parameters are known
+        with and without ``_orig_mod.`` in their names.
     loss_func : nn.Module, callable, or None
         Loss ``(prediction, y) -> scalar`` with reduction ``"mean"`` or ``"sum"``. See
         :mod:`curvlinops.losses` for those that are known in closed form. Any other
@@ -142,10 +146,15 @@ class EmpiricalRisk:
         parameter of the module, or a pattern such as ``"encoder.*"`` for several.
     data : iterable of (X, y)
         Batches, the same in every pass: a list, a ``DataLoader``, any iterable that
-        can be iterated repeatedly. ``X`` is a tensor, a mapping or tuple of tensors, or
+        can be iterated repeatedly. Of a loader that shuffles, nothing can be kept from
+        one product to the next: each evaluates the model anew, several times as slow;
+        set ``shuffle=False`` or pass ``list(loader)``. ``X`` is a tensor, a mapping or tuple of tensors, or
         an object with tensors among its attributes (a dataclass, a batch of graphs),
         which needs ``batch_size_fn`` wherever the number of data points counts. All
-        are moved to the parameters' device, objects with a method ``to`` by it.
+        are moved to the parameters' device, objects with a method ``to`` by it. A
+        batch that is a mapping has its targets under ``labels`` (or ``label``,
+        ``targets``, ``target``, ``y``); modules get mappings by keyword if they want
+        that, see :func:`~curvlinops.as_model`.
     progressbar : bool, optional
         Whether to show a progress bar over batches for every product.
     check_deterministic : bool, optional
@@ -187,8 +196,19 @@ class EmpiricalRisk:
     ------
     TypeError, ValueError
         If an argument is not as described, the data is empty or can be read only
-        once, the loss is not finite, or two passes differ; the message names the
-        cause and the cure.
+        once, the loss or its gradient is not finite, or two passes differ; the message
+        names the cause and the cure.
+    RuntimeError
+        In a product, if model or loss have no second derivative.
+
+    Warns
+    -----
+    UserWarning
+        Once for a model, if parameters are not used; once for data, at the first
+        product, if they are shuffled.
+    RuntimeWarning
+        At the first product with a batch, if that is not finite: with the parameters,
+        and whether first or second derivatives are to blame.
     MemoryError
         In a product (or in the check), if it does not fit into ``max_memory``, before
         it starts; the message says how many bytes would do.
