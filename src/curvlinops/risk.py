@@ -148,8 +148,9 @@ class EmpiricalRisk:
         Batches, the same in every pass: a list, a ``DataLoader``, any iterable that
         can be iterated repeatedly. Of a loader that shuffles, nothing can be kept from
         one product to the next: each evaluates the model anew, several times as slow;
-        set ``shuffle=False`` or pass ``list(loader)``. ``X`` is a tensor, a mapping or tuple of tensors, or
-        an object with tensors among its attributes (a dataclass, a batch of graphs),
+        set ``shuffle=False`` or pass ``list(loader)``. ``X`` is a tensor, a mapping or
+        tuple of tensors, or an object with tensors among its attributes (a dataclass, a
+        batch of graphs),
         which needs ``batch_size_fn`` wherever the number of data points counts. All
         are moved to the parameters' device, objects with a method ``to`` by it. A
         batch that is a mapping has its targets under ``labels`` (or ``label``,
