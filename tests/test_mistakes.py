@@ -201,6 +201,32 @@ def ignoring_parameters() -> None:
     GGNLinearOperator(lambda params, X: model(X), nn.MSELoss(), params, batches())
 
 
+class Ragged(nn.Linear):
+    """Takes sums over sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return torch.stack([x.sum(0) for x in super().forward(X).tanh().unbind()])
+
+
+def ragged() -> list[tuple[Tensor, Tensor]]:
+    sequences = [torch.rand(n, 3) for n in (2, 4)]
+    nested = partial(torch.nested.nested_tensor, layout=torch.jagged)
+    return [(nested(sequences), torch.rand(2, 2)) for _ in range(2)]
+
+
+def without_buffer() -> nn.Module:
+    model = Net()
+    model.scale = model.scale.to("meta")
+    return model
+
+
+def scalar(f: Callable) -> None:
+    HessianLinearOperator(ScalarFunction(f, {"a": torch.ones(2)}))
+
+
 def hard() -> TensorLinearOperator:
     """Return a definite matrix that takes more iterations than rows."""
     return TensorLinearOperator(torch.logspace(0, 14, 40).double().diag())
@@ -552,6 +578,45 @@ DATA = (
         "every one is `ignore_index`",
         "target",
     ),
+    (
+        "input without numbers",
+        lambda: make(data=wrong(lambda X, y: (X.to("meta"), y))),
+        V,
+        "inputs of batch 1.*`meta`",
+        "load or create",
+    ),
+    (
+        "target without numbers",
+        lambda: make(
+            data=lambda: DataLoader(
+                wrong(lambda X, y: (X, y.to("meta"))), batch_size=None
+            )
+        ),
+        V,
+        "targets of batch 1.*`meta`",
+        "load or create",
+    ),
+    (
+        "ragged input",
+        lambda: make(model=Ragged(), data=ragged()) @ torch.ones(8),
+        V,
+        r"Batch [01] holds a nested \(jagged\)",
+        "to_padded_tensor",
+    ),
+    (
+        "ragged input, factored",
+        lambda: make(KFACLinearOperator, model=Ragged(), data=ragged()) @ torch.ones(8),
+        V,
+        r"Batch [01] holds a nested \(jagged\)",
+        "to_padded_tensor",
+    ),
+    (
+        "ragged output",
+        lambda: make(model=nn.Linear(3, 2), data=ragged()),
+        T,
+        "nested",
+        "values|to_padded_tensor",
+    ),
     ("wrong num_data", lambda: make(num_data=5), V, "`num_data` is 5.*7", "num_data"),
     (
         "wrong batch_size_fn",
@@ -654,7 +719,7 @@ MODELS = (
         lambda: make(model=Wrapped(lambda f: f + 1j)),
         T,
         "complex64",
-        "real",
+        "view_as_real",
     ),
     (
         "NaN output",
@@ -794,8 +859,29 @@ MODELS = (
         "complex",
         lambda: make(params={"first.weight": torch.ones(4, 3) + 0j}),
         T,
-        "complex64",
-        "floating",
+        "complex64.*floating",
+        "view_as_real",
+    ),
+    (
+        "parameters without numbers",
+        lambda: make(model=Net().to("meta")),
+        V,
+        r"'first\.weight' is on the `meta` device",
+        "to_empty",
+    ),
+    (
+        "a buffer without numbers",
+        lambda: make(model=without_buffer()),
+        V,
+        "'scale' is on the `meta` device",
+        "to_empty",
+    ),
+    (
+        "NumPy inside",
+        lambda: make(model=Wrapped(lambda f: torch.as_tensor(np.tanh(f)))),
+        V,
+        "batch 0.*NumPy.*no derivatives",
+        "torch.exp",
     ),
     ("pattern", lambda: make(params="frist.*"), V, r"frist\.\*", r"first"),
     (
@@ -1146,6 +1232,22 @@ LOSSES = (
         T,
         r"shape \(2,\)",
         r"\.sum\(\)",
+    ),
+    *(
+        (
+            f"scalar function by NumPy, {name}",
+            partial(scalar, f),
+            T,
+            "NumPy",
+            "torch.exp.*np.exp",
+        )
+        for name, f in {
+            "number": lambda p: np.float64(1.0),
+            "array": lambda p: np.ones(()),
+            "sum": lambda p: np.sum(p["a"]),
+            "exponential": lambda p: torch.as_tensor(np.exp(p["a"])).sum(),
+            "converted": lambda p: p["a"].numpy().sum(),
+        }.items()
     ),
     (
         "scalar function without data has no GGN",

@@ -27,9 +27,10 @@ from curvlinops import (
     FisherMCLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    KFACLinearOperator,
 )
 from curvlinops._linearization import GraphFreedError
-from curvlinops._model import Model, _Changes, _MathAttention, _Owner
+from curvlinops._model import Model, _Changes, _Owner, _Switches
 from curvlinops._reach import CopyLeaksError
 from tolerances import assert_close
 
@@ -430,7 +431,7 @@ def test_changes_are_undone_when_their_owner_is_gone():
 
 def test_users_that_are_gone_do_not_keep_attention_as_it_is():
     before = torch.backends.cuda.flash_sdp_enabled()
-    attention = _MathAttention()
+    attention = _Switches()
     attention.add(1, lambda: None)  # a weak reference to what is gone
     assert torch.backends.cuda.flash_sdp_enabled() == before
     attention.add(2, object)
@@ -1134,6 +1135,13 @@ def test_unused_parameter_is_named_once():
         A = GGNLinearOperator(*built)
         A.to_dense()
         A @ vectors(A)
+        for twin in (copy.deepcopy(A), copy.copy(A)):
+            twin @ vectors(A)
+        for cls in (HessianLinearOperator, KFACLinearOperator):  # of the same model
+            B = cls(*built)
+            B @ vectors(B)
+        A.refresh()
+        A @ vectors(A)
     assert len(caught) == 1
 
 
@@ -1148,6 +1156,9 @@ def test_loader(cls: type, shuffle: bool):
     loader = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=shuffle)
     expected = dense_now(DENSE[cls], (model, loss_func, params, data))
     A = cls(model, loss_func, params, loader)
+    said = pytest.warns(UserWarning, match="shuffle=True") if shuffle else nullcontext()
+    with said:
+        A @ vectors(A)
     for _ in range(3):
         assert_close(A.to_dense(), expected)
     # only batches that repeat are kept

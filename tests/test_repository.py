@@ -145,29 +145,22 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 #: this list, never from those below. ``*`` stands for any rest of a dotted name.
 LEVELS = [
     [
-        *["_adjoint", "_agreement", "_caching", "_closed_forms", "_conflicts"],
-        *[
-            "_counts",
-            "_cuda_graph",
-            "_data",
-            "_differences",
-            "_hooks",
-            "_lockstep",
-            "_loss_state",
-            "_memory",
-        ],
-        *["_objects", "_random", "_spaces", "_substitutes", "_walk"],
+        *["_adjoint", "_agreement", "_caching", "_closed_forms", "_compiled"],
+        *["_conflicts", "_counts", "_cuda_graph", "_data", "_differences"],
+        *["_failures", "_finite", "_hooks", "_lockstep", "_loss_state", "_memory"],
+        *["_objects", "_once", "_random", "_reading", "_shuffling", "_spaces"],
+        *["_substitutes", "_walk"],
     ],
     [
-        *["_checksum", "_composites", "_foreign", "_hidden", "_identity", "_model"],
-        *["_operator"],
+        *["_adapter", "_checksum", "_composites", "_foreign", "_hidden", "_identity"],
+        *["_model", "_operator"],
         *["_program", "_reduction", "_replay", "_watch"],
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [
         *["_apart", "_columns", "_dense", "_determinism", "_folding", "_joining"],
         *["_ledger", "_linearization", "_loss_leaves", "_order", "_parts", "_plan"],
-        *["_reach", "_structure", "_terms", "_tracker", "_verify", "diag"],
+        *["_reach", "_status", "_structure", "_terms", "_tracker", "_verify", "diag"],
         *["structured"],
     ],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],

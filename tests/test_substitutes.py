@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 import references
 from curvlinops import (
+    EFLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
     JacobianLinearOperator,
+    KFACLinearOperator,
     _substitutes,
 )
 from tolerances import assert_close
@@ -296,3 +298,123 @@ def test_sparse_gradients():
         net[0].sparse = True
         assert_close(A @ torch.ones(23).double(), dense.sum(1), size=200)
         net[0].sparse = False
+
+
+# Embeddings whose gradients are sparse, or that are summed by torch
+
+IDS = torch.tensor(
+    [[0, 3, 3, 5], [6, 1, 2, 2], [4, 4, 0, 1], [5, 6, 6, 6], [2, 0, 1, 3]]
+)
+
+
+class Words(nn.Module):
+    """Averages embeddings; the rest is the same for all."""
+
+    def __init__(self, options, padding=None, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(7, 3, padding_idx=padding, **options)
+        self.last = nn.Linear(3, 7 if tied else 2, bias=not tied)
+        if tied:
+            self.last.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.embed(x)).mean(1))
+
+
+class Straight(Words):
+    """Calls torch's function without the detour of `torch.nn.functional`."""
+
+    def forward(self, x):
+        weight = self.embed.weight
+        rows = torch.embedding(weight, x, -1, False, self.embed.sparse)
+        return self.last(torch.tanh(rows).mean(1))
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Words, {}),
+        (Words, {"padding": 3}),
+        (Words, {"tied": True}),
+        (Straight, {}),
+    ],
+)
+def test_sparse_gradients_are_the_dense_ones(kind, options, cache):
+    sparse, dense = (kind({"sparse": s}, **options).double() for s in (True, False))
+    sparse.load_state_dict(dense.state_dict())
+    data = [(IDS[:2], torch.tensor([0, 1])), (IDS[2:], torch.tensor([1, 0, 1]))]
+    loss = nn.CrossEntropyLoss()
+    its, own = (dict(m.named_parameters()) for m in (dense, sparse))
+    for cls, reference in (
+        (HessianLinearOperator, references.hessian),
+        (GGNLinearOperator, references.ggn),
+        (EFLinearOperator, references.empirical_fisher),
+    ):
+        A = cls(sparse, loss, own, data, cache=cache)
+        for _ in range(3):
+            assert_close(A.to_dense(), reference(dense, loss, its, data))
+        assert A.verify().ok
+    J = JacobianLinearOperator(sparse, own, data, cache=cache)
+    assert_close(J.to_dense(), references.jacobian(dense, its, data))
+    options = {"fisher_type": "type-2", "unsupported": "diagonal"}
+    A, B = (
+        KFACLinearOperator(m, loss, p, data, **options)
+        for m, p in ((sparse, own), (dense, its))
+    )
+    assert_close(A.to_dense(), B.to_dense())
+
+
+class Bag(nn.Module):
+    def __init__(self, by_offsets=False, **options):
+        super().__init__()
+        self.embed = nn.EmbeddingBag(7, 3, **options)
+        self.last = nn.Linear(3, 2)
+        self.by_offsets = by_offsets
+
+    def forward(self, x):
+        weights = None
+        if self.embed.mode == "sum":
+            weights = torch.linspace(0.5, 1.5, x.numel()).to(self.last.weight)
+            weights = weights.reshape(x.shape)
+        if not self.by_offsets:
+            return self.last(torch.tanh(self.embed(x, per_sample_weights=weights)))
+        offsets = torch.arange(0, x.numel(), x.shape[1])
+        flat = None if weights is None else weights.flatten()
+        return self.last(torch.tanh(self.embed(x.flatten(), offsets, flat)))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("by_offsets", [True, False])
+@pytest.mark.parametrize("options", [{}, {"sparse": True}, {"padding_idx": -1}])
+def test_bags_of_embeddings(mode, by_offsets, options):
+    """Compared with differences: torch has no second derivative of these."""
+    model = Bag(by_offsets, mode=mode, **options).double()
+    data = [(IDS[:2], torch.rand(2, 2)), (IDS[2:], torch.rand(3, 2))]
+    data = [(X, y.double()) for X, y in data]
+    params, loss = dict(model.named_parameters()), nn.MSELoss()
+    dense = Bag(by_offsets, mode=mode, **{**options, "sparse": False}).double()
+    dense.load_state_dict(model.state_dict())
+    its = dict(dense.named_parameters())
+    H = HessianLinearOperator(model, loss, params, data)
+    expected = references.central_differences_hessian(dense, loss, its, data)
+    assert_close(H.to_dense(), expected, exponent=2 / 3)
+    J = JacobianLinearOperator(model, params, data)
+    expected = references.jacobian(dense, its, data)
+    assert_close(J.to_dense(), expected)
+    G = GGNLinearOperator(model, loss, params, data)
+    assert_close(G.to_dense(), 2 / len(expected) * expected.T @ expected)
+
+
+def test_empty_bags_are_zero():
+    class Empty(Bag):
+        def forward(self, x):
+            return self.embed(x, torch.tensor([0, 0, 3]))
+
+    model = Empty(mode="mean").double()
+    x = torch.tensor([1, 2, 3, 3])
+    J = JacobianLinearOperator(model, [model.embed.weight], [(x, None)])
+    assert_close(
+        J.to_dense(),
+        references.jacobian(model, {"embed.weight": model.embed.weight}, [(x, None)]),
+    )

@@ -1,6 +1,7 @@
 """Curvature matrices of neural networks as SciPy linear operators."""
 
 from curvlinops import _conflicts as _conflicts
+from curvlinops._adapter import as_model
 from curvlinops.estimators import (
     Eigenpairs,
     Estimate,
@@ -120,6 +121,7 @@ __all__ = [
     "EighDecomposedLinearOperator",
     "KroneckerProductLinearOperator",
     "as_loss_function",
+    "as_model",
     "EFLinearOperator",
     "EmpiricalRisk",
     "FisherMCLinearOperator",

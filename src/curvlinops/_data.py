@@ -17,8 +17,11 @@ from torch import Tensor
 from curvlinops._objects import ATOMS, is_object, parts_of, with_parts
 
 
-def checked_data(data: Any) -> Iterable[Any]:
-    """Return the data after checking that it can be read repeatedly."""
+def checked_data(data: Any, pair: Callable[[Any, int], Any]) -> Iterable[Any]:
+    """Return the data after checking that it can be read repeatedly.
+
+    Batches that are there already are checked by ``pair``, which gets their number.
+    """
     if isinstance(data, Iterator):
         raise ValueError(
             f"`data` is a one-shot iterator ({type(data).__name__}): it would be empty "
@@ -33,26 +36,8 @@ def checked_data(data: Any) -> Iterable[Any]:
         if not data:
             raise ValueError("`data` is empty: pass at least one batch `(X, y)`.")
         for index, item in enumerate(data):
-            checked_pair(item, index)
+            pair(item, index)
     return data
-
-
-def checked_pair(item: Any, index: int) -> tuple[Any, Any]:
-    """Return a batch as a pair."""
-    if isinstance(item, (list, tuple)) and len(item) == 2:
-        return item[0], item[1]
-    raise ValueError(
-        f"Every batch must be a pair `(X, y)`, but batch {index} is "
-        f"{_described(item)}. Is `data` a single pair? Then pass `[(X, y)]`."
-    )
-
-
-def _described(item: Any) -> str:
-    if torch.is_tensor(item):
-        return f"a tensor of shape {tuple(item.shape)}"
-    if isinstance(item, (list, tuple)):
-        return f"a {type(item).__name__} of length {len(item)}"
-    return f"of type {type(item).__name__}"
 
 
 def length_of(data: Any) -> int | None:
@@ -199,6 +184,13 @@ def strided(tensors: Iterable[Tensor]) -> list[Tensor]:
         else:
             found.append(t.to_dense())
     return found
+
+
+def marks_of(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """Return what models leave on tensors beside what these contain."""
+    return [
+        (t.requires_grad, t.is_leaf and t.grad is None, [*vars(t)]) for t in tensors
+    ]
 
 
 def moved(value: Any, device: torch.device) -> Any:

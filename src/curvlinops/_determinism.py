@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from curvlinops._checksum import Checksum
 from curvlinops._data import tensors_in
+from curvlinops._finite import all_finite, gradient_failure
 from curvlinops._linearization import Linearization
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
 from curvlinops._reduction import Evidence
+from curvlinops._shuffling import why_passes_differ
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
     Raises
     ------
     ValueError
-        If loss or gradient differ, a module's mode makes them random or dependent on
+        If loss or gradient differ, or the gradient is not finite though the loss is, a
+        module's mode makes them random or dependent on
         the batches, the loss changes its own buffers, depends on parameters by itself,
         or is neither a sum nor a mean over data.
     """
@@ -89,6 +92,7 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
 
     first, second, evidence, state = risk.session(run)
     _check_state(state)
+    _check_finite(risk, first.gradient)
     if first.size is not None and num_data not in (None, first.size):
         raise ValueError(
             f"`num_data` is {num_data}, but the data has {first.size} points."
@@ -110,9 +114,7 @@ def passes_agree(risk: EmpiricalRisk, num_data: int | None) -> bool:
                 else "the model is random although the data repeats. Call "
                 "`model.eval()`, or remove its randomness."
                 if same_batches
-                else "the data differs between the passes. Is this a shuffling "
-                "`DataLoader` with `drop_last=True`, or random augmentation? Set "
-                "`shuffle=False`, or pass `list(loader)`."
+                else why_passes_differ(risk.data)
             )
             + " To go on all the same, pass `check_deterministic=False`."
         )
@@ -167,6 +169,23 @@ def _checked_loss(batch: Linearization) -> Tensor:
             "that batch's inputs and targets."
         )
     return value
+
+
+def _check_finite(risk: EmpiricalRisk, gradient: Tensor) -> None:
+    """Raise if a gradient is not finite, and name the first batch with such a one."""
+    if gradient.isfinite().all():
+        return
+
+    def culprit() -> int | None:
+        for batch in risk._fresh_batches("check"):
+            ones = torch.ones_like(batch.output)
+            grads = batch.vjp(ones) if risk.loss_function is None else batch.gradient()
+            if not all_finite(grads):
+                return batch.index
+        return None
+
+    rows = dict(zip(risk.params, risk.space.split(gradient), strict=True))
+    raise gradient_failure(rows, risk.session(culprit), risk.loss_function is not None)
 
 
 def _check_state(changed: list[str]) -> None:

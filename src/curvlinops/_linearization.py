@@ -27,8 +27,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlinops._adjoint import gap, lost, positive_like
 from curvlinops._agreement import in_units, matrices_agree
-from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
+from curvlinops._data import Share, cloned, leaves_in, marks_of, strided, tensors_in
 from curvlinops._differences import misfits
+from curvlinops._finite import all_finite, named, warn_about_product
 from curvlinops._folding import MAX_RANK, Folded, fold
 from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._hidden import refuse_reentrant
@@ -41,6 +42,7 @@ from curvlinops._model import (
     graph_nodes,
 )
 from curvlinops._objects import content_of
+from curvlinops._reading import not_a_tensor
 from curvlinops._replay import (
     RECORD_EARLY,
     RECORD_LATE,
@@ -206,13 +208,14 @@ class Linearization:
         form: list[Any] = []
         given = leaves_in(X, form)
         seen = strided(filter(torch.is_tensor, given))
-        versions = [t._version for t in seen]
+        versions, marks = [t._version for t in seen], marks_of(seen)
         output = _checked_output(self._model(X, self._see), self.index)
         form_now: list[Any] = []
         self.writes = (
             [*map(id, given)] != [*map(id, leaves_in(X, form_now))]
             or form != form_now
             or versions != [t._version for t in seen]
+            or marks != marks_of(seen)
             or not all(map(torch.equal, seen, strided(tensors_in(self.X))))
             or _arrays(given) != _arrays(leaves_in(self.X))
         )
@@ -355,7 +358,8 @@ class Linearization:
         """
         if key is None:
             return body(self, vectors)
-        if (route := self._routes.get(key)) is None:
+        is_first = (route := self._routes.get(key)) is None
+        if route is None:
             route = self._routes.setdefault(
                 key, Route(self._record_after, self.convolves)
             )
@@ -364,7 +368,34 @@ class Linearization:
         product: Product = partial(body, self)
         if (folded := self._folded.get(key)) is not None:
             product = partial(self._multiply_folded, *folded)
-        return route.multiply(product, vectors, several)
+        products = route.multiply(product, vectors, several)
+        if is_first:
+            self._warn_unless_finite(key, vectors, products)
+        return products
+
+    def _warn_unless_finite(
+        self, key: Hashable, vectors: list[Tensor], products: Sequence[Tensor]
+    ) -> None:
+        """Say why a product is not finite, if it is the first with this batch."""
+        known, name = self._model.checked_graphs, (self.index, self.share, key)
+        if name in known:
+            return
+        known[name] = all_finite(products)
+        if not known[name] and all_finite(vectors) and self._model.warns:
+            names = named(self._model.params, products)
+            first = not all_finite(self._pulled(torch.ones_like(self.output)))
+            by_loss = not first and self._is_loss_at_fault()
+            warn_about_product(names, self.index, first, by_loss)
+
+    def _is_loss_at_fault(self) -> bool:
+        """Whether a loss's second derivative by the output is not finite."""
+        if self.make_loss is None:
+            return False
+        try:
+            product = self.loss.hessian_mul(torch.ones_like(self.output))
+        except NotImplementedError:  # there is no loss beside the model
+            return False
+        return not all_finite([product])
 
     def fold_due(self, key: Hashable, body: Any, number: int) -> bool:
         """Whether as many products have been asked for as folding would cost.
@@ -645,7 +676,13 @@ class Linearization:
             self._compare_with_differences()
             known[key] = True
         leading = V[0].shape[: V[0].ndim - self._leaves[0].ndim]
-        return self._last("_gradient", V, leading)
+        try:
+            return self._last("_gradient", V, leading)
+        except RuntimeError as error:
+            raise_if_out_of_memory(error)
+            if self.loss.opaque:  # it may say that it is to blame
+                self.loss.hessian_mul(torch.zeros_like(self.loss.output))
+            raise
 
     def _compare_with_differences(self) -> None:
         """Raise if the gradient's graph lacks a part of the Hessian.
@@ -812,14 +849,16 @@ def _arrays(leaves: Iterable[Any]) -> list[Any]:
 def _checked_output(output: Any, index: int) -> Tensor:
     """Return the model's output after checking that it can be differentiated."""
     if not torch.is_tensor(output):
+        raise not_a_tensor(output, index)
+    if output.is_nested:
         raise TypeError(
-            f"The model must return a tensor, got {type(output).__name__} for batch "
-            f"{index}. Wrap it, e.g. `lambda params, X: functional_call(model, params, "
-            "(X,)).logits`, or in a module that returns the tensor."
+            "The model must return a plain tensor, got a nested (jagged) one for batch "
+            f"{index}: return its `.values()`, or `.to_padded_tensor(0.0)`."
         )
     if not output.is_floating_point():
         raise TypeError(
             f"The model must return real floating-point numbers, got {output.dtype}."
+            + " Return `torch.view_as_real(output)`." * output.is_complex()
         )
     if not torch.isfinite(output).all():
         raise ValueError(

@@ -27,10 +27,14 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from curvlinops import _compiled
 from curvlinops._caching import EVALUATIONS, INSIDE
+from curvlinops._compiled import is_wrapper, module_behind, plain_name
 from curvlinops._data import cloned
+from curvlinops._failures import refuse_meta
 from curvlinops._hooks import hooks_of
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._reading import PLAIN, Caller, Reading
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 from curvlinops._substitutes import Substitutions
 
@@ -71,7 +75,7 @@ def named_parameters(
     if isinstance(model_func, nn.Module):
         known.update(model_func.named_parameters(remove_duplicate=False))
     if isinstance(params, Mapping):
-        named = dict(params)
+        named = _in_spelling_of(known, params)
     elif isinstance(params, str):
         if not is_module:
             raise TypeError(
@@ -115,6 +119,8 @@ def named_parameters(
     _check_alike(named, lambda t: t.dtype, "dtypes", "`model.to(torch.float32)`")
     _check_alike(named, lambda t: t.device, "devices", "`model.to(device)`")
     _check_distinct(named, known)
+    others = model_func.named_buffers() if isinstance(model_func, nn.Module) else ()
+    refuse_meta([*named.items(), *known.items(), *others])
     return named
 
 
@@ -147,7 +153,9 @@ def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
     names = list(names)
     if pattern in names:
         return [pattern]
+    plain = plain_name(pattern)
     found = [name for name in names if fnmatchcase(name, pattern)]
+    found = found or [name for name in names if fnmatchcase(plain_name(name), plain)]
     if not found:
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
         raise ValueError(
@@ -155,6 +163,20 @@ def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
             + (f"close names: {close}." if close else f"there are {names[:8]}.")
         )
     return found
+
+
+def _in_spelling_of(
+    known: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return parameters with names as the module has them.
+
+    Whether or not a module is compiled, `torch.compile` leaves a trace in the names.
+    """
+    spelt = {plain_name(name): name for name in known} if known else {}
+    return {
+        name if name in known else spelt.get(plain_name(str(name)), name): tensor
+        for name, tensor in params.items()
+    }
 
 
 def _names_of(params: Iterable[Any], known: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -194,6 +216,9 @@ def _check_parameter(
         raise TypeError(
             f"Parameter {name!r} has dtype {tensor.dtype}; derivatives need a real "
             "floating-point type."
+            + " Keep real and imaginary part of it, `torch.view_as_real(p)`, as the "
+            "parameter, and use `torch.view_as_complex` of that in the model."
+            * tensor.is_complex()
         )
     if tensor.is_inference():
         raise ValueError(
@@ -256,6 +281,8 @@ class Model:
         A module, or a function ``(params_dict, X) -> prediction``.
     params : dict of str to Tensor
         The tensors to differentiate by, as :func:`named_parameters` returns them.
+    reading : Reading, optional
+        What of its result is the prediction.
 
     Notes
     -----
@@ -271,9 +298,17 @@ class Model:
     _mode: Any = nullcontext()
 
     def __init__(
-        self, model_func: Callable[..., Any], params: dict[str, Tensor]
+        self,
+        model_func: Callable[..., Any],
+        params: dict[str, Tensor],
+        reading: Reading = PLAIN,
     ) -> None:
-        self.params = params
+        self.params, self.reading = params, reading
+        self._call = Caller()
+        #: Whether the prediction was only a part of the model's last result.
+        self.takes_apart = False
+        #: Whether products that are not finite are warned about.
+        self.warns = True
         self._model_func = model_func
         self._module = model_func if isinstance(model_func, nn.Module) else None
         self._lock = nullcontext() if self._module is None else _lock_of(self._module)
@@ -326,6 +361,7 @@ class Model:
     def behave_like(self, other: Model) -> None:
         """Take over what has been found out about the same module."""
         self.checked_graphs = dict(other.checked_graphs)
+        self._call = other._call
         self.forward_mode &= other.forward_mode
         self.by_datum &= other.by_datum
         self.may_free &= other.may_free
@@ -334,9 +370,13 @@ class Model:
 
     def shifted(self, tensors: Sequence[Tensor]) -> Model:
         """Return the same model at other values of its parameters."""
-        other = Model(self._model_func, dict(zip(self.params, tensors, strict=True)))
+        other = self.anew(dict(zip(self.params, tensors, strict=True)))
         other.behave_like(self)
         return other
+
+    def anew(self, params: dict[str, Tensor] | None = None) -> Model:
+        """Return the same model, of which nothing has been found out yet."""
+        return Model(self._model_func, params or self.params, self.reading)
 
     def keeps_to_itself(self) -> bool:
         """Whether evaluations reach nothing of the user's, as hooks may do."""
@@ -366,13 +406,20 @@ class Model:
         spare = X if "kernels" in known else cloned(X)
         kernels = Substitutions(not known.get("kernels", True), see)
         with self._mode, kernels as substitutions:
-            output = self._function(X)
+            output = self._evaluated(X)
         if not substitutions.lacking:
             known.setdefault("kernels", True)
             return output
         known["kernels"] = False
         with self._mode, Substitutions(differentiates=True):
-            return self._function(spare)
+            return self._evaluated(spare)
+
+    def _evaluated(self, X: Any) -> Any:
+        """Return the prediction, or what the model returns instead of one."""
+        result = self._call(self._function, X)
+        prediction = self.reading.tensor(result)
+        self.takes_apart = prediction is not result
+        return prediction
 
     @contextmanager
     def evaluated_in(self, mode: Any) -> Iterator[None]:
@@ -655,12 +702,18 @@ def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
     """Do what `copy.deepcopy` does, but ordinary modules in a fifth of the time.
 
     These are copied attribute by attribute, everything else is left to the original.
+    In place of a compiled module stands a copy of the one behind it.
     """
     kind: Any = type(value)
     if kind in _ATOMS:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if is_wrapper(value):
+        if (behind := module_behind(value)) is value:
+            raise TypeError("A compiled module's own hooks are lost in copies of it.")
+        memo[id(value)] = new = _deep_copy(behind, memo)
+        return new
     if isinstance(value, nn.Module) and _is_ordinary(kind):
         memo[id(value)] = new = kind.__new__(kind)
         state = value.__getstate__()
@@ -703,18 +756,20 @@ def _lock_of(module: Any) -> RLock:
         return _LOCKS.setdefault(module, RLock())
 
 
-class _MathAttention:
-    """Process-wide choice of attention's math form, while anything uses it.
+class _Switches:
+    """Process-wide switches of torch, while anything uses them.
 
-    Flash and memory-efficient attention have no double backward. torch's switches are
-    global, hence turned by the first user and turned back by the last. Users are known
-    by weak references: one that is gone counts no more.
+    Those of attention choose its math form, since flash and memory-efficient attention
+    have no double backward; compiled functions, which have none either, run as they
+    were written. The switches are global, hence turned by the first user and turned
+    back by the last. Users are known by weak references: one that is gone counts no
+    more.
     """
 
     def __init__(self) -> None:
         self._lock = RLock()
         self._users: dict[int, Callable[[], Any]] = {}
-        self._before: list[bool] | None = None
+        self._before: list[tuple[Callable[[Any], Any], Any]] | None = None
 
     def add(self, key: int, user: Callable[[], Any]) -> None:
         """Turn the switches on behalf of a user, given by a weak reference."""
@@ -730,14 +785,20 @@ class _MathAttention:
 
     def _update(self) -> None:
         if any(user() is not None for user in list(self._users.values())):
+            switches = [*_attention(), *_compiled.switches()]
             if self._before is None:
-                self._before = [_get_switch(name)() for name in _ATTENTION]
-            for name in _ATTENTION:
-                _set_switch(name)(name == "math")
+                self._before = [(turn, read()) for read, turn, _ in switches]
+            for _, turn, value in switches:
+                turn(value)
         elif self._before is not None:
-            for name, value in zip(_ATTENTION, self._before, strict=True):
-                _set_switch(name)(value)
+            for turn, value in self._before:
+                turn(value)
             self._before = None
+
+
+def _attention() -> list[_compiled.Switch]:
+    """Return what makes attention take its math form."""
+    return [(_get_switch(n), _set_switch(n), n == "math") for n in _ATTENTION]
 
 
 def _get_switch(name: str) -> Callable[[], bool]:
@@ -755,7 +816,7 @@ _ATTENTION = [
     for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
     if hasattr(torch._C, f"_set_sdp_use_{name}")
 ]
-_MATH_ATTENTION = _MathAttention()
+_SWITCHES = _Switches()
 _NO_CUDNN = partial(torch.backends.cudnn.flags, enabled=False)
 
 
@@ -764,7 +825,7 @@ class _Owner:
 
 
 class _Changes:
-    """What a run changes outside of itself: attention, torch's caches, a module.
+    """What a run changes outside of itself: switches, torch's caches, a module.
 
     What is to be undone is noted before it is done, and undoing twice does no harm. So
     wherever an interrupt strikes, the rest can be undone later: at the latest when the
@@ -783,9 +844,9 @@ class _Changes:
         self.undo()
 
     def make(self, module: nn.Module | None, aliases: dict[str, nn.Parameter]) -> None:
-        """Switch attention and caches, and put aliases and buffers into a module."""
+        """Turn switches and caches, and put aliases and buffers into a module."""
         assert self._owner is not None
-        _MATH_ATTENTION.add(id(self), self._owner)
+        _SWITCHES.add(id(self), self._owner)
         EVALUATIONS[id(self)] = self._owner
         INSIDE.number = 0
         if module is None:
@@ -811,7 +872,7 @@ class _Changes:
             place, name, tensor = self._places[-1]
             place[name] = tensor
             self._places.pop()
-        _MATH_ATTENTION.remove(id(self))
+        _SWITCHES.remove(id(self))
         EVALUATIONS.pop(id(self), None)
         INSIDE.number = self._inside  # matters within an evaluation only
         self._owner = None  # it need not call any more

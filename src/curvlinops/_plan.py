@@ -34,7 +34,6 @@ from curvlinops._columns import (
 from curvlinops._data import (
     Share,
     Tables,
-    checked_pair,
     cloned,
     moved,
     part_of,
@@ -222,6 +221,7 @@ def twin_of(risk: EmpiricalRisk, data: list[Any], cache: str | int) -> Empirical
     """Return a risk of other data, on which products are tried out."""
     twin = risk.twin(data=data, cache=cache, max_memory=None, progressbar=False)
     twin.model.behave_like(risk.model)
+    twin.model.warns = False
     twin._known_input = risk._known_input
     twin._unwritten = set(risk._unwritten)
     twin._rehearses, twin._may_fold = True, risk._may_fold
@@ -270,7 +270,7 @@ class Data:
         entries: list[int] = []
         rows = []
         with preserved_rng(risk.space.device):
-            for X, y in risk.data:
+            for X, y in risk.pairs():
                 sizes.append(size := risk._size_or_none(X))
                 entries.append(numel(X))
                 if size:
@@ -548,7 +548,7 @@ class Probe:
         if not risk._may_be_dense(product.key) or not risk._may_put_together():
             return None
         with preserved_rng(risk.space.device):
-            twin = twin_of(risk, list(risk.data), risk.cache)
+            twin = twin_of(risk, list(risk.pairs()), risk.cache)
         with Tracker() as tracker:
             V = product.operand(twin, self.K)
             for number in range(_MAX_PRODUCTS):
@@ -901,8 +901,7 @@ def check_parts(probe: Probe, fit: Fit) -> None:
     device, twin = risk.space.device, None
     room = int(probe.limit) - _operand(risk, probe.products, probe.K)
     with preserved_rng(device):
-        for index, pair in enumerate(risk.data):
-            X, y = checked_pair(pair, index)
+        for index, (X, y) in enumerate(risk.pairs()):
             size = risk._size_or_none(X)
             number = number_of_parts(size, numel(X), fit.entries)
             if size is None or number == 1:
@@ -1079,6 +1078,8 @@ class Plan:
         fewer than half as many outputs as rows, it is kept as a product of two factors.
     joined : int
         Bytes of the one batch that small ones are put into, zero if they are not.
+    reason : str
+        Why nothing is kept, or not everything; empty if everything is.
     """
 
     batches: tuple[BatchPlan, ...]
@@ -1089,6 +1090,7 @@ class Plan:
     max_memory: int | None
     dense_after: int | None
     joined: int = 0
+    reason: str = ""
 
     def __str__(self) -> str:
         """Return a table."""
@@ -1109,6 +1111,8 @@ class Plan:
             table.append(
                 f"The matrix or its factors are kept after {self.dense_after} products."
             )
+        if self.reason:
+            table.append(self.reason)
         return "\n".join(table)
 
 
@@ -1189,6 +1193,17 @@ def plan(operator: RiskOperator, columns: int) -> Plan:
         risk.max_memory,
         dense_after,
         0 if joined is None else joined.nbytes,
+        risk.why_nothing_is_kept() or _why_not_all(batches, budget),
+    )
+
+
+def _why_not_all(batches: Sequence[BatchPlan], budget: int) -> str:
+    """Say why some batches are recomputed, if they are."""
+    if all(batch.kept == batch.parts for batch in batches):
+        return ""
+    return (
+        f"Not all is kept, since recordings may take {_bytes(budget)}: what `cache` "
+        "and `max_memory` allow."
     )
 
 

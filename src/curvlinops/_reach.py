@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curvlinops._data import cloned
 from curvlinops._linearization import Linearization
 from curvlinops._model import Model, graph_leaves
+from curvlinops._once import told_before
 
 
 class CopyLeaksError(Exception):
@@ -53,9 +54,9 @@ class Reach:
             raise CopyLeaksError
         if not leaked and len(reached) == len(self._params):
             return
-        self._without_gradient = self._used_without_gradient(batch)
+        self._without_gradient = self._used_without_gradient(model, batch)
         # Parameters that do not require gradients leave no trace when they leak.
-        if copied and (leaked or self._names_in_place(batch) - reached):
+        if copied and (leaked or self._names_in_place(model, batch) - reached):
             raise CopyLeaksError
         if not leaked and reached:
             return
@@ -76,28 +77,35 @@ class Reach:
             self.names |= _names(model, batch.reached)
 
     def warn_about_unused(self) -> None:
-        """Warn once about parameters that no batch's output depends on."""
+        """Warn once about parameters that no batch's output depends on.
+
+        Once for all operators of a model.
+        """
         if self.names is None:
             return
         unused = [name for name in self._params if name not in self.names]
-        self.names = None
-        if unused:
+        self.say_no_more()
+        if unused and not told_before(self._model_func, (Reach, *unused)):
             warnings.warn(
                 f"The model's output does not depend on {unused} for this data: the "
                 f"corresponding rows and columns are zero.{self._hint(unused)}",
                 stacklevel=2,
             )
 
-    def _names_in_place(self, batch: Linearization) -> set[str]:
+    def say_no_more(self) -> None:
+        """Leave the warning to somebody else."""
+        self.names = None
+
+    def _names_in_place(self, model: Model, batch: Linearization) -> set[str]:
         """Return the parameters that a batch's output depends on, without a copy."""
-        model = Model(self._model_func, self._params)
+        model = model.anew()
         model.evaluate_in_place()
         output = model.run(lambda: model(cloned(batch.X)))
         return _names(model, set(map(id, graph_leaves(output))))
 
-    def _used_without_gradient(self, batch: Linearization) -> list[str]:
+    def _used_without_gradient(self, model: Model, batch: Linearization) -> list[str]:
         """Return the parameters that the model uses where gradients are off."""
-        model = Model(self._model_func, self._params)  # whose uses nobody records
+        model = model.anew()  # whose uses nobody records
         return model.run(lambda: model.used_without_gradient(cloned(batch.X)))
 
     def _hint(self, unused: Iterable[str]) -> str:

@@ -19,6 +19,67 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up rows, whose gradient is dense: a sparse one has no derivative itself."""
+    options = (max_norm, norm_type, scale_grad_by_freq)
+    return F.embedding(input, weight, padding_idx, *options)
+
+
+def _rows(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return torch.embedding(weight, indices, padding_idx, scale_grad_by_freq)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Return sums or means over bags of rows, as sums that can be differentiated."""
+    weighted = per_sample_weights is not None
+    known = mode == "sum" or (mode == "mean" and not weighted)
+    if not known or max_norm is not None or scale_grad_by_freq:
+        options = (max_norm, norm_type, scale_grad_by_freq, mode, False)
+        others = (per_sample_weights, include_last_offset, padding_idx)
+        return F.embedding_bag(input, weight, offsets, *options, *others)
+    rows = F.embedding(input, weight, padding_idx)
+    kept = torch.ones_like(input, dtype=weight.dtype)
+    if padding_idx is not None:
+        kept = (input != padding_idx % len(weight)).to(weight.dtype)
+    factors = kept if per_sample_weights is None else kept * per_sample_weights
+    rows = rows * factors.unsqueeze(-1)
+    if offsets is None:
+        sums, counts = rows.sum(1), kept.sum(1)
+    else:
+        starts = offsets[:-1] if include_last_offset else offsets
+        places = torch.arange(len(input), device=input.device)
+        bag = torch.searchsorted(starts.contiguous(), places, right=True) - 1
+        sums = rows.new_zeros(len(starts), rows.shape[1]).index_add(0, bag, rows)
+        counts = kept.new_zeros(len(starts)).index_add(0, bag, kept)
+    return sums if mode == "sum" else sums / counts.clamp(min=1).unsqueeze(1)
+
+
 def _register_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
     """Register a hook, and leave a mark: nothing else tells that it is there."""
     if tensor.grad_fn is not None:
@@ -91,9 +152,13 @@ def _instance_norm(
 
 #: Functions of torch whose second derivative is wrong or missing, and what is called
 #: instead. `torch._weight_norm`'s fused double backward is silently wrong on the CPU
-#: (torch 2.13: `gradgradcheck` fails).
+#: (torch 2.13: `gradgradcheck` fails); sparse gradients, and bags of embeddings, have
+#: none.
 _ALWAYS: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
+    F.embedding: _embedding,
+    torch.embedding: _rows,
+    F.embedding_bag: _embedding_bag,
     Tensor.register_hook: _register_hook,
 }
 #: Functions whose third derivative is, so that theirs serve unless the model itself

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Generator, Tensor, nn
 
-from curvlinops._data import checked_pair, cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._data import cloned, cut, moved, preserved_rng, tensors_in
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import raise_if_out_of_memory
@@ -282,8 +282,7 @@ class _Halves:
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         """Yield the halves of one batch after the other."""
-        for index, item in enumerate(self.risk.data):
-            X, y = checked_pair(item, index)
+        for X, y in self.risk.pairs():
             size = self.risk.batch_size(X)
             for start, stop in ((0, size // 2), (size // 2, size)):
                 if start < stop:
@@ -296,7 +295,7 @@ class _Halves:
         """Raise if a batch cannot be cut, or none needs to."""
         sizes = []
         try:
-            for X, _ in self.risk.data:
+            for X, _ in self.risk.pairs():
                 sizes.append(self.risk.batch_size(X))
                 if not any(t.ndim and len(t) == sizes[-1] for t in tensors_in(X)):
                     raise _SkippedError("no input has the data along its first axis")
@@ -331,7 +330,7 @@ class _Plain:
             shifts = risk.space.split(shift)
             theta = [p + s for p, s in zip(theta, shifts, strict=True)]
         params = dict(zip(risk.params, theta, strict=True))
-        model = Model(risk.model_func, params)
+        model = risk.model.anew(params)
         if risk.model._held is not None:
             model.evaluate_in_place()
         with preserved_rng(self.device):
@@ -339,8 +338,7 @@ class _Plain:
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """Yield inputs and targets on the model's device."""
-        for index, item in enumerate(self.risk.data):
-            X, y = checked_pair(item, index)
+        for X, y in self.risk.pairs():
             yield cloned(moved(X, self.device)), moved(y, self.device)
 
     def outputs(self, shift: Tensor | None = None) -> Outputs:
@@ -375,7 +373,7 @@ class _Plain:
         risk = self.risk
         if (evidence := risk.terms.evidence()) is None:
             return
-        sizes = [risk._size_or_none(X) for X, _ in risk.data]
+        sizes = [risk._size_or_none(X) for X, _ in risk.pairs()]
         for batch in zip(self.here, self.targets, sizes, strict=True):
             evidence.add(*batch)
         risk.terms.confirm(evidence)

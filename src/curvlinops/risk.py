@@ -15,6 +15,7 @@ import copy
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from io import BytesIO
 from math import inf
@@ -25,14 +26,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curvlinops._adapter import AsModel
 from curvlinops._columns import VJPS, Body, Columns
+from curvlinops._compiled import module_behind
 from curvlinops._counts import as_count, optional_count
 from curvlinops._data import (
     Share,
     Tables,
     ahead,
     checked_data,
-    checked_pair,
     cloned,
     length_of,
     moved,
@@ -43,6 +45,13 @@ from curvlinops._data import (
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
+from curvlinops._failures import (
+    holds_nested,
+    meets_numpy,
+    model_failure,
+    nested_failure,
+    require_numbers,
+)
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner, key_of
 from curvlinops._joining import joined_batch, joining_pays
@@ -74,7 +83,10 @@ from curvlinops._plan import (
     numel,
 )
 from curvlinops._reach import CopyLeaksError, Reach
+from curvlinops._reading import PLAIN, ClassesElsewhereError
+from curvlinops._shuffling import warn_about_shuffling, why_nothing_is_kept
 from curvlinops._spaces import TensorSpace, numeric_array, to_numpy
+from curvlinops._status import Status, status_of
 from curvlinops._structure import own_names, require_same_parameters
 from curvlinops._terms import Terms
 from curvlinops._watch import Watch
@@ -86,6 +98,7 @@ MAX_MATRICES = 256
 #: Attributes of a risk that are pickled and copied; all others are made from them.
 _KEPT = (
     "model_func",
+    "reading",
     "loss_func",
     "loss_options",
     "params",
@@ -113,8 +126,12 @@ class EmpiricalRisk:
     ----------
     model_func : nn.Module or callable
         The model: a module, or a function ``(params_dict, X) -> prediction``. The
-        prediction is one tensor. The module must be in the mode (``train``/``eval``)
-        that is meant.
+        prediction is one tensor, or the tensor ``.logits`` of an object; for anything
+        else see :func:`~curvlinops.as_model`. A module must be in the mode
+        (``train``/``eval``) that is meant. Of a module that ``torch.compile`` has
+        wrapped the one behind it is evaluated, and compiled functions run as they were
+        written, since compiled code has no second derivatives; parameters are known
+        with and without ``_orig_mod.`` in their names.
     loss_func : nn.Module, callable, or None
         Loss ``(prediction, y) -> scalar`` with reduction ``"mean"`` or ``"sum"``. See
         :mod:`curvlinops.losses` for those that are known in closed form. Any other
@@ -130,10 +147,16 @@ class EmpiricalRisk:
         parameter of the module, or a pattern such as ``"encoder.*"`` for several.
     data : iterable of (X, y)
         Batches, the same in every pass: a list, a ``DataLoader``, any iterable that
-        can be iterated repeatedly. ``X`` is a tensor, a mapping or tuple of tensors, or
-        an object with tensors among its attributes (a dataclass, a batch of graphs),
+        can be iterated repeatedly. Of a loader that shuffles, nothing can be kept from
+        one product to the next: each evaluates the model anew, several times as slow;
+        set ``shuffle=False`` or pass ``list(loader)``. ``X`` is a tensor, a mapping or
+        tuple of tensors, or an object with tensors among its attributes (a dataclass, a
+        batch of graphs),
         which needs ``batch_size_fn`` wherever the number of data points counts. All
-        are moved to the parameters' device, objects with a method ``to`` by it.
+        are moved to the parameters' device, objects with a method ``to`` by it. A
+        batch that is a mapping has its targets under ``labels`` (or ``label``,
+        ``targets``, ``target``, ``y``); modules get mappings by keyword if they want
+        that, see :func:`~curvlinops.as_model`.
     progressbar : bool, optional
         Whether to show a progress bar over batches for every product; matrices that
         are computed once and kept (of KFAC and its kin, and the GGN's diagonal) show
@@ -177,10 +200,21 @@ class EmpiricalRisk:
     ------
     TypeError, ValueError
         If an argument is not as described, the data is empty or can be read only
-        once, the loss is not finite, two passes differ, or parameters are used where
-        the output's graph does not show them (in a reentrant activation checkpoint, or
-        another autograd function that is not given them); the message names the cause
-        and the cure.
+        once, the loss or its gradient is not finite, two passes differ, or parameters
+        are used where the output's graph does not show them (in a reentrant activation
+        checkpoint, or another autograd function that is not given them); the message
+        names the cause and the cure.
+    RuntimeError
+        In a product, if model or loss have no second derivative.
+
+    Warns
+    -----
+    UserWarning
+        Once for a model, if parameters are not used; once for data, at the first
+        product, if they are shuffled.
+    RuntimeWarning
+        At the first product with a batch, if that is not finite: with the parameters,
+        and whether first or second derivatives are to blame.
     MemoryError
         In a product (or in the check), if it does not fit into ``max_memory``, before
         it starts; the message says how many bytes would do.
@@ -286,16 +320,21 @@ class EmpiricalRisk:
                 "The model must be a module or a callable `(params, X) -> prediction`, "
                 f"got {type(model_func).__name__}."
             )
-        self.model_func = model_func
-        self.loss_func = loss_func
+        #: How batches and the model's results are read.
+        self.reading = PLAIN
+        given: Any = model_func
+        if isinstance(given, AsModel):
+            given, self.reading = given.module, given.reading
+        self.model_func = model_func = module_behind(given)
+        self.loss_func = module_behind(loss_func)
         self.loss_options: dict[str, Any] = {
             "num_terms_fn": num_terms_fn,
             "sampler": sampler,
             "reduction": reduction,
         }
-        self.terms = Terms(loss_func, self.loss_options, data)
+        self.terms = Terms(self.loss_func, self.loss_options, data)
         self.params = named_parameters(model_func, params)
-        self.data = checked_data(data)
+        self.data = checked_data(data, self._known_pair)
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
         terms = optional_count("num_per_example_loss_terms", num_per_example_loss_terms)
@@ -325,7 +364,7 @@ class EmpiricalRisk:
     def _start(self) -> None:
         """Create everything that is rebuilt rather than pickled."""
         self._lock = RLock()
-        self.model = Model(self.model_func, self.params)
+        self.model = Model(self.model_func, self.params, self.reading)
         with self.model.exclusive():
             if "_own" not in vars(self):
                 #: Names of the parameters that are the module's own.
@@ -336,6 +375,8 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
+        #: Index of a batch that holds nested tensors.
+        self._nested: int | None = None
         self._reach = Reach(self.model_func, self.params)
         self._columns = Columns(self.space)
         #: Which part of a larger batch the only batch stands for.
@@ -356,7 +397,7 @@ class EmpiricalRisk:
         with self.model.exclusive(), self._lock:
             self.terms.restore(None)
             before = self.model
-            self.model = Model(self.model_func, self.params)
+            self.model = Model(self.model_func, self.params, self.reading)
             self.model.by_datum &= before.by_datum
             self.model.may_free &= before.may_free
             if before._held is not None:
@@ -486,6 +527,8 @@ class EmpiricalRisk:
         state = copy.deepcopy(self.__getstate__(), memo)
         del state["_own"]  # a module may copy its parameters as it likes
         new.__setstate__(state)
+        if self._reach.names is None:
+            new._reach.say_no_more()
         return new
 
     def twin(self, **changes: Any) -> Self:
@@ -498,7 +541,7 @@ class EmpiricalRisk:
         """
         new = object.__new__(type(self))
         new.__setstate__({**self.__getstate__(), **changes})
-        new._reach.names = None  # unused parameters are this risk's to warn about
+        new._reach.say_no_more()  # unused parameters are this risk's to warn about
         return new
 
     # -- the loop over data -----------------------------------------------------
@@ -1062,9 +1105,11 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        known = (
-            self.loss_function is None or not self.loss_function.loss.opaque
-        )  # and not called
+        loses = self._shuffled and self.cache != "off" and key is not None
+        if loses and not self._rehearses:
+            warn_about_shuffling(self.data)
+        loss = self.loss_function
+        known = loss is None or not loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
         with preserved_rng(self.space.device), unchanged(loss_func):
             while True:  # each cause is found once, and removed
@@ -1073,10 +1118,18 @@ class EmpiricalRisk:
                     return model.run(run)
                 except CopyLeaksError:
                     model.evaluate_in_place()
+                except ClassesElsewhereError as error:
+                    self._read_anew(model, error.axis)
                 except GraphFreedError as error:
                     if not may_free:  # it is none of ours
                         raise RuntimeError(str(error)) from error
                     self._replace_copy(model)
+                except Exception as error:  # whatever torch raises for nested tensors
+                    raise_if_out_of_memory(error)
+                    ours = isinstance(error, (TypeError, ValueError))
+                    if self._nested is None or (ours and error.__cause__ is None):
+                        raise
+                    raise nested_failure(self._nested) from error
 
     def _replace_copy(self, model: Model) -> None:
         """Give up a private copy that keeps parts of graphs, which have been freed.
@@ -1087,7 +1140,7 @@ class EmpiricalRisk:
             model.may_free = False
             if self.model is not model:  # another thread was faster
                 return
-            self.model = Model(self.model_func, self.params)
+            self.model = Model(self.model_func, self.params, self.reading)
             self.model.may_free = False
             self.model.by_datum &= model.by_datum
             self._drop_recordings()
@@ -1162,14 +1215,26 @@ class EmpiricalRisk:
             return items
         return tqdm(items, f"{title} (on {self.space.device})", total)
 
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Read the data, each batch as inputs and targets."""
+        for index, item in enumerate(self.data):
+            yield self._pair(item, index)
+
+    def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
+        return self.reading.pair(item, index, targets=self.loss_func is not None)
+
+    def _known_pair(self, item: Any, index: int) -> None:
+        """Raise if a batch that is there already cannot be worked on."""
+        require_numbers(self._pair(item, index), index)
+
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
         entries, tables = self._entries, self._tables
-        for index, item in enumerate(self.data):
+        for index, item in enumerate(self.pairs()):
             if entries is None:
                 yield index, item, self._share
                 continue
-            X, y = checked_pair(item, index)
+            X, y = item
             size = self._size_or_none(X)
             number = number_of_parts(size, numel(X), entries)
             if size is None or number == 1:
@@ -1184,46 +1249,55 @@ class EmpiricalRisk:
     def _linearize(
         self, index: int, item: Any, place: int, share: Share | None
     ) -> Linearization:
-        X, y = checked_pair(item, index)
         device = self.space.device
-        X, y = moved(X, device), moved(y, device)
+        if protect := (index, share) not in self._unwritten:
+            require_numbers(item, index)
+            self._nested = index if holds_nested(item) else self._nested
+        X, y = (moved(side, device) for side in item)
         make_loss = self._loss_maker(X)
         examined = self._examined
         uses = None if (index, share) in examined else HiddenUses(self.model)
         try:
-            protect = (index, share) not in self._unwritten
             see = None if uses is None else uses.see
             batch = Linearization(self.model, X, y, make_loss, index, protect, see)
             batch.place, batch.share = place, share
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise_if_out_of_memory(error)
-            dtypes = sorted({str(t.dtype) for t in tensors_in(X)})
-            differ = str(self.space.dtype) not in dtypes
-            raise ValueError(
-                f"The model failed on batch {index} (inputs of type {', '.join(dtypes)}"
-                f" on {device}, parameters of {self.space.dtype}): {error}"
-                + differ
-                * f". Convert the inputs with `X.to({self.space.dtype})`, or "
-                "the model, if it does not expect these."
-            ) from error
-        except TypeError as error:
-            if tensors_in(X):
+            if (explained := self._failure(error, X, index)) is None:
                 raise
-            raise TypeError(
-                f"The model failed on batch {index}, whose inputs are no tensors but "
-                f"{type(X).__name__}: {error}. Convert them with `torch.as_tensor`."
-            ) from error
+            raise explained from error
         if uses is not None:
             refuse_reentrant(batch.output, f"the model's output for batch {index}")
             uses.refuse(f"batch {index}")
         if self._repeats and not batch.writes:
             self._unwritten.add((index, share))
         if not self._known_input:
+            self._check_classes(batch)
             self._reach.check(self.model, batch)
             self._known_input = True
         self._reach.note(self.model, batch)
         examined.add((index, share))
         return batch
+
+    def _failure(self, error: Exception, X: Any, index: int) -> Exception | None:
+        """Return what explains why the model failed, if that can be said."""
+        if isinstance(error, TypeError) and tensors_in(X) and not meets_numpy(error):
+            return None
+        return model_failure(error, X, index, self.space)
+
+    def _check_classes(self, batch: Linearization) -> None:
+        """Raise if a first batch's classes are not where the loss looks for them."""
+        if self.loss_function is not None:
+            axes = self.loss_function.class_axes(batch.output, batch.y)
+            taken = self.model.takes_apart
+            self.reading.check_classes(axes, batch.output.shape, taken)
+
+    def _read_anew(self, model: Model, axis: int) -> None:
+        """Move the axis of classes from now on."""
+        with model.exclusive(), self._lock:
+            if self.model is model:  # else another thread was faster
+                self.reading = replace(self.reading, class_axis=axis)
+                self.model = Model(self.model_func, self.params, self.reading)
 
     def _loss_maker(self, X: Any) -> Callable[[Tensor, Any], Loss] | None:
         """Return what builds a batch's loss, without a reference to this risk."""
@@ -1436,6 +1510,24 @@ class EmpiricalRisk:
             return None
 
     # -- determinism ------------------------------------------------------------
+
+    def why_nothing_is_kept(self) -> str:
+        """Say why products keep nothing for later ones; nothing if they may."""
+        return why_nothing_is_kept(self.data, self._shuffled, self._repeats, self.cache)
+
+    def status(self, keys: Iterable[Hashable] = ()) -> Status:
+        """Return what is kept for products named by ``keys``."""
+        self._refresh_if_changed()
+        with self._lock:
+            return status_of(
+                self._recordings,
+                self._num_batches,
+                keys,
+                self._dense.matrices,
+                self._ledger.used(),
+                self._ledger.full,
+                self.why_nothing_is_kept(),
+            )
 
     def require_fixed_order(self, what: str) -> None:
         """Raise if the batches are known to differ between passes."""

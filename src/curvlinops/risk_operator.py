@@ -15,9 +15,10 @@ from curvlinops._closed_forms import require_square
 from curvlinops._counts import count
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
-from curvlinops._plan import Plan, plan
+from curvlinops._plan import Plan, plan, products_of
 from curvlinops._random import Rng
 from curvlinops._spaces import TensorSpace
+from curvlinops._status import Status
 from curvlinops._verify import Report, verify
 from curvlinops.risk import EmpiricalRisk
 
@@ -184,6 +185,43 @@ class RiskOperator(TorchOperator):
         True
         """
         return plan(self, count("columns", columns, 1))
+
+    def status(self) -> Status:
+        """Say what is kept between products, and why nothing is.
+
+        Returns
+        -------
+        Status
+            ``status.batches`` with what is kept of each batch, ``status.held`` in
+            bytes, ``status.matrix``, and ``status.reason``; all in words as its string.
+
+        Raises
+        ------
+        TypeError
+            If products do not run over the data (Kronecker-factored matrices).
+
+        Notes
+        -----
+        Looks at what is there, and computes nothing. :meth:`plan` predicts it.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from curvlinops import GGNLinearOperator
+        >>> net, loss = torch.nn.Linear(300, 20), torch.nn.MSELoss()
+        >>> data = TensorDataset(torch.rand(64, 300), torch.rand(64, 20))
+        >>> loader = DataLoader(data, batch_size=16, shuffle=True)
+        >>> args = net, loss, list(net.parameters())
+        >>> GGNLinearOperator(*args, loader).status().reason[:47]
+        'Nothing is kept, since the batches of a `DataLo'
+        >>> G = GGNLinearOperator(*args, list(loader))
+        >>> _ = G @ torch.ones(6020)
+        >>> G.status().batches
+        ('graph', 'graph', 'graph', 'graph')
+        """
+        products, _ = products_of(self, 1)
+        return self.risk.status([product.key for product in products])
 
     def verify(self, rng: Rng = 0) -> Report:
         """Check this operator on its own model, loss and data.

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Generator, Tensor
 
+from curvlinops._failures import function_failure, no_scalar
 from curvlinops.losses import Loss, LossFunction
 from curvlinops.risk import EmpiricalRisk
 
@@ -83,6 +84,9 @@ class ScalarFunction(EmpiricalRisk):
             cache=cache,
         )
 
+    def _failure(self, error: Exception, X: Any, index: int) -> Exception | None:
+        return function_failure(error)
+
 
 class _OfParameters:
     """The function as a model that ignores its input."""
@@ -93,10 +97,7 @@ class _OfParameters:
     def __call__(self, params: dict[str, Tensor], X: Any) -> Tensor:
         value = self.f(params)
         if not torch.is_tensor(value):
-            raise TypeError(
-                "A scalar function must return a 0-d tensor, got "
-                f"{type(value).__name__}. Compute it with torch, without `.item()`."
-            )
+            raise no_scalar(value)
         if value.ndim:
             raise TypeError(
                 "A scalar function must return a 0-d tensor, got one of shape "

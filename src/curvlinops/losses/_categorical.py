@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from curvlinops.losses._elementwise import PiecewiseLinear
-from curvlinops.losses._loss import Loss, describe, root
+from curvlinops.losses._loss import Loss, describe, is_tensor, root
 
 #: What has curvature where log-probabilities have none.
 LOGITS = (
@@ -18,7 +18,23 @@ LOGITS = (
 )
 
 
-class CrossEntropy(Loss):
+def fitting_axes(output: Tensor, target: Any) -> tuple[int, ...]:
+    """Return those of a first and a last axis of classes that fit class indices."""
+    if output.ndim < 3 or not is_tensor(target) or target.is_floating_point():
+        return ()
+    shapes = {a: output.shape[:a] + output.shape[a + 1 :] for a in (1, output.ndim - 1)}
+    return tuple(axis for axis, shape in shapes.items() if target.shape == shape)
+
+
+class _OfClasses(Loss):
+    """A loss of class scores."""
+
+    @classmethod
+    def class_axes(cls, output: Tensor, target: Any) -> tuple[int, ...]:
+        return fitting_axes(output, target)
+
+
+class CrossEntropy(_OfClasses):
     r"""Cross-entropy of logits, with class indices or class probabilities as targets.
 
     With :math:`p_t = \mathrm{softmax}(f_t)`, class weights :math:`w`, smoothing
@@ -121,6 +137,9 @@ class CrossEntropy(Loss):
                 f"{output.ndim + self.class_axis}, pass class indices (integers) of "
                 f"shape {self.row_shape}, or class probabilities (floating point) of "
                 "the logits' shape."
+                + " If the classes are on the last axis, pass `as_model(model, "
+                "class_axis=-1)`."
+                * (discrete and output.ndim - 1 in fitting_axes(output, target))
             )
         self.target = target.detach().to(output.device, torch.int64)
         self._valid = self.target != ignore_index
@@ -201,7 +220,7 @@ class CrossEntropy(Loss):
         return root(self._scale) * residual
 
 
-class NegativeLogLikelihood(Loss):
+class NegativeLogLikelihood(_OfClasses):
     r"""Negative log-likelihood of class indices.
 
     .. math::

@@ -1,5 +1,6 @@
 """Any other loss, through autograd."""
 
+import re
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -152,7 +153,7 @@ class Generic(Loss):
         if not gradient.requires_grad or not U.numel():  # linear loss, or nothing to do
             return torch.zeros_like(U)
         options = {"retain_graph": True, "materialize_grads": True}
-        backward = partial(torch.autograd.grad, gradient, leaf, **options)
+        backward = partial(_second_derivative, gradient, leaf, **options)
         if U.ndim == leaf.ndim:
             return backward(U)[0]
         vectors = U.reshape(-1, *leaf.shape)
@@ -180,3 +181,25 @@ class Generic(Loss):
             )
         output = self.output.detach()
         return self.sampler(output, self.target, num_samples, generator)
+
+
+def _second_derivative(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Differentiate a gradient, and say what is wrong if it cannot be."""
+    try:
+        return torch.autograd.grad(*args, **kwargs)
+    except RuntimeError as error:
+        raise_if_out_of_memory(error)
+        found = _MISSING.search(str(error))
+        if found is None:
+            raise
+        raise RuntimeError(
+            f"The loss has no second derivative, which Hessians and GGNs need: torch "
+            f"has none for `{found[1]}` ({error}). Compute it from operations that can "
+            "be differentiated twice (`torch.logsumexp`, say), or use the empirical "
+            'Fisher (`EFLinearOperator`, or `fisher_type="empirical"` of KFAC), which '
+            "needs the gradients of the data's losses only."
+        ) from error
+
+
+#: How torch says that it cannot differentiate the backward pass of an operation.
+_MISSING = re.compile(r"derivative for .*?(\w+?)(?:_backward)?\W*is not implemented")

@@ -152,6 +152,14 @@ class Loss(ABC):
             )
         return samples.detach().to(self.output)
 
+    @classmethod
+    def class_axes(cls, output: Tensor, target: Any) -> tuple[int, ...]:
+        """Return the axes of an output on which classes may be, by the target's shape.
+
+        Nothing if the loss knows no classes, or there is no doubt about them.
+        """
+        return ()
+
     def outer_mul(self, G: Tensor, U: Tensor) -> Tensor:
         r"""Multiply by the rows' outer products, :math:`g_r \langle g_r, u_r \rangle`.
 

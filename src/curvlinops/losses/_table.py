@@ -91,6 +91,10 @@ class LossFunction:
                 stacklevel=stacklevel + 1,
             )
 
+    def class_axes(self, output: Tensor, target: Any) -> tuple[int, ...]:
+        """Return the axes of an output on which classes may be."""
+        return self.loss.class_axes(output, target)
+
     @property
     def undetermined(self) -> Callable[..., Tensor] | None:
         """The user's function, if it alone decides what is done with the terms."""
