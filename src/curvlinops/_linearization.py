@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlinops._adjoint import gap, lost, positive_like
 from curvlinops._agreement import in_units, matrices_agree
+from curvlinops._backward import backward
 from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
 from curvlinops._differences import misfits
 from curvlinops._folding import MAX_RANK, Folded, fold
@@ -723,15 +724,8 @@ def _grad(
     if all(isinstance(t, Tensor) and not t.requires_grad for t in outputs):
         return [None] * len(inputs)
     try:
-        return list(
-            torch.autograd.grad(
-                outputs,
-                inputs,
-                grad_outputs,
-                retain_graph=retain_graph,
-                allow_unused=True,
-                **options,
-            )
+        return backward(
+            outputs, inputs, grad_outputs, retain_graph=retain_graph, **options
         )
     except RuntimeError as error:
         raise_if_out_of_memory(error)

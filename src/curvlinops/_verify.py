@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Generator, Tensor, nn
 
+from curvlinops._backward import backward
 from curvlinops._data import checked_pair, cloned, cut, moved, preserved_rng, tensors_in
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
@@ -394,10 +395,11 @@ class _Plain:
             for (X, _), u in zip(self.batches(), U, strict=True):
                 if not (f := model(X)).requires_grad:
                     continue
-                grads = torch.autograd.grad(
-                    f, model.leaves, u, allow_unused=True, materialize_grads=True
+                grads = backward([f], model.leaves, [u], retain_graph=False)
+                pairs = zip(grads, model.leaves, strict=True)
+                total += self.risk.space.join(
+                    [torch.zeros_like(leaf) if g is None else g for g, leaf in pairs]
                 )
-                total += self.risk.space.join(grads)
             return total
 
         return self._run(shift, body)
