@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvlinops._backward import backward
+from curvlinops._backward import grad
 
 
 @pytest.fixture
@@ -18,14 +18,12 @@ def graph():
     return outputs, inputs, [torch.randn_like(f) for f in outputs]
 
 
-def compare(outputs, inputs, vectors, **options):
+def compare(outputs, inputs, vectors=None, **options):
     """Compare with torch, bit by bit, and return what it gives."""
-    options = {"retain_graph": True} | options
-    expected = torch.autograd.grad(
-        outputs, inputs, vectors, allow_unused=True, **options
-    )
-    found = backward(outputs, inputs, vectors, **options)
-    assert isinstance(found, list)
+    options = {"retain_graph": True, "allow_unused": True} | options
+    expected = torch.autograd.grad(outputs, inputs, vectors, **options)
+    found = grad(outputs, inputs, vectors, **options)
+    assert isinstance(found, tuple)
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
@@ -45,9 +43,30 @@ def test_edges(graph):
     compare(outputs, list(map(get_gradient_edge, inputs)), vectors)
 
 
+def test_single_tensors(graph):
+    (f, _), (x, _, _), (v, _) = graph
+    compare(f, x, v)
+    compare(get_gradient_edge(f), get_gradient_edge(x), v)
+
+
 def test_scalar_without_a_vector(graph):
     outputs, inputs, _ = graph
     compare([outputs[0].sum()], inputs, [None])
+    compare(outputs[0].sum(), inputs)
+
+
+def test_inputs_without_a_part_in_the_outputs(graph):
+    outputs, inputs, vectors = graph
+    options = {"retain_graph": True}
+    for function in grad, torch.autograd.grad:
+        with pytest.raises(RuntimeError, match="not have been used"):
+            function(outputs, inputs, vectors, **options)
+    assert not grad(outputs, inputs, vectors, materialize_grads=True)[2].any()
+
+
+def test_no_inputs(graph):
+    with pytest.raises(RuntimeError, match="cannot be empty"):
+        grad(graph[0], [], graph[2])
 
 
 def test_blocks_of_vectors(graph):
@@ -60,9 +79,9 @@ def test_blocks_of_vectors(graph):
 def test_graph_of_the_result(graph):
     outputs, inputs, vectors = graph
     vectors = [v.requires_grad_() for v in vectors]
-    first = backward(outputs, inputs, vectors, retain_graph=True, create_graph=True)
+    first = grad(outputs, inputs[:2], vectors, create_graph=True)
     # J^T v is linear in v, with the derivative J^T, here times a vector of ones.
-    found = backward([first[0]], vectors, [torch.ones(3).double()], retain_graph=False)
+    found = grad(first[0], vectors, torch.ones(3).double())
     u = torch.ones(3, dtype=torch.float64)
     for f, Ju in zip(outputs, found, strict=True):
         jacobian = torch.stack(
@@ -76,9 +95,9 @@ def test_graph_of_the_result(graph):
 
 def test_graph_is_freed(graph):
     outputs, inputs, vectors = graph
-    backward(outputs, inputs, vectors, retain_graph=False)
+    grad(outputs, inputs, vectors, allow_unused=True)
     with pytest.raises(RuntimeError, match="a second time"):
-        backward(outputs, inputs, vectors, retain_graph=False)
+        grad(outputs, inputs, vectors, allow_unused=True)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +112,7 @@ def test_what_does_not_fit_is_refused_by_torch(graph, vector, message):
     outputs, inputs, _ = graph
     for output in outputs[0], get_gradient_edge(outputs[0]):
         with pytest.raises(RuntimeError, match=message):
-            backward([output], inputs, [vector], retain_graph=True)
+            grad([output], inputs, [vector], retain_graph=True, allow_unused=True)
 
 
 def test_modes_see_the_call(graph):
@@ -105,7 +124,7 @@ def test_modes_see_the_call(graph):
             return func(*args, **(kwargs or {}))
 
     with Mode():
-        backward(*graph, retain_graph=True)
+        grad(*graph, allow_unused=True)
     assert torch.autograd.grad in seen
 
 
@@ -119,6 +138,6 @@ def test_subclasses_see_the_call(graph):
             return super().__torch_function__(func, types, args, kwargs)
 
     x = nn.Parameter(torch.ones(2).as_subclass(Seeing))
-    (g,) = backward([(x**2).sum(0, keepdim=True)], [x], [torch.ones(1)], retain_graph=0)
+    (g,) = grad((x**2).sum(0, keepdim=True), x, torch.ones(1))
     assert torch.autograd.grad in seen
     assert g.tolist() == [2.0, 2.0]

@@ -19,77 +19,91 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import has_torch_function
 
 
-def backward(
-    outputs: Sequence[Any],
-    inputs: Sequence[Any],
-    vectors: Sequence[Tensor | None],
-    *,
-    retain_graph: bool,
+def grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
     create_graph: bool = False,
+    *,
+    allow_unused: bool = False,
     is_grads_batched: bool = False,
-) -> list[Tensor | None]:
-    r"""Multiply vectors by the transposed derivative of ``outputs`` by ``inputs``.
+    materialize_grads: bool = False,
+) -> tuple[Any, ...]:
+    """Multiply vectors by a transposed derivative, as :func:`torch.autograd.grad`.
 
     Parameters
     ----------
-    outputs, inputs : sequence of Tensor or GradientEdge
-        What is differentiated, and by what.
-    vectors : sequence of Tensor or None
-        One in the shape of every output, ``[K, *shape]`` if ``is_grads_batched``;
-        ``None`` for one, if the output is a scalar.
-    retain_graph, create_graph, is_grads_batched : bool, optional
-        As in :func:`torch.autograd.grad`.
+    outputs, inputs, grad_outputs : Tensor, GradientEdge, or sequence of these
+        What is differentiated, by what, and the vectors, as for torch.
+    retain_graph, create_graph, allow_unused, is_grads_batched, materialize_grads : \
+bool, optional
+        As for torch.
 
     Returns
     -------
-    list of Tensor or None
-        One for every input, ``None`` where no output depends on it.
+    tuple of Tensor or None
+        One for every input.
 
     Raises
     ------
     RuntimeError
         Whatever :func:`torch.autograd.grad` raises, which is called for everything that
         is not plain: modes and subclasses that want to see the call, and vectors that
-        do not fit.
+        are missing or do not fit.
 
     Examples
     --------
     >>> import torch
     >>> x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    >>> v = torch.tensor([1.0, 0.0, 2.0])
-    >>> backward([x**2], [x], [v], retain_graph=False)
-    [tensor([ 2.,  0., 12.])]
+    >>> grad(x**2, x, torch.tensor([1.0, 0.0, 2.0]))
+    (tensor([ 2.,  0., 12.]),)
     """
-    seen = [t for t in (*outputs, *inputs) if isinstance(t, Tensor)]
+    outs, ins, vectors = map(_sequence, (outputs, inputs, grad_outputs))
     batched = repeat(is_grads_batched)
-    if has_torch_function(seen) or not all(map(_fits, outputs, batched, vectors)):
-        return list(
-            torch.autograd.grad(
-                outputs,
-                inputs,
-                vectors,
-                retain_graph=retain_graph,
-                create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=is_grads_batched,
-            )
+    if (
+        len(outs) != len(vectors)
+        or not ins
+        or has_torch_function([t for t in outs + ins if isinstance(t, Tensor)])
+        or not all(map(_fits, outs, batched, vectors))
+    ):
+        return torch.autograd.grad(
+            outs,
+            ins,
+            grad_outputs,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=allow_unused or materialize_grads,
+            is_grads_batched=is_grads_batched,
+            materialize_grads=materialize_grads,
         )
 
-    def run(vectors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def run(vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         return graph._engine_run_backward(
-            tuple(outputs),
+            outs,
             tuple(vectors),
-            retain_graph,
+            create_graph if retain_graph is None else retain_graph,
             create_graph,
-            tuple(inputs),
-            True,
+            ins,
+            allow_unused or materialize_grads,
             accumulate_grad=False,
         )
 
-    if not is_grads_batched:
-        return list(run(vectors))
-    run_batch = _vmap_internals._vmap(run, 0, 0, allow_none_pass_through=True)
-    return list(run_batch(tuple(vectors)))
+    if is_grads_batched:
+        run = _vmap_internals._vmap(run, 0, 0, allow_none_pass_through=True)
+    found = run(vectors)
+    if not materialize_grads:
+        return tuple(found)
+    pairs = zip(found, ins, strict=True)
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in pairs)
+
+
+def _sequence(value: Any) -> tuple[Any, ...]:
+    """Return one or several tensors or edges, or none, as a tuple."""
+    if value is None:
+        return ()
+    is_one = isinstance(value, Tensor | GradientEdge)
+    return (value,) if is_one else tuple(value)
 
 
 def _fits(output: Any, batched: bool, vector: Tensor | None) -> bool:

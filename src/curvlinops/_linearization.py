@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlinops._adjoint import gap, lost, positive_like
 from curvlinops._agreement import in_units, matrices_agree
-from curvlinops._backward import backward
+from curvlinops._backward import grad
 from curvlinops._data import Share, cloned, leaves_in, strided, tensors_in
 from curvlinops._differences import misfits
 from curvlinops._folding import MAX_RANK, Folded, fold
@@ -724,8 +724,15 @@ def _grad(
     if all(isinstance(t, Tensor) and not t.requires_grad for t in outputs):
         return [None] * len(inputs)
     try:
-        return backward(
-            outputs, inputs, grad_outputs, retain_graph=retain_graph, **options
+        return list(
+            grad(
+                outputs,
+                inputs,
+                grad_outputs,
+                retain_graph=retain_graph,
+                allow_unused=True,
+                **options,
+            )
         )
     except RuntimeError as error:
         raise_if_out_of_memory(error)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvlinops._backward import backward
+from curvlinops._backward import grad
 from curvlinops._data import (
     cut,
     holds_objects,
@@ -407,8 +407,7 @@ class Evidence:
                 row = torch.arange(1, f[0].numel() + 1, device=f.device, dtype=f.dtype)
                 u = row.sin().reshape(f.shape[1:]).expand_as(f)  # all rows alike
                 try:
-                    (Hu,) = backward([gradient], [f], [u], retain_graph=False)
-                    along = 0.0 if Hu is None else Hu
+                    (along,) = grad(gradient, f, u, materialize_grads=True)
                 except RuntimeError as error:  # of what has no second derivative
                     raise_if_out_of_memory(error)
         return Evaluated(value.detach(), gradient.detach() + along)

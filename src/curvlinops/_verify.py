@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Generator, Tensor, nn
 
-from curvlinops._backward import backward
+from curvlinops._backward import grad
 from curvlinops._data import checked_pair, cloned, cut, moved, preserved_rng, tensors_in
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
@@ -395,11 +395,8 @@ class _Plain:
             for (X, _), u in zip(self.batches(), U, strict=True):
                 if not (f := model(X)).requires_grad:
                     continue
-                grads = backward([f], model.leaves, [u], retain_graph=False)
-                pairs = zip(grads, model.leaves, strict=True)
-                total += self.risk.space.join(
-                    [torch.zeros_like(leaf) if g is None else g for g, leaf in pairs]
-                )
+                grads = grad(f, model.leaves, u, materialize_grads=True)
+                total += self.risk.space.join(grads)
             return total
 
         return self._run(shift, body)

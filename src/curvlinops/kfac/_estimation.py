@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops._backward import backward
+from curvlinops._backward import grad
 from curvlinops._data import strided, tensors_in
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.kfac._covariance import mirror
@@ -282,8 +282,13 @@ class Estimation:
         datum = index % N if batch.interleaved else index * N // rows
         for n in range(N):
             mine = of_rows(batch.loss, datum == n)
-            output = batch.linearization.output
-            grads = backward([output], leaves, [U * mine], retain_graph=True)
+            grads = grad(
+                batch.linearization.output,
+                leaves,
+                U * mine,
+                retain_graph=True,
+                allow_unused=True,
+            )
             for name, leaf, g in zip(batch.diagonal, leaves, grads, strict=True):
                 if name not in self.diagonals:
                     dtype = _dtype_of_sums(leaf)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, vmap
 
-from curvlinops._backward import backward
+from curvlinops._backward import grad
 from curvlinops._parts import data_gradients
 from curvlinops.kfac._recording import Use
 from curvlinops.kfac._uses import KINDS, Layout, applies_elementwise
@@ -162,11 +162,12 @@ class Batch:
         """
         if not self.uses:
             return {}
-        grads = backward(
-            [self.linearization.output],
+        grads: tuple[Tensor | None, ...] = grad(
+            self.linearization.output,
             [use.edge for _, use in self.uses],
-            [U],
+            U,
             retain_graph=True,
+            allow_unused=True,
             is_grads_batched=True,
         )
         return {

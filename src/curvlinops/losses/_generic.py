@@ -1,13 +1,13 @@
 """Any other loss, through autograd."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from curvlinops._backward import backward
+from curvlinops._backward import grad
 from curvlinops._differences import Vectors, misfits
 from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._memory import raise_if_out_of_memory
@@ -112,8 +112,7 @@ class Generic(Loss):
         def multiply(V: list[Tensor]) -> Vectors:
             if not gradient.requires_grad:
                 return [torch.zeros_like(v) for v in V]
-            (HV,) = backward([gradient], [leaf], V, retain_graph=True)
-            return [torch.zeros_like(leaf) if HV is None else HV]
+            return grad(gradient, leaf, V, retain_graph=True, materialize_grads=True)
 
         eps = rounding(leaf.dtype, leaf.device, convolves=False)
         g = gradient.detach()
@@ -128,19 +127,17 @@ class Generic(Loss):
         leaf, gradient = self._recording
         if not gradient.requires_grad or not U.numel():  # linear loss, or nothing to do
             return torch.zeros_like(U)
-
-        def multiply(V: Tensor, **options: bool) -> Tensor:
-            (HV,) = backward([gradient], [leaf], [V], retain_graph=True, **options)
-            return torch.zeros_like(V) if HV is None else HV
-
+        backward = partial(
+            grad, gradient, leaf, retain_graph=True, materialize_grads=True
+        )
         if U.ndim == leaf.ndim:
-            return multiply(U)
+            return backward(U)[0]
         vectors = U.reshape(-1, *leaf.shape)
         try:
-            products = multiply(vectors, is_grads_batched=True)
+            (products,) = backward(vectors, is_grads_batched=True)
         except RuntimeError as error:  # an operation that cannot be batched
             raise_if_out_of_memory(error)
-            products = torch.stack([multiply(v) for v in vectors])
+            products = torch.stack([backward(v)[0] for v in vectors])
         return products.reshape(U.shape)
 
     def _factor_mul(self, U: Tensor) -> Tensor:
