@@ -241,7 +241,10 @@ num_per_example_loss_terms, batch_size_fn, **options
         min_damping : float, optional
             Least damping under the heuristic.
         use_exact_damping : bool, optional
-            Return :math:`(B \otimes A + \delta I)^{-1}`, by eigendecompositions.
+            Return :math:`(B \otimes A + \delta I)^{-1}`, by eigendecompositions: for a
+            preconditioner of a matrix plus :math:`\delta I`. (Whether it saves
+            iterations depends on the network, see
+            :class:`~curvlinops.nystrom.NystromPreconditionerLinearOperator`.)
         retry_double_precision : bool, optional
             Whether to repeat a decomposition that fails in float64.
 
