@@ -52,6 +52,10 @@ each_krylov = pytest.mark.parametrize("solver", ["CG", "MINRES", "LSMR"])
 each_symmetric = pytest.mark.parametrize("solver", ["CG", "MINRES"])
 
 
+#: What statistics have for every column.
+NAMES = "iterations", "residual_norms", "relative_residuals", "converged"
+
+
 def tensor(A, dtype=torch.float64):
     return torch.as_tensor(A.copy()).to(dtype)
 
@@ -204,6 +208,69 @@ def test_operand_stays_and_zero_gives_zero(solver):
 def test_no_statistics_before_the_first_product(solver):
     make, A = SOLVERS[solver]
     assert make(A).statistics is None
+
+
+@each_solver
+@pytest.mark.parametrize("columns", [3, 9, 70])
+def test_statistics_cover_all_columns(solver, columns):
+    """Of every kind of operand, one entry for each column, in their order."""
+    make, A = SOLVERS[solver]
+    A_inv = make(A)
+    X = RNG.standard_normal((N, columns))
+    X[:, 1::2] = 0  # every other column is solved at once
+
+    def check(operand, size, solved):
+        result = A_inv @ operand
+        statistics = A_inv.statistics
+        sizes = {getattr(statistics, name).shape for name in NAMES}
+        assert sizes == {(size,)}
+        assert np.array_equal(statistics.residual_norms == 0, solved)
+        return result
+
+    zero = np.arange(columns) % 2 == 1
+    found = check(X, columns, zero)
+    np.testing.assert_allclose(A @ found, X, atol=1e-7)
+    check(tensor(X), columns, zero)
+    check([tensor(X)], columns, zero)
+    check(X + 1j, 2 * columns, np.concatenate([zero, np.zeros(columns, bool)]))
+
+
+@each_solver
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+def test_statistics_of_the_whole_matrix(solver, block_size):
+    """Also where it is solved for in blocks, against solves for single columns."""
+    make, A = SOLVERS[solver]
+    A_inv = make(A)
+    np.testing.assert_allclose(A_inv.to_dense(block_size), np.linalg.inv(A), atol=1e-7)
+    statistics = A_inv.statistics
+    single = []
+    for column in np.eye(N):
+        A_inv @ column
+        single.append(A_inv.statistics.iterations[0])
+    assert statistics.iterations.tolist() == single
+    assert all(getattr(statistics, name).shape == (N,) for name in NAMES)
+    assert statistics.converged.all()
+    assert f"{N} of {N} columns converged" in repr(statistics)
+    assert A_inv.statistics.iterations.shape == (1,)
+
+
+@each_solver
+def test_statistics_after_an_interrupted_block(solver):
+    make, A = SOLVERS[solver]
+    calls = []
+
+    class Interrupted(TensorLinearOperator):
+        def _apply(self, V):
+            calls.append(V)
+            if len(calls) == 40:
+                raise KeyboardInterrupt
+            return super()._apply(V)
+
+    A_inv = make(Interrupted(tensor(A)))
+    with pytest.raises(KeyboardInterrupt):
+        A_inv.to_dense(block_size=1)
+    A_inv @ B[:, :2]
+    assert A_inv.statistics.iterations.shape == (2,)
 
 
 @each_solver

@@ -141,6 +141,25 @@ def test_hessian(case, reduction):
     assert_close(H, case.hessian(), size=case.output.numel())
 
 
+@each_sampled
+def test_trace_of_the_hessian(case):
+    trace = case.loss().hessian_trace()
+    assert_close(trace, case.hessian().trace(), size=case.output.numel())
+
+
+@over({name: case for name, case in CASES.items() if case.loss().opaque})
+def test_trace_that_is_not_known(case):
+    assert case.loss().hessian_trace() is None
+
+
+def test_trace_of_the_hessian_where_classes_are_certain():
+    logits = torch.tensor([[0.0, -20.0, -25.0]])
+    loss = CrossEntropy(logits, torch.tensor([0]))
+    p = logits.double().softmax(1)
+    expected = (p * (1 - p)).sum()  # 4e-9, below what float32 resolves of the sum
+    assert float(loss.hessian_trace()) == pytest.approx(float(expected) / 2, rel=0.1)
+
+
 @each
 def test_hessian_of_an_output_with_a_graph(case):
     output = case.output.clone().requires_grad_() * 1

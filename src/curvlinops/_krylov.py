@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite, sqrt
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,6 +41,8 @@ TOGETHER_MIN_COLUMNS, TOGETHER_MAX_DIM = 8, 50_000
 class SolverStatistics:
     r"""What a solver did in one product, with an entry for each of ``K`` columns.
 
+    Complex columns are two: first come all real parts, then the imaginary ones.
+
     Attributes
     ----------
     solver : str
@@ -72,6 +74,15 @@ class SolverStatistics:
         )
 
 
+def _joined(blocks: list[SolverStatistics]) -> SolverStatistics:
+    """Return the statistics of several blocks of columns as those of one."""
+    solver, *names = (field.name for field in fields(SolverStatistics))
+    return SolverStatistics(
+        getattr(blocks[0], solver),
+        *(np.concatenate([getattr(b, name) for b in blocks]) for name in names),
+    )
+
+
 class Inverse(TorchOperator):
     """What all inverses have in common: a square operator and statistics.
 
@@ -93,6 +104,27 @@ class Inverse(TorchOperator):
         super().__init__(A._out_space, A._in_space)
         self._A: TorchOperator = A
         self.statistics: SolverStatistics | None = None
+        #: The statistics of all blocks of a product that is computed block by block.
+        self._blocks: list[SolverStatistics] | None = None
+
+    def to_dense(self, block_size: int = 64) -> Tensor:
+        """Return the matrix, by solves for blocks of columns of the identity.
+
+        Parameters
+        ----------
+        block_size : int, optional
+            Number of columns that are solved for at once.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``(N, N)``; :attr:`statistics` are those of all columns.
+        """
+        self._blocks = []
+        try:
+            return super().to_dense(block_size)
+        finally:
+            self._blocks = None
 
     def _require_finite(self, V: Tensor) -> None:
         if not V.isfinite().all():
@@ -116,6 +148,9 @@ class Inverse(TorchOperator):
             converged=r <= limits,
         )
         self.statistics = statistics
+        if self._blocks is not None:
+            self._blocks.append(statistics)
+            self.statistics = _joined(self._blocks)
         return statistics
 
 

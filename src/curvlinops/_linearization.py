@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvlinops._adjoint import gap, lost, positive_like
 from curvlinops._agreement import in_units, matrices_agree
+from curvlinops._backward import grad
 from curvlinops._data import Share, cloned, leaves_in, marks_of, strided, tensors_in
 from curvlinops._differences import misfits
 from curvlinops._finite import all_finite, named, warn_about_product
@@ -769,7 +770,7 @@ def _grad(
         return [None] * len(inputs)
     try:
         return list(
-            torch.autograd.grad(
+            grad(
                 outputs,
                 inputs,
                 grad_outputs,

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvlinops._backward import grad
 from curvlinops._data import (
     cut,
     holds_objects,
@@ -406,9 +407,7 @@ class Evidence:
                 row = torch.arange(1, f[0].numel() + 1, device=f.device, dtype=f.dtype)
                 u = row.sin().reshape(f.shape[1:]).expand_as(f)  # all rows alike
                 try:
-                    (along,) = torch.autograd.grad(
-                        gradient, f, u, materialize_grads=True
-                    )
+                    (along,) = grad(gradient, f, u, materialize_grads=True)
                 except RuntimeError as error:  # of what has no second derivative
                     raise_if_out_of_memory(error)
         return Evaluated(value.detach(), gradient.detach() + along)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Generator, Tensor, nn
 
+from curvlinops._backward import grad
 from curvlinops._data import cloned, cut, moved, preserved_rng, tensors_in
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
@@ -392,9 +393,7 @@ class _Plain:
             for (X, _), u in zip(self.batches(), U, strict=True):
                 if not (f := model(X)).requires_grad:
                     continue
-                grads = torch.autograd.grad(
-                    f, model.leaves, u, allow_unused=True, materialize_grads=True
-                )
+                grads = grad(f, model.leaves, u, materialize_grads=True)
                 total += self.risk.space.join(grads)
             return total
 

@@ -240,7 +240,8 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
             Least damping of a factor under the heuristic.
         use_exact_damping : bool, optional
             Damp the product instead of its factors,
-            :math:`(\bigotimes_i A_i + \delta I)^{-1}`, by eigendecompositions.
+            :math:`(\bigotimes_i A_i + \delta I)^{-1}`, by eigendecompositions: for a
+            preconditioner of a matrix plus :math:`\delta I`.
         retry_double_precision : bool, optional
             Whether to repeat a decomposition that fails in float64.
 

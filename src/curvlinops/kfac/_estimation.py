@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops._backward import grad
 from curvlinops._data import strided, tensors_in
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.kfac._covariance import mirror
@@ -22,6 +23,7 @@ from curvlinops.kfac._layers import (
     of_rows,
 )
 from curvlinops.kfac._rows import CHUNK_BYTES
+from curvlinops.kfac._sampling import Squares
 from curvlinops.kfac._trial import Findings, batches
 from curvlinops.kfac._uses import Layout
 from curvlinops.kronecker import (
@@ -129,6 +131,8 @@ class Estimation:
         self._reuse = reuse
         self._may_send_together = True
         self._is_checked = False
+        #: Of the samples in the first pass; later ones draw them again.
+        self._squares = Squares() if settings.fisher.fisher_type == "mc" else None
         self._findings: dict[Any, Findings] = {}
         self._without_layer: set[str] = set()
 
@@ -182,6 +186,9 @@ class Estimation:
                     kept = [*kept, (batch, seen)] if keep else None
             self.denominator = self.risk._denominator(count)
             self._kept = kept
+            if self._squares is not None:
+                self._squares.warn()
+                self._squares = None
 
         self.risk.session(run)
 
@@ -197,8 +204,12 @@ class Estimation:
     def _send_all(self, batch: Batch, receive: Receiver, diagonals: bool) -> None:
         """Send every vector of a batch back."""
         width = self._vectors_at_once(batch)
+        if (squares := self._squares) is not None:
+            squares.expect(batch.loss)
         for U, more in self.settings.fisher.vectors(batch, width):
             keep = more or diagonals
+            if squares is not None:
+                squares.add(U)
             together = self._sent_together(batch, U)
             if together is None:
                 for i, u in enumerate(U, start=1):
@@ -269,7 +280,7 @@ class Estimation:
         for n in range(batch.size):
             # where it is not known whose rows are whose, there is one at a time
             mine = 1 if batch.owners is None else of_rows(batch.loss, batch.owners == n)
-            grads = torch.autograd.grad(
+            grads = grad(
                 batch.linearization.output,
                 leaves,
                 U * mine,

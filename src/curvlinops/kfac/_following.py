@@ -234,7 +234,8 @@ retry_double_precision
     a change of parameters, buffers, modes or listed data it is computed anew from the
     new factors, at the next use. For one that stays as it is, see :meth:`frozen`.
 
-    As a preconditioner of ``A + damping I``, damp exactly.
+    As a preconditioner of a matrix plus ``damping I``, pass ``use_exact_damping=True``:
+    the default damps every factor, which is another matrix and takes more iterations.
 
     Examples
     --------

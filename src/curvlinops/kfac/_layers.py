@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, vmap
 
+from curvlinops._backward import grad
 from curvlinops._order import ranks
 from curvlinops._parts import data_gradients
 from curvlinops.kfac._recording import Use
@@ -142,7 +143,7 @@ class Batch:
             total = (self.linearization.output * u).sum()
             if not keep:
                 self._forget_output()
-            grads = torch.autograd.grad(
+            grads = grad(
                 total,
                 [use.edge for _, use in last],
                 retain_graph=keep,
@@ -166,7 +167,7 @@ class Batch:
         """
         if not self.uses:
             return {}
-        grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+        grads: tuple[Tensor | None, ...] = grad(
             self.linearization.output,
             [use.edge for _, use in self.uses],
             U,

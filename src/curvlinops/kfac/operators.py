@@ -58,7 +58,13 @@ num_per_example_loss_terms, batch_size_fn, **options
         datum (of a loss not known in closed form, a datum is one term, see the notes);
         ``"forward-only"``, nothing: :math:`B = I`.
     mc_samples : int, optional
-        Number of samples per term for ``"mc"``.
+        Number of samples per term for ``"mc"``. One is enough for a model that is in
+        doubt about many terms, such as one to be trained. A nearly fitted classifier's
+        samples are hardly ever another class than the predicted one, which happens
+        :math:`\sum_t (1 - \max_c p_{tc})` times per sample; if that is less than ten
+        or so, the matrix is likely to be far too small, and now and then too large. Use
+        ``"type-2"`` then, or as many samples as that takes. If the gradients' squares
+        are more than three times smaller or larger than expected, a warning says so.
     kfac_approx : str or KFACType, optional
         For weights shared over positions. ``"expand"`` treats positions as independent
         data (the formulas above); ``"reduce"`` uses a datum's mean input
@@ -82,6 +88,12 @@ num_per_example_loss_terms, batch_size_fn, **options
     ValueError
         If a parameter is used in a way that is not understood, which is named; if an
         argument has an unknown value; if the loss has no factor or no sampler.
+
+    Warns
+    -----
+    UserWarning
+        If only the diagonal of a factor is kept, or sampled gradients are not of the
+        size that is expected, see ``mc_samples``.
 
     Notes
     -----
@@ -254,7 +266,10 @@ num_per_example_loss_terms, batch_size_fn, **options
         min_damping : float, optional
             Least damping under the heuristic.
         use_exact_damping : bool, optional
-            Return :math:`(B \otimes A + \delta I)^{-1}`, by eigendecompositions.
+            Return :math:`(B \otimes A + \delta I)^{-1}`, by eigendecompositions: for a
+            preconditioner of a matrix plus :math:`\delta I`. (Whether it saves
+            iterations depends on the network, see
+            :class:`~curvlinops.nystrom.NystromPreconditionerLinearOperator`.)
         retry_double_precision : bool, optional
             Whether to repeat a decomposition that fails in float64.
 

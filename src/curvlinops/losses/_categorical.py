@@ -198,6 +198,14 @@ class CrossEntropy(_OfClasses):
         p, s = self._hessian
         return s * p * (U - self._row_sum(p * U))
 
+    def hessian_trace(self) -> Tensor:
+        r"""Sum of :math:`s_t p_{tc} (1 - p_{tc})`.
+
+        With :math:`1 - \sum_c p_{tc}^2` nothing is left where a class is certain.
+        """
+        p = self._softmax
+        return (self._scale * self._row_sum(p * (1 - p))).sum()
+
     def _factor_mul(self, U: Tensor) -> Tensor:
         r, root_s = self._factor
         return root_s * r * (U - r * self._row_sum(r * U))

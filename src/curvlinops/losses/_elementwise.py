@@ -97,6 +97,10 @@ class Elementwise(Loss):
     def _hessian_mul(self, U: Tensor) -> Tensor:
         return self._diagonal * U
 
+    def hessian_trace(self) -> Tensor:
+        """Sum of the Hessian's diagonal."""
+        return self._curvature().expand_as(self.output).sum()
+
     def _factor_mul(self, U: Tensor) -> Tensor:
         return self._root_diagonal * U
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from curvlinops._backward import grad
 from curvlinops._differences import Vectors, misfits
 from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._memory import raise_if_out_of_memory
@@ -135,9 +136,7 @@ class Generic(Loss):
         def multiply(V: list[Tensor]) -> Vectors:
             if not gradient.requires_grad:
                 return [torch.zeros_like(v) for v in V]
-            return torch.autograd.grad(
-                gradient, leaf, V, retain_graph=True, materialize_grads=True
-            )
+            return grad(gradient, leaf, V, retain_graph=True, materialize_grads=True)
 
         eps = rounding(leaf.dtype, leaf.device, convolves=False)
         g = gradient.detach()
@@ -186,7 +185,7 @@ class Generic(Loss):
 def _second_derivative(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Differentiate a gradient, and say what is wrong if it cannot be."""
     try:
-        return torch.autograd.grad(*args, **kwargs)
+        return grad(*args, **kwargs)
     except RuntimeError as error:
         raise_if_out_of_memory(error)
         found = _MISSING.search(str(error))

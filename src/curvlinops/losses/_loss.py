@@ -160,6 +160,13 @@ class Loss(ABC):
         """
         return ()
 
+    def hessian_trace(self) -> Tensor | None:
+        r"""Trace of the Hessian, the expected square of sampled gradients.
+
+        ``None`` where no closed form is known.
+        """
+        return None
+
     def outer_mul(self, G: Tensor, U: Tensor) -> Tensor:
         r"""Multiply by the rows' outer products, :math:`g_r \langle g_r, u_r \rangle`.
 
