@@ -8,12 +8,19 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops._random import Probes, Rng, as_seed
-from curvlinops.estimators._base import Estimate, Operand, require_positive_int
+from curvlinops.estimators._base import (
+    FEWEST_SAMPLES,
+    Estimate,
+    Operand,
+    require_positive_int,
+    student,
+)
 from curvlinops.estimators.checkpoint import (
     Journal,
     close_journal,
@@ -29,8 +36,8 @@ if TYPE_CHECKING:
 #: about 16 columns models gain nothing from more.
 BLOCK_BYTES = 2**26
 BLOCK_COLUMNS = 16
-#: Fewest samples whose standard error is believed by ``until``.
-FEWEST_SAMPLES = 8
+#: Bytes that a matrix may take up where it replaces an estimate of it.
+DENSE_BYTES = 2**31
 
 
 class Options(TypedDict, total=False):
@@ -42,9 +49,12 @@ class Options(TypedDict, total=False):
         Source of randomness: same seed, same number. ``None``, the default, draws a
         seed from torch's global generator.
     until : float
-        Stop as soon as the standard error is at most ``until`` times the estimate
-        (for arrays: in Euclidean norm). The number of products (or repeats) asked for
-        then is the limit; reaching it first warns.
+        Stop as soon as the error (sampling and Krylov error, widened by Student's
+        factor for few samples) is at most ``until`` times the estimate (for arrays: in
+        Euclidean norm), but with eight samples at least. The number of products (or
+        repeats) asked for then is the limit; reaching it first warns. Krylov spaces
+        are deepened where they limit the error; once as many products are spent as the
+        matrix has columns, it is multiplied out, and the result exact.
     return_estimate : bool
         Return an :class:`~curvlinops.estimators.Estimate` (value, standard error,
         products, seed) instead of the bare value.
@@ -77,8 +87,8 @@ class Accumulator(Protocol):
     def add(self, samples: Any) -> None:
         """Take in a block of samples."""
 
-    def mean_and_sem(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and its standard error."""
+    def moments(self) -> Moments:
+        """Return the mean and its errors."""
 
     def state(self) -> dict[str, Any]:
         """Return all there is to know, as arrays."""
@@ -97,10 +107,12 @@ class Moments:
     ----------
     offset : Tensor or float, optional
         Added to the mean: what is known exactly.
+    krylov_error : float, optional
+        Of the mean, see :class:`~curvlinops.estimators.Estimate`.
     """
 
-    def __init__(self, offset: Tensor | float = 0.0) -> None:
-        self.offset = offset
+    def __init__(self, offset: Tensor | float = 0.0, krylov_error: float = 0.0) -> None:
+        self.offset, self.krylov_error = offset, krylov_error
         self.count = 0
         self.mean = self.squares = torch.zeros(())
 
@@ -121,12 +133,16 @@ class Moments:
         self.mean, self.squares, self.count = mean, squares, self.count + size
 
     def mean_and_sem(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and its standard error (NaN for one sample)."""
-        if self.count < 2:
+        """Return the mean and its standard error (NaN for one sample or two)."""
+        if self.count < 3:
             sem = torch.full_like(self.squares, torch.nan)
         else:
             sem = (self.squares / (self.count * (self.count - 1))).sqrt()
         return self.offset + self.mean, sem
+
+    def moments(self) -> Moments:
+        """Return itself."""
+        return self
 
     def state(self) -> dict[str, Any]:
         """Return count, mean, and sum of squared deviations."""
@@ -157,8 +173,6 @@ class Run:
         Products that will be made at most, for the progress bar.
     square : bool, optional
         Whether the matrix must be square.
-    gram : bool, optional
-        Use the smaller of ``A^H A`` and ``A A^H`` in place of ``A``.
     **settings
         Everything else that makes the computation what it is, for the checkpoint.
     """
@@ -171,7 +185,6 @@ class Run:
         distribution: str = "rademacher",
         total: int | None = None,
         square: bool = True,
-        gram: bool = False,
         **settings: Any,
     ) -> None:
         if unknown := options.keys() - Options.__annotations__.keys():
@@ -184,8 +197,8 @@ class Run:
             raise ValueError(
                 f"until is a relative standard error above 0, got {self.until!r}."
             )
-        self.operand = Operand(A, gram)
-        if square and not gram:
+        self.operand = Operand(A)
+        if square:
             self.operand.require_square()
         self.dim = self.operand.dim
         path, rng = options.get("checkpoint"), options.get("rng")
@@ -203,6 +216,7 @@ class Run:
         )
         self.full_output = bool(options.get("return_estimate", False))
         self.converged = True
+        self.advice = ""
         self._path, self._task = path, task
         self._settings = settings | {
             "distribution": distribution,
@@ -315,15 +329,43 @@ class Run:
                 self.save(section, accumulator.state())
 
     def enough(self, accumulator: Accumulator) -> bool:
-        """Whether the standard error asked for is reached."""
+        """Whether the error asked for is reached, or more samples cannot reach it."""
         if self.until is None or accumulator.count < FEWEST_SAMPLES:
             return False
-        return self.reached(*accumulator.mean_and_sem())
+        moments = accumulator.moments()
+        mean, sem = moments.mean_and_sem()
+        krylov = moments.krylov_error
+        return self.limited(mean, krylov) or self.reached(
+            mean, sem, moments.count, krylov
+        )
 
-    def reached(self, mean: Tensor, sem: Tensor) -> bool:
-        """Whether the relative standard error is the one asked for, if any."""
+    def limited(self, mean: Tensor, krylov_error: float) -> bool:
+        """Whether the Krylov error alone takes up most of what is allowed."""
+        allowed = 0.7 * (self.until or np.inf) * torch.linalg.vector_norm(mean)
+        return bool(krylov_error > allowed)
+
+    def reached(
+        self, mean: Tensor, sem: Tensor, num_samples: int, krylov_error: float = 0.0
+    ) -> bool:
+        """Whether the relative error is the one asked for, if any."""
+        if self.until is None:
+            return True
+        error = self.relative_error(mean, sem, num_samples, krylov_error)
+        return num_samples >= FEWEST_SAMPLES and error <= self.until
+
+    @staticmethod
+    def relative_error(
+        mean: Tensor, sem: Tensor, num_samples: int, krylov_error: float
+    ) -> float:
+        """Return the error relative to the mean, by Student's factor more than 1/1.96.
+
+        That is: of an interval that covers with 95 %, what a normal one would have.
+        """
         norm = torch.linalg.vector_norm
-        return self.until is None or bool(norm(sem) <= self.until * norm(mean))
+        both = float(norm(sem) ** 2 + krylov_error**2) ** 0.5
+        size = float(norm(mean))
+        widened = both * student(num_samples) / student(1)
+        return 0.0 if widened == 0 else widened / size if size else np.inf
 
     def mean(self, integrand: Callable[[Tensor], Tensor], num_samples: int) -> Any:
         """Return the mean of an integrand of the test vectors, as the user wants it."""
@@ -344,25 +386,43 @@ class Run:
             size *= 2
         yield limit
 
-    def check(self, mean: Tensor, sem: Tensor, num_samples: int) -> None:
-        """Warn if the limit came before the error asked for."""
-        if not self.reached(mean, sem):
-            self.converged = False
-            relative = torch.linalg.vector_norm(sem) / torch.linalg.vector_norm(mean)
-            warnings.warn(
-                f"The relative standard error {float(relative):.1e} is above "
-                f"until={self.until:.1e} after {num_samples} samples. Allow more "
-                "products, or a larger error.",
-                stacklevel=4,
+    def check(
+        self, mean: Tensor, sem: Tensor, num_samples: int, krylov_error: float = 0.0
+    ) -> None:
+        """Find out whether the result is converged; warn if what was asked for is not.
+
+        Without ``until``, warn where Krylov spaces, not the samples, limit the error.
+        """
+        size = float(torch.linalg.vector_norm(mean))
+        sampling = float(torch.linalg.vector_norm(sem).nan_to_num())
+        if self.until is not None:
+            self.converged = self.reached(mean, sem, num_samples, krylov_error)
+            error = self.relative_error(mean, sem, num_samples, krylov_error)
+            message = (
+                f"The relative error {error:.1e} is above until={self.until:.1e} after "
+                f"{num_samples} samples. Allow more products, or a larger error."
             )
+        else:
+            deep = krylov_error <= max(sampling, 0.01 * size)
+            self.converged = deep and num_samples >= FEWEST_SAMPLES
+            message = (
+                f"The Krylov spaces are too shallow: {size:.4g} has a Krylov error of "
+                f"{krylov_error:.1e} beside a sampling error of {sampling:.1e}. "
+                f"{self.advice or 'Allow a larger ncv'}, or say with `until` how "
+                "accurate it is to be."
+            )
+            if deep or np.isnan(krylov_error):
+                return
+        if not self.converged:
+            warnings.warn(f"{self._task}: {message}", stacklevel=4)
 
     def result(
         self,
         mean: Tensor,
         sem: Tensor,
         num_samples: int,
-        truncation_error: float = 0.0,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        krylov_error: float = 0.0,
+        transform: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None,
     ) -> Any:
         """Return what the user asked for: the value, or all that is known of it.
 
@@ -372,26 +432,57 @@ class Run:
             The estimate and its standard error.
         num_samples : int
             Samples behind them.
-        truncation_error : float, optional
-            Error of a Krylov approximation.
+        krylov_error : float, optional
+            Error of the Krylov spaces behind them.
         transform : callable, optional
-            Of mean and standard error, after ``until`` was checked.
+            From mean and an error to those of a function of it.
         """
-        self.check(mean, sem, num_samples)
+        self.check(mean, sem, num_samples, krylov_error)
         if transform is not None:
+            krylov_error = float(transform(mean, krylov_error)[1])
             mean, sem = transform(mean, sem)
-        value = self.operand.result(mean)
+        return self._wrapped(mean, sem, num_samples, self.seed, krylov_error)
+
+    def exact(self, value: Any, krylov_error: float = 0.0) -> Any:
+        """Return a result in which nothing is random."""
+        value = torch.as_tensor(value)
+        sem = torch.zeros_like(value.real)
+        return self._wrapped(value, sem, 1, None, krylov_error)
+
+    def _wrapped(
+        self, value: Tensor, sem: Tensor, count: int, seed: int | None, krylov: float
+    ) -> Any:
+        home = self.operand.result
         if not self.full_output:
-            return value
+            return home(value)
         return Estimate(
-            value,
-            self.operand.result(sem),
+            home(value),
+            home(sem),
             self.operand.num_products,
-            num_samples,
-            self.seed,
-            truncation_error,
+            count,
+            seed,
+            krylov,
             self.converged,
         )
+
+    def dense(self) -> Tensor:
+        """Return the matrix: as many products as it has columns."""
+        A = self.operand
+        D = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+        for a, b in self.blocks(0, self.dim):
+            unit = torch.zeros(self.dim, b - a, dtype=A.dtype, device=A.device)
+            unit[a:b] = torch.eye(b - a, dtype=A.dtype, device=A.device)
+            D[:, a:b] = self.multiply(unit)
+        return D
+
+    def dense_is_due(self, more: int = 0) -> bool:
+        """Whether, after so many more products, the matrix itself had been cheaper.
+
+        Only if an error was asked for, and there is memory for the matrix.
+        """
+        bytes_needed = self.dim * max(self.operand.shape) * self.operand.dtype.itemsize
+        due = self.operand.num_products + more >= self.dim
+        return self.until is not None and due and bytes_needed <= DENSE_BYTES
 
 
 def require_num_matvecs(run: Run, num_matvecs: int, multiple_of: int = 1) -> int:

@@ -433,7 +433,7 @@ def journalled_multiply(
     if journal is None:
         return operand.multiply(X, adjoint)
     if journal.replays:
-        operand.num_products += X.shape[1] * operand.products_per_column
+        operand.num_products += X.shape[1]
     product = journal.product(
         to_numpy(X.T), lambda: to_numpy(operand.multiply(X, adjoint))
     )

@@ -135,7 +135,7 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
             new = sketch.multiply_basis(start, adjoint=True)
             Z = new if Z is None else torch.cat([Z, new], dim=1)
             mean, sem = _xdiag_mean_and_sem(run, sketch, Z)
-            if run.reached(mean, sem):
+            if run.reached(mean, sem, k):
                 break
         return run.result(mean, sem, k)
 

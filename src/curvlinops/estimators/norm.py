@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,7 @@ from curvlinops._random import Probes
 from curvlinops.estimators._base import Operand, require_tolerance
 from curvlinops.estimators._run import Options, Run, require_num_matvecs
 from curvlinops.estimators._sketch import coldot, double
-from curvlinops.estimators.eigenpairs import SciPyView, solve_eigenpairs
-from curvlinops.estimators.lanczos import BASIS_BYTES, lanczos
+from curvlinops.estimators.lanczos import Multiply, augmented, block_size, lanczos
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,7 +79,7 @@ def hutchinson_squared_fro(
         return run.mean(integrand, m)
 
 
-def find_hermitian(A: Any) -> tuple[bool, int]:
+def find_hermitian(operand: Operand) -> tuple[bool, int]:
     r"""Whether :math:`u^{\mathrm{H}} A v` and :math:`v^{\mathrm{H}} A u` are conjugate.
 
     A matrix that is not Hermitian passes only by a coincidence of probability zero, up
@@ -93,7 +91,6 @@ def find_hermitian(A: Any) -> tuple[bool, int]:
         The answer, and the products spent: two, with fixed pseudo-random vectors, or
         none if the matrix is not square.
     """
-    operand = Operand(A)
     M, N = operand.shape
     if M != N:
         return False, 0
@@ -101,15 +98,68 @@ def find_hermitian(A: Any) -> tuple[bool, int]:
     AU = operand.multiply(U)
     forms = double(U.mH @ AU)
     scale = torch.linalg.vector_norm(AU) * torch.linalg.vector_norm(U)
-    tolerance = 10 * torch.finfo(AU.dtype).eps * float(scale)
+    tolerance = 10 * operand.eps * float(scale)
     return bool((forms[0, 1] - forms[1, 0].conj()).abs() <= tolerance), 2
+
+
+def tall(A: Any) -> tuple[Any, bool, int]:
+    """Return ``A``, or its adjoint if wide, if it is Hermitian, and products spent."""
+    operand = Operand(A)
+    hermitian, spent = find_hermitian(operand)
+    M, N = operand.shape
+    return (A if M >= N else operand.adjoint()), hermitian, spent
+
+
+def _singular_ends(
+    A: Any, tol: float, task: str, options: Options, ratio: bool
+) -> tuple[Run, float, float]:
+    """Return the run, the largest singular value, and with ``ratio`` the least.
+
+    By one Lanczos run with the Hermitian matrix, or the augmented one: until residuals
+    are small relative to the values, or to rounding errors. The least of an indefinite
+    matrix is inside the spectrum: it is known with the last product.
+    """
+    A, hermitian, spent = tall(A)
+    with Run(A, task, options, "normal", square=False, tol=tol) as run:
+        run.operand.num_products += spent
+        start = run.probes.block(0, 1)
+        multiply: Multiply = run.multiply
+        if not hermitian:
+            multiply, zeros = augmented(run), start.new_zeros(run.operand.shape[0], 1)
+            start = torch.cat([zeros, start])
+        limit = run.dim if hermitian else 2 * run.dim
+        least = largest = 0.0
+
+        def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
+            nonlocal least, largest
+            m, rest = alpha.shape[1], beta[0, -1]
+            over = rest == 0 or m == limit
+            if not over and (
+                m < 4 or int(m**0.5) ** 2 != m or (m % 2 and not hermitian)
+            ):
+                return False
+            values, S = eigh_tridiagonal(alpha[0], beta[0, :-1])
+            sizes, residuals = np.abs(values), rest * np.abs(S[-1])
+            least, largest = float(sizes.min()), float(sizes.max())
+            inside = hermitian and ratio and values[0] < 0 < values[-1]
+            chosen = [sizes.argmax(), *([sizes.argmin()] if ratio else [])]
+            allowed = np.maximum(tol * sizes[chosen], 10 * run.operand.eps * largest)
+            return over or bool((residuals[chosen] <= allowed).all() and not inside)
+
+        steps = min(limit, block_size(run, 1))
+        found = lanczos(multiply, start, steps, True, stop, eps=run.operand.eps)
+        if not stop(found.alpha, found.beta):
+            raise RuntimeError(
+                f"{task} did not converge to tol={tol:.1e} in {steps} steps, whose "
+                "vectors fill 2 GiB. Add damping, or allow a larger tol."
+            )
+    return run, largest, least
 
 
 def _exact(run: Run, value: float, tol: float) -> Any:
     """Return a number that is not random, with the solver's tolerance as its error."""
-    run.until = None
-    zero = torch.zeros((), dtype=torch.float64)
-    return run.result(zero + value, zero, 1, truncation_error=tol * value)
+    error = tol * value if np.isfinite(value) else 0.0
+    return run.exact(torch.tensor(value, dtype=torch.float64), error)
 
 
 def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> Any:
@@ -133,12 +183,13 @@ def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> A
     Raises
     ------
     RuntimeError
-        If the solver does not converge.
+        If it did not converge in as many steps as fit into 2 GiB.
 
     Notes
     -----
-    By :func:`scipy.sparse.linalg.eigsh`: on ``A`` if it is Hermitian (found out by two
-    products), else on the smaller Gram matrix, at two products a step.
+    By one Lanczos run on ``A`` if it is Hermitian (found out by two products), with the
+    certificate of :func:`top_eigenpairs`; else by Golub-Kahan bidiagonalisation, at two
+    products a step.
 
     Examples
     --------
@@ -148,18 +199,8 @@ def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> A
     True
     """
     require_tolerance("tol", tol)
-    hermitian, spent = find_hermitian(A)
-    settings: dict[str, Any] = {"tol": tol, "gram": not hermitian}
-    with Run(A, "spectral_norm", options, "normal", **settings) as run:
-        values, _ = solve_eigenpairs(run, 1, "LM", view=SciPyView(run), tol=tol)
-        run.operand.num_products += spent
-        if not len(values):
-            raise RuntimeError(
-                f"spectral_norm did not converge to tol={tol:.1e} in "
-                f"{run.operand.num_products} products. Allow a larger tol."
-            )
-        value = float(np.abs(values[0]))
-        return _exact(run, value if hermitian else value**0.5, tol)
+    run, largest, _ = _singular_ends(A, tol, "spectral_norm", options, ratio=False)
+    return _exact(run, largest, tol)
 
 
 def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> Any:
@@ -173,8 +214,7 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
         Relative accuracy wanted.
     **options : Options
         See :class:`~curvlinops.estimators.Options`; ``rng`` draws the start vector,
-        ``until`` has no effect. The Gram matrix has a checkpoint of its own, with
-        ``.gram`` appended to the name.
+        ``until`` has no effect.
 
     Returns
     -------
@@ -189,11 +229,11 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
 
     Notes
     -----
-    From both ends of the spectrum of a definite matrix, which resolves numbers up to
-    the inverse of rounding error; for other matrices from the smaller Gram matrix,
-    which resolves only the square root of that (about 1e7 in float64, a few hundred in
-    float32). Costs one Lanczos run, at most ``N`` products (twice that for a Gram
-    matrix), which a badly conditioned matrix takes, and as many vectors.
+    Resolves numbers up to the inverse of rounding error. A definite matrix takes one
+    Lanczos run until both ends of its spectrum are found, an indefinite one, whose
+    least eigenvalue in magnitude is inside, ``N`` products. Matrices that are not
+    Hermitian are bidiagonalised (Golub, Kahan), at two products a step and at most
+    ``min(M, N)`` steps. As many vectors are kept.
 
     Examples
     --------
@@ -203,57 +243,9 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
     True
     """
     require_tolerance("tol", tol)
-    hermitian, spent = find_hermitian(A)
-    if hermitian:
-        low, high, run = _ends(A, tol, False, options)
-        spent += run.operand.num_products
-    if not hermitian or low * high <= 0:
-        hermitian = False
-        path = options.get("checkpoint")
-        path = None if path is None else f"{os.fspath(path)}.gram"
-        low, high, run = _ends(A, tol, True, {**options, "checkpoint": path})
-        spent += run.operand.num_products
-    near, far = sorted([abs(low), abs(high)])
-    rounding = ROUNDING * torch.finfo(run.operand.dtype).eps * run.dim**0.5
-    ratio = far / near if near > rounding * far else np.inf
-    run.operand.num_products = spent
-    return _exact(run, ratio if hermitian else ratio**0.5, tol)
-
-
-def _ends(A: Any, tol: float, gram: bool, options: Options) -> tuple[float, float, Run]:
-    """Return the smallest and largest eigenvalue, or any two of different sign.
-
-    One Lanczos run, without the restarts of ARPACK: those hardly get anywhere with an
-    end that is small relative to the other.
-    """
-
-    def ends(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        nodes, vectors = eigh_tridiagonal(alpha[0], beta[0, :-1])
-        return nodes[[0, -1]], beta[0, -1] * np.abs(vectors[-1, [0, -1]])
-
-    def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
-        steps = alpha.shape[1]
-        if beta[0, -1] == 0 or steps == N:
-            return True
-        if int(steps**0.5) ** 2 != steps or steps == 1:
-            return False
-        nodes, errors = ends(alpha, beta)
-        rounding = torch.finfo(run.operand.dtype).eps * np.abs(nodes).max()
-        enough = errors <= np.maximum(tol * np.abs(nodes), rounding)
-        return bool(enough.all() or nodes[0] < 0 < nodes[1])
-
-    with Run(A, "condition_number", options, "normal", gram=gram) as run:
-        N = run.dim
-        steps = min(N, BASIS_BYTES // (N * run.operand.dtype.itemsize))
-        start = run.probes.block(0, 1)
-        found = lanczos(run.multiply, start, max(steps, 2), "full", stop)
-        if not stop(found.alpha, found.beta):
-            raise RuntimeError(
-                f"The condition number did not converge in {steps} steps, whose basis "
-                "takes up 2 GiB. Add damping, or allow a larger tol."
-            )
-        nodes, _ = ends(found.alpha, found.beta)
-        return float(nodes[0]), float(nodes[1]), run
+    run, largest, least = _singular_ends(A, tol, "condition_number", options, True)
+    rounding = ROUNDING * run.operand.eps * run.dim**0.5
+    return _exact(run, largest / least if least > rounding * largest else np.inf, tol)
 
 
 def stable_rank(
@@ -301,11 +293,13 @@ def stable_rank(
         A, tol=tol, rng=estimate.seed, progressbar=bar, return_estimate=True
     )
     square = float(norm) ** 2
+    if not square:
+        raise ValueError("The zero matrix has no stable rank.")
     result = replace(
         estimate,
         value=estimate.value / square,
         standard_error=estimate.standard_error / square,
         num_products=estimate.num_products + norm.num_products,
-        truncation_error=2 * tol * float(estimate.value) / square,
+        krylov_error=2 * tol * float(estimate.value) / square,
     )
     return result if options.get("return_estimate") else result.value

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from curvlinops._random import as_seed
-from curvlinops.estimators._base import require_positive_int, require_tolerance
+from curvlinops.estimators._base import (
+    require_choice,
+    require_positive_int,
+    require_tolerance,
+    to_numpy,
+)
 from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators.checkpoint import (
     VERSIONS,
@@ -18,20 +23,8 @@ from curvlinops.estimators.checkpoint import (
     parameters_fingerprint,
 )
 from curvlinops.estimators.density import SpectralDensity, check_settings
-from curvlinops.estimators.eigenpairs import (
-    SciPyView,
-    extreme_eigenvalues,
-    project_out,
-    solve_eigenpairs,
-)
-from curvlinops.estimators.lanczos import (
-    BASIS_BYTES,
-    GaussRules,
-    Tridiagonal,
-    choose_reorthogonalization,
-    lanczos,
-    require_ncv,
-)
+from curvlinops.estimators.lanczos import Recurrence, Runs, block_size, lanczos
+from curvlinops.estimators.ritz import eigenpairs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,40 +32,14 @@ if TYPE_CHECKING:
 Boundaries = tuple[float | None, float | None] | None
 
 
-def run_lanczos(
-    run: Run,
-    rules: GaussRules,
-    ncv: int,
-    num_repeats: int,
-    reorthogonalization: str = "auto",
-    deflated: Tensor | None = None,
-) -> None:
-    """Feed Lanczos runs with random start vectors to Gauss rules, to the limit.
+class _Distributions(Runs):
+    """Runs, and their cumulative distributions at 64 points: what ``until`` sees."""
 
-    Several runs go through one product if their bases fit into the memory of one.
-    """
-    require_ncv(ncv, run.dim)
-    require_positive_int("num_repeats", num_repeats)
-    choice = choose_reorthogonalization(reorthogonalization, run.operand, ncv)
-    if choice != "none":
-        basis = run.dim * ncv * run.operand.dtype.itemsize
-        run.block_size = max(1, min(run.block_size, BASIS_BYTES // basis))
-
-    def multiply(V: Tensor) -> Tensor:
-        return project_out(run.multiply(V), deflated)
-
-    def integrand(V: Tensor) -> Tridiagonal:
-        return lanczos(multiply, project_out(V, deflated), ncv, choice)
-
-    run.accumulate(rules, integrand, num_repeats, section="runs")
-
-
-def _distribution(
-    nodes: np.ndarray, weights: np.ndarray, norms: np.ndarray
-) -> np.ndarray:
-    """Return every run's cumulative distribution at 64 points: what ``until`` sees."""
-    points = np.linspace(nodes.min(), nodes.max(), 64)
-    return ((nodes[None] <= points[:, None, None]) * weights[None]).sum(2)
+    def samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the distribution of every run; no Krylov error is known of it."""
+        nodes, weights = self.rules()
+        points = np.linspace(nodes.min(), nodes.max(), 64)[:, None, None]
+        return ((nodes <= points) * weights).sum(2), np.zeros(self.count)
 
 
 class _CachedRuns:
@@ -100,11 +67,13 @@ class _CachedRuns:
         self._boundaries = [None if end is None else float(end) for end in given]
         self._boundaries_tol = boundaries_tol
         self._deflate = require_positive_int("deflate", deflate) if deflate else 0
-        self._reorthogonalization = reorthogonalization
+        self._reorthogonalization = require_choice(
+            "reorthogonalization", reorthogonalization, ("auto", "none")
+        )
         if options.get("checkpoint") is None:
             options["rng"] = as_seed(options.get("rng"))
         self._options = options
-        self._rules = GaussRules(_distribution)
+        self._rules = _Distributions()
         self._found: dict[str, np.ndarray] = {}
         self._fingerprint: list[float] | None = None
         self.num_products = 0
@@ -120,22 +89,14 @@ class _CachedRuns:
         total = self._ncv * (num_repeats - self._rules.count)
         task = "lanczos_approximate_spectrum"
         with Run(self._A, task, self._options, "sphere", total, **settings) as run:
-            require_ncv(self._ncv, run.dim)
+            self._ncv = min(self._ncv, run.dim)
             self._options["rng"] = run.seed
             self._deflated(run)
             vectors = self._found.get("vectors")
             basis = None if vectors is None else torch.from_numpy(vectors)
             basis = None if basis is None else basis.to(run.operand.device)
             if self._rules.count < num_repeats:
-                run_lanczos(
-                    run,
-                    self._rules,
-                    self._ncv,
-                    num_repeats,
-                    self._reorthogonalization,
-                    basis,
-                )
-                run.check(*self._rules.mean_and_sem(), self._rules.count)
+                self._accumulate(run, num_repeats, basis)
             self._bounded(run, basis)
             nodes, weights = self._rules.rules()
             spikes = self._found.get("spikes", np.zeros(0))
@@ -148,6 +109,32 @@ class _CachedRuns:
                 "provenance": settings | counted | self._provenance(run),
                 "convert": run.operand.result,
             }
+
+    def _accumulate(self, run: Run, num_repeats: int, basis: Tensor | None) -> None:
+        """Have Lanczos runs; several go through one product if their bases fit."""
+        size = block_size(run, self._ncv)
+        keep = size > 0 and self._reorthogonalization != "none"
+        if keep:
+            run.block_size = max(1, min(run.block_size, size))
+        norm = float(np.abs(self._found.get("spikes", np.zeros(1))).max())
+
+        def projected(V: Tensor) -> Tensor:
+            return V if basis is None else V - basis @ (basis.mH @ V)
+
+        def krylov(V: Tensor) -> Recurrence:
+            return lanczos(
+                lambda X: projected(run.multiply(X)),
+                projected(V),
+                self._ncv,
+                keep,
+                eps=run.operand.eps,
+                norm=norm,
+            )
+
+        run.accumulate(self._rules, krylov, num_repeats, section="runs")
+        if run.until is not None:
+            moments = self._rules.moments()
+            run.check(*moments.mean_and_sem(), self._rules.count)
 
     def _provenance(self, run: Run) -> dict[str, Any]:
         """Return what is known of the matrix, and count the products."""
@@ -185,19 +172,19 @@ class _CachedRuns:
             return
         if self._deflate >= run.dim:
             raise ValueError(f"deflate ({self._deflate}) must be below {run.dim}.")
-        tol = torch.finfo(run.operand.dtype).eps ** (2 / 3)
+        tol = run.operand.eps ** (2 / 3)
 
         def compute() -> dict[str, np.ndarray]:
-            values, vectors = solve_eigenpairs(
-                run, self._deflate, "LM", view=SciPyView(run), tol=tol
-            )
-            if len(values) < self._deflate:
+            found = eigenpairs(run, self._deflate, "LM", tol)
+            good = found.residuals <= tol * found.norm
+            if not good.all():
                 warnings.warn(
-                    f"{len(values)} of {self._deflate} eigenvalues converged and are "
+                    f"{good.sum()} of {self._deflate} eigenvalues converged and are "
                     "removed; the others stay in the density.",
                     stacklevel=6,
                 )
-            return {"spikes": values, "vectors": vectors}
+            vectors = to_numpy(found.vectors[:, torch.from_numpy(good)])
+            return {"spikes": found.values[good], "vectors": vectors}
 
         self._section(run, "deflation", compute)
 
@@ -210,8 +197,10 @@ class _CachedRuns:
             seen = nodes[weights > 1e-12]
             if np.ptp(seen) <= 1e-6 * np.abs(seen).max():  # a multiple of the identity
                 return {"ends": np.full(2, seen.mean())}
-            tol = self._boundaries_tol
-            return {"ends": np.array(extreme_eigenvalues(run, tol, deflated=basis))}
+            found = eigenpairs(
+                run, 2, "BE", self._boundaries_tol, deflated=basis, certify=False
+            )
+            return {"ends": found.values}
 
         self._section(run, "boundaries", compute)
 

@@ -241,7 +241,7 @@ def xtrace(
             Z = new if Z is None else torch.cat([Z, new], dim=1)
             core = _XTraceCore.of(run, sketch, Z)
             mean, sem = exchangeable_error(run, core.samples, k)
-            if run.reached(mean, sem):
+            if run.reached(mean, sem, k):
                 break
         return run.result(mean, sem, k)
 
@@ -367,7 +367,7 @@ def xnystrace(
             new = multiply_blocks(run, run.probes.block, start, k)
             Y = new if Y is None else torch.cat([Y, new], dim=1)
             mean, sem = exchangeable_error(run, _xnystrace_samples(run, Y), k)
-            if run.reached(mean, sem):
+            if run.reached(mean, sem, k):
                 break
         return run.result(mean, sem, k)
 
