@@ -17,10 +17,12 @@ from curvlinops.estimators._base import (
 )
 from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators.lanczos import (
+    Multiply,
     Rule,
     Runs,
-    augmented,
+    below,
     block_size,
+    hermitian_or_not,
     lanczos,
 )
 from curvlinops.estimators.norm import ROUNDING, tall
@@ -131,12 +133,21 @@ class _Trace:
         The estimation.
     integrand : Integrand
         Of one Lanczos run, or of all eigenvalues.
-    singular : bool, optional
-        Whether it is one of the singular values.
+    multiply : callable, optional
+        Products of the Hermitian matrix, or those for singular values.
+    zeros : int, optional
+        Put above vectors, see :func:`hermitian_or_not`.
     """
 
-    def __init__(self, run: Run, integrand: Integrand, singular: bool = False) -> None:
-        self._run, self._integrand, self._singular = run, integrand, singular
+    def __init__(
+        self,
+        run: Run,
+        integrand: Integrand,
+        multiply: Multiply | None = None,
+        zeros: int = 0,
+    ) -> None:
+        self._run, self._integrand = run, integrand
+        self._multiply, self._zeros = multiply or run.multiply, zeros
 
     def estimate(self, ncv: int, num_repeats: int, transform: Any = None) -> Any:
         """Return the result; deepen the Krylov spaces if ``until`` asks for it."""
@@ -154,7 +165,7 @@ class _Trace:
                 depth *= 2
             elif run.enough(runs) or not run.dense_is_due():
                 return run.result(mean, sem, runs.count, krylov, transform)
-        values = (singular_values if self._singular else eigenvalues)(run)
+        values = (singular_values if self._zeros else eigenvalues)(run)
         value, error = self._integrand(Rule(values, np.ones(len(values))))
         if transform is not None:
             value, error = transform(torch.as_tensor(value), error)
@@ -163,13 +174,11 @@ class _Trace:
     def _runs(self, depth: int, num_repeats: int) -> Runs:
         """Return runs up to the error or the limit, unless the matrix is cheaper."""
         run, size = self._run, block_size(self._run, depth)
-        multiply = augmented(run) if self._singular else run.multiply
-        zeros = run.operand.shape[0] if self._singular else 0
+        steps, eps = (2 * depth if self._zeros else depth), run.operand.eps
 
         def krylov(V: Tensor) -> Any:
-            V = torch.cat([V.new_zeros(zeros, V.shape[1]), V])
-            steps = depth * (1 + self._singular)
-            return lanczos(multiply, V, steps, size > 0, eps=run.operand.eps)
+            V = below(self._zeros, V)
+            return lanczos(self._multiply, V, steps, size > 0, eps=eps)
 
         run.block_size = max(1, min(run.block_size, size or run.block_size))
         runs = _Quadrature(self._integrand)
@@ -439,8 +448,9 @@ def schatten_norm(
 
     Notes
     -----
-    Two products find out whether ``A`` is Hermitian; if not, the smaller Gram matrix is
-    used, at two products a step. The standard error is carried through the root.
+    If ``A`` turns out not to be Hermitian it is bidiagonalised (Golub, Kahan), at two
+    products a step. Errors are carried through the root. Singular values that rounding
+    errors hide count as zero, and what they might add to the Krylov error.
 
     Examples
     --------
@@ -454,28 +464,31 @@ def schatten_norm(
         raise ValueError(
             f"p is above 0 and finite, got {p!r}. For infinity use spectral_norm."
         )
-    A, hermitian, spent = tall(A)
 
-    def integrand(rule: Rule) -> tuple[float, float]:
+    def integrand(rule: Rule, zeros: int) -> tuple[float, float]:
         scale = ROUNDING * run.operand.eps * run.dim**0.5
         least = scale * float(np.abs(rule.nodes).max())
 
         def power(nodes: np.ndarray) -> np.ndarray:
             return np.where(np.abs(nodes) > least, np.abs(nodes) ** p, 0.0)
 
-        if hermitian:
-            value, error = _bracketed(power, run.operand.eps)(rule)
-        else:
+        if zeros:
             value, error = _middle(rule(power), rule.radau(0.0)(power))
+        else:
+            value, error = _bracketed(power, run.operand.eps)(rule)
         return value, error + rule(lambda x: (np.abs(x) <= least) * least**p)
 
     def root(mean: Tensor, error: Any) -> tuple[Tensor, Any]:
         norm = mean ** (1 / p)
         return norm, norm * error / (p * mean) if mean else error
 
-    with _start(A, "schatten_norm", ncv, num_repeats, options, square=False) as run:
-        run.operand.num_products += spent
-        return _Trace(run, integrand, not hermitian).estimate(ncv, num_repeats, root)
+    def attempt(multiply: Multiply, zeros: int) -> Any:
+        trace = _Trace(run, lambda rule: integrand(rule, zeros), multiply, zeros)
+        return trace.estimate(ncv, num_repeats, root)
+
+    task = "schatten_norm"
+    with _start(tall(A), task, ncv, num_repeats, options, square=False) as run:
+        return hermitian_or_not(run, attempt)
 
 
 def apply_function(

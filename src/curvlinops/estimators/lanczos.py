@@ -7,8 +7,9 @@ Every rule is made of products that are at hand: with :math:`m` steps from a vec
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ BASIS_BYTES = 2**31
 SYMMETRY = 1e3
 
 Multiply = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 Stop = Callable[[np.ndarray, np.ndarray], bool]
 
 
@@ -177,17 +179,19 @@ def lanczos(
     return Recurrence(a, b, to_numpy(norms), basis if keep else None)
 
 
-def augmented(run: Run) -> Multiply:
-    r"""Return the products of :math:`[[0, A], [A^{\mathrm{H}}, 0]]`.
+def hermitian_or_not(run: Run, attempt: Callable[[Multiply, int], T]) -> T:
+    r"""Return ``attempt(multiply, 0)``, or with :math:`[[0, A], [A^{\mathrm{H}}, 0]]`.
 
-    Its eigenvalues are plus and minus the singular values. Lanczos from a vector whose
-    upper part is zero is the bidiagonalisation of Golub and Kahan (1965,
-    doi:10.1137/0702016): vectors are zero above or below in turn, so that a step is one
-    product, with :math:`A` or its adjoint, and no digits are lost to a square.
+    The latter if the matrix turns out not to be Hermitian: then the attempt gets the
+    number of zeros to put above a vector. That matrix's eigenvalues are plus and minus
+    the singular values. Lanczos from a vector that is zero above is the
+    bidiagonalisation of Golub and Kahan (1965, doi:10.1137/0702016): its vectors are
+    zero above or below in turn, so that a step is one product, with :math:`A` or its
+    adjoint, and no digits are lost to a square.
     """
-    M = run.operand.shape[0]
+    M, N = run.operand.shape
 
-    def multiply(X: Tensor) -> Tensor:
+    def augmented(X: Tensor) -> Tensor:
         Y = torch.zeros_like(X)
         if X[M:].any():
             Y[:M] = run.multiply(X[M:].contiguous())
@@ -195,7 +199,15 @@ def augmented(run: Run) -> Multiply:
             Y[M:] = run.multiply(X[:M].contiguous(), adjoint=True)
         return Y
 
-    return multiply
+    if M == N:
+        with suppress(NotHermitian):
+            return attempt(run.multiply, 0)
+    return attempt(augmented, M)
+
+
+def below(zeros: int, V: Tensor) -> Tensor:
+    """Return vectors as columns with so many zeros above."""
+    return torch.cat([V.new_zeros(zeros, V.shape[1]), V])
 
 
 @dataclass(frozen=True)

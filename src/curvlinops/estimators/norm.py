@@ -10,11 +10,16 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from curvlinops._random import Probes
 from curvlinops.estimators._base import Operand, require_tolerance
 from curvlinops.estimators._run import Options, Run, require_num_matvecs
 from curvlinops.estimators._sketch import coldot, double
-from curvlinops.estimators.lanczos import Multiply, augmented, block_size, lanczos
+from curvlinops.estimators.lanczos import (
+    Multiply,
+    below,
+    block_size,
+    hermitian_or_not,
+    lanczos,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,35 +84,10 @@ def hutchinson_squared_fro(
         return run.mean(integrand, m)
 
 
-def find_hermitian(operand: Operand) -> tuple[bool, int]:
-    r"""Whether :math:`u^{\mathrm{H}} A v` and :math:`v^{\mathrm{H}} A u` are conjugate.
-
-    A matrix that is not Hermitian passes only by a coincidence of probability zero, up
-    to rounding.
-
-    Returns
-    -------
-    tuple of bool and int
-        The answer, and the products spent: two, with fixed pseudo-random vectors, or
-        none if the matrix is not square.
-    """
-    M, N = operand.shape
-    if M != N:
-        return False, 0
-    U = Probes(N, "normal", 0, operand.dtype, operand.device).block(0, 2)
-    AU = operand.multiply(U)
-    forms = double(U.mH @ AU)
-    scale = torch.linalg.vector_norm(AU) * torch.linalg.vector_norm(U)
-    tolerance = 10 * operand.eps * float(scale)
-    return bool((forms[0, 1] - forms[1, 0].conj()).abs() <= tolerance), 2
-
-
-def tall(A: Any) -> tuple[Any, bool, int]:
-    """Return ``A``, or its adjoint if wide, if it is Hermitian, and products spent."""
+def tall(A: Any) -> Any:
+    """Return the matrix, or its adjoint if that has fewer columns."""
     operand = Operand(A)
-    hermitian, spent = find_hermitian(operand)
-    M, N = operand.shape
-    return (A if M >= N else operand.adjoint()), hermitian, spent
+    return A if operand.shape[0] >= operand.dim else operand.adjoint()
 
 
 def _singular_ends(
@@ -115,43 +95,44 @@ def _singular_ends(
 ) -> tuple[Run, float, float]:
     """Return the run, the largest singular value, and with ``ratio`` the least.
 
-    By one Lanczos run with the Hermitian matrix, or the augmented one: until residuals
-    are small relative to the values, or to rounding errors. The least of an indefinite
-    matrix is inside the spectrum: it is known with the last product.
+    By one Lanczos run: until residuals are small relative to the values, or to rounding
+    errors. The least of an indefinite matrix is inside the spectrum, known with the
+    last product.
     """
-    A, hermitian, spent = tall(A)
-    with Run(A, task, options, "normal", square=False, tol=tol) as run:
-        run.operand.num_products += spent
-        start = run.probes.block(0, 1)
-        multiply: Multiply = run.multiply
-        if not hermitian:
-            multiply, zeros = augmented(run), start.new_zeros(run.operand.shape[0], 1)
-            start = torch.cat([zeros, start])
-        limit = run.dim if hermitian else 2 * run.dim
-        least = largest = 0.0
+    require_tolerance("tol", tol)
+    least = largest = 0.0
+
+    def attempt(multiply: Multiply, zeros: int) -> bool:
+        limit = 2 * run.dim if zeros else run.dim
 
         def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
             nonlocal least, largest
             m, rest = alpha.shape[1], beta[0, -1]
             over = rest == 0 or m == limit
-            if not over and (
-                m < 4 or int(m**0.5) ** 2 != m or (m % 2 and not hermitian)
-            ):
+            # Odd steps of the augmented matrix have a node at zero of their own.
+            if not over and (m % 2 or int((m // 2) ** 0.5) ** 2 != m // 2):
                 return False
             values, S = eigh_tridiagonal(alpha[0], beta[0, :-1])
             sizes, residuals = np.abs(values), rest * np.abs(S[-1])
             least, largest = float(sizes.min()), float(sizes.max())
-            inside = hermitian and ratio and values[0] < 0 < values[-1]
-            chosen = [sizes.argmax(), *([sizes.argmin()] if ratio else [])]
-            allowed = np.maximum(tol * sizes[chosen], 10 * run.operand.eps * largest)
-            return over or bool((residuals[chosen] <= allowed).all() and not inside)
+            if not over and ratio and not zeros and values[0] < 0 < values[-1]:
+                return False
+            wanted = [sizes.argmax(), sizes.argmin()][: 1 + ratio]
+            rounding = 10 * run.operand.eps * largest
+            allowed = np.maximum(tol * sizes[wanted], rounding)
+            return over or bool((residuals[wanted] <= allowed).all())
 
-        steps = min(limit, block_size(run, 1))
-        found = lanczos(multiply, start, steps, True, stop, eps=run.operand.eps)
-        if not stop(found.alpha, found.beta):
+        start, steps = below(zeros, run.probes.block(0, 1)), block_size(run, 1)
+        steps, eps = min(limit, steps), run.operand.eps
+        found = lanczos(multiply, start, steps, True, stop, eps=eps)
+        return stop(found.alpha, found.beta)
+
+    with Run(tall(A), task, options, "normal", square=False, tol=tol) as run:
+        if not hermitian_or_not(run, attempt):
             raise RuntimeError(
-                f"{task} did not converge to tol={tol:.1e} in {steps} steps, whose "
-                "vectors fill 2 GiB. Add damping, or allow a larger tol."
+                f"{task} did not converge to tol={tol:.1e} in "
+                f"{run.operand.num_products} products, whose vectors fill 2 GiB. Add "
+                "damping, or allow a larger tol."
             )
     return run, largest, least
 
@@ -187,9 +168,8 @@ def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> A
 
     Notes
     -----
-    By one Lanczos run on ``A`` if it is Hermitian (found out by two products), with the
-    certificate of :func:`top_eigenpairs`; else by Golub-Kahan bidiagonalisation, at two
-    products a step.
+    By one Lanczos run if ``A`` turns out to be Hermitian, else by Golub-Kahan
+    bidiagonalisation, at two products a step.
 
     Examples
     --------
@@ -198,7 +178,6 @@ def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> A
     >>> bool(np.isclose(spectral_norm(A, rng=0), np.linalg.norm(A, 2)))
     True
     """
-    require_tolerance("tol", tol)
     run, largest, _ = _singular_ends(A, tol, "spectral_norm", options, ratio=False)
     return _exact(run, largest, tol)
 
@@ -242,7 +221,6 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
     >>> bool(np.isclose(condition_number(A, rng=0), 5.0))
     True
     """
-    require_tolerance("tol", tol)
     run, largest, least = _singular_ends(A, tol, "condition_number", options, True)
     rounding = ROUNDING * run.operand.eps * run.dim**0.5
     return _exact(run, largest / least if least > rounding * largest else np.inf, tol)
