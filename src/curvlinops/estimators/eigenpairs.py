@@ -98,7 +98,7 @@ def top_eigenpairs(
         more from the upper if ``k`` is odd).
     start : Eigenpairs, array, or Tensor, optional
         Vectors near the wanted ones, as columns, e.g. of the step before in training.
-        A random one is always added.
+        The search itself begins with a random one: see Notes.
     tol : float, optional
         Of the residual norms, relative to the norm of the matrix; default: two thirds
         of the digits of the matrix's dtype.
@@ -138,8 +138,9 @@ def top_eigenpairs(
     One Lanczos run with full orthogonalisation, and residuals that need no products.
     Then about 20 products with a fresh random vector, orthogonal to all that is known,
     certify that no eigenvalue was missed, such as a second copy of a multiple one; if
-    one was, the search goes on. With ``N`` products everything is exact, so that there
-    are never more. Memory: a vector per product, 2 GiB or ``ncv`` of them at most.
+    one was, the search goes on. A warm start that has a large part of the vectors found
+    is a certificate at ``k`` products. With ``N`` products everything is exact, so that
+    there are never more. Memory: a vector per product, 2 GiB or ``ncv`` at most.
 
     References
     ----------

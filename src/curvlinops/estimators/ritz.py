@@ -16,7 +16,7 @@ from curvlinops.estimators.lanczos import BASIS_BYTES, project_out, require_symm
 #: Steps from a fresh vector that say whether a wanted eigenvalue was missed.
 CERTIFICATE = 20
 
-#: How eigenvalues are ordered, the wanted ones first.
+#: How eigenvalues are ordered, the wanted ones first; "BE" is half "SA", half "LA".
 WHICH: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "LA": lambda values: -values,
     "LM": lambda values: -np.abs(values),
@@ -26,12 +26,15 @@ WHICH: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def pick(values: np.ndarray, k: int, which: str) -> np.ndarray:
-    """Return the indices of the ``k`` wanted eigenvalues, the first first."""
-    order = np.argsort(WHICH[which](values), kind="stable")
-    if which == "BE" and k < len(order):
-        return np.r_[order[: k // 2], order[len(order) - (k - k // 2) :]]
-    return order[:k]
+def pick(values: np.ndarray, handicap: np.ndarray, k: int, which: str) -> np.ndarray:
+    """Return the indices of the ``k`` wanted eigenvalues, the first first.
+
+    Those with a handicap are wanted only if they are ahead of others by more than that.
+    """
+    if which == "BE" and k < len(values):
+        low = pick(values, handicap, k // 2, "SA")
+        return np.r_[low, pick(values, handicap, k - k // 2, "LA")[::-1]]
+    return np.argsort(WHICH[which](values) + handicap, kind="stable")[:k]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,13 @@ class KrylovSpace:
         Orthonormal columns: the space is kept orthogonal to them.
     norm : float, optional
         Of the matrix, if known to be at least that.
+
+    Attributes
+    ----------
+    basis : Tensor
+        Vectors as rows, the first ``size`` of them in use.
+    done, queue, parked : list of int
+        Vectors that are multiplied, to be multiplied, and set aside.
     """
 
     def __init__(
@@ -89,30 +99,49 @@ class KrylovSpace:
         self._run, self._dtype, self.norm = run, dtype, norm
         self._eps = torch.finfo(dtype).eps
         self._deflated = None if deflated is None else deflated.mT.to(dtype)
-        self._V = torch.empty(0, run.dim, dtype=dtype, device=run.operand.device)
+        self.basis = torch.empty(0, run.dim, dtype=dtype, device=run.operand.device)
         self._H = np.zeros((0, 0), np.complex128 if dtype.is_complex else np.float64)
         self.size = 0
         self.done: list[int] = []
         self.queue: list[int] = []
         self.parked: list[int] = []
 
-    def add(self, W: Tensor, scale: float = 1.0) -> np.ndarray:
+    def park(self, left: int) -> None:
+        """Set the queued vectors aside, but for the last ``left``."""
+        first = max(len(self.queue) - left, 0)
+        self.parked += self.queue[:first]
+        self.queue = self.queue[first:]
+
+    def unpark(self) -> None:
+        """Queue again what was set aside."""
+        self.queue, self.parked = [*self.queue, *self.parked], []
+
+    def covered(self, start: Tensor, S: np.ndarray) -> bool:
+        """Whether Ritz vectors lie in the span of other vectors, to 45 degrees."""
+        Q = torch.linalg.qr(start.to(self.basis))[0]
+        return bool(
+            (torch.linalg.vector_norm(Q.mH @ self.vectors(S), dim=0) > 0.7).all()
+        )
+
+    def add(self, W: Tensor, norm: float | None = None) -> np.ndarray:
         """Queue what is new in rows ``W``; return their coefficients in the basis.
 
-        What is left of a row of norm ``scale`` counts if it is above rounding.
+        What is left of a row counts if it is above rounding, relative to ``norm``, or
+        else to its own.
         """
         coefficients = np.zeros((self.size + len(W), len(W)), self._H.dtype)
         for j, w in enumerate(W):
-            w = w[None].clone()
+            w = w[None].to(self.basis, copy=True)
+            scale = float(torch.linalg.vector_norm(w)) if norm is None else norm
             if self._deflated is not None:
                 project_out(w, self._deflated[None])
-            along = to_numpy(project_out(w, self._V[None, : self.size])[0])
+            along = to_numpy(project_out(w, self.basis[None, : self.size])[0])
             coefficients[: self.size, j] = along
             rest = float(torch.linalg.vector_norm(w))
             if rest <= 10 * self._eps * scale or self.size == self.limit:
                 continue
             self._grow()
-            self._V[self.size] = w[0] / rest
+            self.basis[self.size] = w[0] / rest
             coefficients[self.size, j] = rest
             self.queue.append(self.size)
             self.size += 1
@@ -125,16 +154,16 @@ class KrylovSpace:
         return self._run.dim - deflated
 
     def _grow(self) -> None:
-        if self.size < len(self._V):
+        if self.size < len(self.basis):
             return
         more = min(max(32, self.size), self._run.dim - self.size)
-        self._V = torch.cat([self._V, self._V.new_empty(more, self._run.dim)])
-        self._H = np.pad(self._H, (0, len(self._V) - len(self._H)))
+        self.basis = torch.cat([self.basis, self.basis.new_empty(more, self._run.dim)])
+        self._H = np.pad(self._H, (0, len(self.basis) - len(self._H)))
 
-    def step(self, count: int) -> None:
+    def step(self, block: int) -> None:
         """Multiply the vectors that are queued, at most so many."""
-        now, self.queue = self.queue[:count], self.queue[count:]
-        X = self._V[now]
+        now, self.queue = self.queue[:block], self.queue[block:]
+        X = self.basis[now]
         W = self._run.multiply(X.mT.to(self._run.operand.dtype)).mT.to(self._dtype)
         self.norm = max(self.norm, float(torch.linalg.vector_norm(W, dim=1).max()))
         coefficients = self.add(W.contiguous(), self.norm)
@@ -151,8 +180,7 @@ class KrylovSpace:
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return Ritz values, their coefficients, and the norms of their residuals."""
-        H = self._H[np.ix_(self.done, self.done)]
-        values, S = np.linalg.eigh((H + H.conj().T) / 2)
+        values, S = np.linalg.eigh(self.projection(0))
         rest = np.setdiff1d(np.arange(self.size), self.done)
         residuals = np.linalg.norm(
             self._H[np.ix_(np.array(rest, int), np.array(self.done))] @ S, axis=0
@@ -160,11 +188,16 @@ class KrylovSpace:
         self.norm = max(self.norm, np.abs(values).max())
         return values, S, residuals
 
+    def projection(self, first: int) -> np.ndarray:
+        """Return the matrix's projection on what was multiplied since then."""
+        H = self._H[np.ix_(self.done[first:], self.done[first:])]
+        return (H + H.conj().T) / 2
+
     def vectors(self, S: np.ndarray) -> Tensor:
         """Return the vectors of coefficients in the multiplied ones, as columns."""
-        coefficients = self._V.new_zeros(self.size, S.shape[1])
-        coefficients[self.done] = torch.from_numpy(S).to(coefficients)
-        return self._V[: self.size].mT @ coefficients
+        coefficients = self.basis.new_zeros(self.size, S.shape[1])
+        coefficients[self.done[: len(S)]] = torch.from_numpy(S).to(coefficients)
+        return self.basis[: self.size].mT @ coefficients
 
     def restart(self, S: np.ndarray, values: np.ndarray) -> None:
         """Keep some Ritz vectors, and what is not multiplied (thick restart).
@@ -177,9 +210,9 @@ class KrylovSpace:
         """
         k, rest = len(values), np.array([*self.queue, *self.parked], int)
         coupling = self._H[np.ix_(np.array(rest, int), np.array(self.done))] @ S
-        kept = torch.cat([self.vectors(S).mT, self._V[rest]])
+        kept = torch.cat([self.vectors(S).mT, self.basis[rest]])
         self.size, self._H[:] = len(kept), 0
-        self._V[: self.size] = kept
+        self.basis[: self.size] = kept
         self._H[range(k), range(k)] = values
         self._H[k : self.size, :k] = coupling
         moved = list(range(k, self.size))
@@ -212,7 +245,7 @@ def eigenpairs(
     tol : float
         Of residuals, relative to the norm of the matrix.
     start : Tensor, optional
-        Vectors near the wanted ones, as columns. A random one is added always.
+        Vectors near the wanted ones, as columns. They serve as certificate.
     ncv : int, optional
         Basis vectors at most, before a restart; default: as many as fit into 2 GiB.
     max_products : int, optional
@@ -232,73 +265,112 @@ def eigenpairs(
     vector has no part of. So once the wanted pairs have converged, a fresh random
     vector, orthogonal to all there is, is multiplied ``CERTIFICATE`` times: where its
     Ritz values belong to the wanted ones, some were missed, and the search goes on.
+    Vectors ``start`` that span the wanted ones roughly, found for another matrix, are
+    as good, and need to be multiplied only once: of a second copy they have a part.
     """
     dtype = run.operand.dtype if dtype is None else dtype
     space = KrylovSpace(run, dtype, deflated, norm)
-    limit = space.limit
-    products = limit if max_products is None else min(limit, max_products)
+    products = space.limit if max_products is None else min(space.limit, max_products)
     room = BASIS_BYTES // (run.dim * dtype.itemsize) if ncv is None else ncv
-    room = min(limit, max(room, 2 * k + 10))
-    drawn = 0
-
-    def fresh() -> None:
-        nonlocal drawn
-        vector = run.probes.block(drawn, drawn + 1).mT.to(dtype)
-        space.add(vector / torch.linalg.vector_norm(vector))
-        drawn += 1
-
-    if max(2 * k, 20) >= limit:  # nothing is cheaper than the matrix itself
-        space.add(torch.eye(run.dim, dtype=dtype, device=run.operand.device))
-    else:
-        if start is not None:
-            space.add((start / torch.linalg.vector_norm(start, dim=0)).mT.to(dtype))
-        fresh()
-    spent = look = 0
-    certificate: tuple[int, np.ndarray] | None = None  # since when, of which values
+    search = _Search(run, space, k, which, tol, products, max(room, 2 * k + 10))
+    if max(2 * k, 20) >= space.limit:  # nothing is cheaper than the matrix itself
+        space.add(torch.eye(run.dim).to(space.basis))
     while True:
-        block = min(len(space.queue), products - spent, run.block_size)
-        space.step(block)
-        spent += block
-        over = spent >= products or len(space.done) == limit
-        full = room < limit and space.size + len(space.queue) >= room
-        if spent < look and space.queue and not over and not full:
-            continue
-        look = spent + max(1, spent // 10)
-        values, S, residuals = space.pairs()
-        wanted, rounding = pick(values, k, which), 10 * torch.finfo(dtype).eps
-        accuracy = max(tol, rounding) * space.norm
-        enough = len(wanted) == min(k, limit) and (residuals[wanted] <= accuracy).all()
-        complete = len(space.done) == limit
-        sure = complete or not certify
-        if over or (enough and sure):
+        found, enough = search.converge()
+        if not enough or not certify or len(space.done) == space.limit:
             break
-        if certificate is not None and enough:
-            since, before = certificate
-            if np.abs(values[wanted] - before).max() > accuracy:
-                certificate = None
-            elif not space.queue or spent - since >= CERTIFICATE:
-                sure = True
-                break
-        if enough and certificate is None:
-            certificate = spent, values[wanted]
-            space.parked, space.queue = [*space.queue, *space.parked], []
-            fresh()
-        elif not enough or not space.queue:
-            certificate = None if not enough else certificate
-            space.queue, space.parked = [*space.queue, *space.parked], []
-        if not space.queue:
-            fresh()
-        if full:
-            order = np.argsort(residuals, kind="stable")
-            kept = np.r_[wanted, order[~np.isin(order, wanted)]][: max(k, room // 2)]
-            space.restart(S[:, kept], values[kept])
-    return Ritz(
-        values[wanted],
-        space.vectors(S[:, wanted]),
-        residuals[wanted],
-        space.norm,
-        bool(enough and sure),
-    )
+        warm = start is not None and space.covered(start, found[1])
+        witness, start = (start if warm else None), None
+        missed = search.missed(found[0], witness, 1 if warm else CERTIFICATE)
+        if not missed:
+            enough = missed is not None
+            break
+    values, S, residuals = found
+    return Ritz(values, space.vectors(S), residuals, space.norm, enough)
+
+
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass
+class _Search:
+    """A search for eigenpairs; its arguments are those of :func:`eigenpairs`."""
+
+    run: Run
+    space: KrylovSpace
+    k: int
+    which: str
+    tol: float
+    products: int
+    room: int
+    spent: int = 0
+    drawn: int = 0
+
+    def converge(self) -> tuple[Pairs, bool]:
+        """Return the wanted pairs, and if their residuals are as small as asked."""
+        space, look = self.space, 0
+        space.unpark()
+        while True:
+            if not space.queue and len(space.done) < space.limit:
+                self.add(None)
+            self.step()
+            over = self.spent >= self.products or len(space.done) == space.limit
+            full = self.room < space.limit and space.size >= self.room
+            if self.spent < look and not over and not full:
+                continue
+            look = self.spent + max(1, self.spent // 10)
+            values, S, residuals = space.pairs()
+            handicap = self.accuracy * (residuals > self.accuracy)
+            wanted = pick(values, handicap, self.k, self.which)
+            enough = len(wanted) == self.k and not handicap[wanted].any()
+            if over or enough:
+                return (values[wanted], S[:, wanted], residuals[wanted]), bool(enough)
+            if full:
+                others = np.setdiff1d(np.argsort(residuals), wanted, assume_unique=True)
+                kept = np.r_[wanted, others][: max(self.k, self.room // 2)]
+                space.restart(S[:, kept], values[kept])
+
+    def missed(
+        self, known: np.ndarray, start: Tensor | None, steps: int
+    ) -> bool | None:
+        """Whether new vectors show an eigenvalue that is wanted more than known ones.
+
+        Their space, orthogonal to the known vectors, begins with what is not multiplied
+        yet, and goes on from the new ones alone. ``None`` if products ran out.
+        """
+        space, before = self.space, len(self.space.done)
+        self.add(start)
+        while steps and space.queue:
+            if self.spent >= self.products:
+                return None
+            self.step()
+            new = np.linalg.eigvalsh(space.projection(before))
+            handicap = self.accuracy * (np.arange(len(known) + len(new)) >= len(known))
+            if pick(np.r_[known, new], handicap, self.k, self.which).max() >= self.k:
+                return True
+            steps -= 1
+            space.park(1)
+        return False
+
+    def step(self) -> None:
+        """Multiply what is queued, within the limits."""
+        left = min(len(self.space.queue), self.products - self.spent)
+        self.spent += left
+        for first in range(0, left, self.run.block_size):
+            self.space.step(min(self.run.block_size, left - first))
+
+    def add(self, vectors: Tensor | None) -> None:
+        """Queue vectors, or a random one."""
+        if vectors is None:
+            vectors = self.run.probes.block(self.drawn, self.drawn + 1)
+            self.drawn += 1
+        self.space.add(vectors.mT.to(self.space.basis))
+
+    @property
+    def accuracy(self) -> float:
+        """Largest residual that is accepted."""
+        rounding = 10 * torch.finfo(self.space.basis.dtype).eps
+        return max(self.tol, rounding) * self.space.norm
 
 
 def eigenvalues(run: Run) -> np.ndarray:
