@@ -65,10 +65,10 @@ class Ritz:
 class KrylovSpace:
     r"""An orthonormal basis that grows by products; the projection of a matrix on it.
 
-    Every basis vector :math:`v_j` is multiplied at most once. What of :math:`A v_j` is
-    not in the basis becomes its next vector, so that for the multiplied ones
-    :math:`A V_m = V H`, and residuals need no products. Vectors may be added at any
-    time: it is then a block method.
+    Every basis vector :math:`v_j` is multiplied once. What of :math:`A v_j` is not in
+    the basis becomes its next vector, so that :math:`A V_m = V H` for the multiplied
+    ones, and residuals need no products. Vectors may be added at any time: it is then a
+    block method.
 
     Parameters
     ----------
@@ -84,9 +84,9 @@ class KrylovSpace:
     Attributes
     ----------
     basis : Tensor
-        Vectors as rows, the first ``size`` of them in use.
-    done, queue, parked : list of int
-        Vectors that are multiplied, to be multiplied, and set aside.
+        Vectors as rows: ``done`` that are multiplied, then others up to ``size``.
+    norm : float
+        Largest norm of a product so far, of a vector of norm one.
     """
 
     def __init__(
@@ -96,108 +96,101 @@ class KrylovSpace:
         deflated: Tensor | None = None,
         norm: float = 0.0,
     ) -> None:
-        self._run, self._dtype, self.norm = run, dtype, norm
-        self._eps = torch.finfo(dtype).eps
-        self._deflated = None if deflated is None else deflated.mT.to(dtype)
+        self._run, self.norm = run, norm
+        self._deflated = run.probes.block(0, 0) if deflated is None else deflated
+        self._deflated = self._deflated.mT.to(dtype)[None]
         self.basis = torch.empty(0, run.dim, dtype=dtype, device=run.operand.device)
         self._H = np.zeros((0, 0), np.complex128 if dtype.is_complex else np.float64)
-        self.size = 0
-        self.done: list[int] = []
-        self.queue: list[int] = []
-        self.parked: list[int] = []
+        self._aside: list[tuple[Tensor, np.ndarray]] = []
+        self.done = self.size = 0
 
-    def park(self, left: int) -> None:
-        """Set the queued vectors aside, but for the last ``left``."""
-        first = max(len(self.queue) - left, 0)
-        self.parked += self.queue[:first]
-        self.queue = self.queue[first:]
-
-    def unpark(self) -> None:
-        """Queue again what was set aside."""
-        self.queue, self.parked = [*self.queue, *self.parked], []
-
-    def covered(self, start: Tensor, S: np.ndarray) -> bool:
-        """Whether Ritz vectors lie in the span of other vectors, to 45 degrees."""
-        Q = torch.linalg.qr(start.to(self.basis))[0]
-        return bool(
-            (torch.linalg.vector_norm(Q.mH @ self.vectors(S), dim=0) > 0.7).all()
-        )
+    @property
+    def limit(self) -> int:
+        """Dimension of the whole space."""
+        return self._run.dim - self._deflated.shape[1]
 
     def add(self, W: Tensor, norm: float | None = None) -> np.ndarray:
-        """Queue what is new in rows ``W``; return their coefficients in the basis.
+        """Append what is new in rows ``W``; return their coefficients in the basis.
 
         What is left of a row counts if it is above rounding, relative to ``norm``, or
         else to its own.
         """
         coefficients = np.zeros((self.size + len(W), len(W)), self._H.dtype)
-        for j, w in enumerate(W):
-            w = w[None].to(self.basis, copy=True)
-            scale = float(torch.linalg.vector_norm(w)) if norm is None else norm
-            if self._deflated is not None:
-                project_out(w, self._deflated[None])
-            along = to_numpy(project_out(w, self.basis[None, : self.size])[0])
-            coefficients[: self.size, j] = along
+        for j, row in enumerate(W):
+            w = row[None].to(self.basis, copy=True)
+            least = float(torch.linalg.vector_norm(w)) if norm is None else norm
+            project_out(w, self._deflated)
+            along = project_out(w, self.basis[None, : self.size])
+            coefficients[: self.size, j] = to_numpy(along[0])
             rest = float(torch.linalg.vector_norm(w))
-            if rest <= 10 * self._eps * scale or self.size == self.limit:
-                continue
-            self._grow()
-            self.basis[self.size] = w[0] / rest
-            coefficients[self.size, j] = rest
-            self.queue.append(self.size)
-            self.size += 1
+            if rest > 10 * torch.finfo(w.dtype).eps * least and self.size < self.limit:
+                coefficients[self.size, j] = rest
+                self._append(w[0] / rest)
         return coefficients[: self.size]
 
-    @property
-    def limit(self) -> int:
-        """Dimension of the whole space."""
-        deflated = 0 if self._deflated is None else len(self._deflated)
-        return self._run.dim - deflated
-
-    def _grow(self) -> None:
-        if self.size < len(self.basis):
-            return
-        more = min(max(32, self.size), self._run.dim - self.size)
-        self.basis = torch.cat([self.basis, self.basis.new_empty(more, self._run.dim)])
-        self._H = np.pad(self._H, (0, len(self.basis) - len(self._H)))
+    def _append(self, v: Tensor) -> None:
+        if self.size == len(self.basis):
+            more = min(max(32, self.size), self._run.dim - self.size)
+            self.basis = torch.cat([self.basis, self.basis.new_empty(more, len(v))])
+            self._H = np.pad(self._H, (0, more))
+        self.basis[self.size], self._H[self.size] = v, 0
+        for q, row in self._aside:
+            along = torch.dot(v.conj(), q)
+            self._H[self.size, : len(row)] += along.item() * row
+            q -= along * v
+        self.size += 1
 
     def step(self, block: int) -> None:
-        """Multiply the vectors that are queued, at most so many."""
-        now, self.queue = self.queue[:block], self.queue[block:]
-        X = self.basis[now]
-        W = self._run.multiply(X.mT.to(self._run.operand.dtype)).mT.to(self._dtype)
+        """Multiply the next vectors of the basis, so many of them."""
+        m, n = self.done, self.done + block
+        X = self.basis[m:n].mT.to(self._run.operand.dtype)
+        W = self._run.multiply(X).mT.to(self.basis).contiguous()
         self.norm = max(self.norm, float(torch.linalg.vector_norm(W, dim=1).max()))
-        coefficients = self.add(W.contiguous(), self.norm)
-        self._H[: self.size, now] = coefficients
-        self.done += now
+        coefficients = self.add(W, self.norm)
+        self._H[: self.size, m:n], self.done = coefficients, n
         # v_i^H A v_j of two multiplied vectors was found twice.
-        mine, theirs = (
-            coefficients[self.done],
-            self._H[np.ix_(np.array(now), np.array(self.done))],
-        )
-        error = np.abs(mine - theirs.conj().T).max()
+        error = np.abs(coefficients[:n] - self._H[m:n, :n].conj().T).max()
         eps = self._run.operand.eps
         require_symmetry(torch.tensor([error]), torch.tensor([self.norm]), eps)
 
+    def set_aside(self) -> None:
+        """Take what is not multiplied out of the basis, for others to come first.
+
+        As part of later vectors it still counts.
+        """
+        for i in range(self.done, self.size):
+            self._aside.append((self.basis[i].clone(), self._H[i, : self.done].copy()))
+        self.size = self.done
+
+    def take_back(self) -> None:
+        """Append what was set aside to the basis again."""
+        aside, self._aside = self._aside, []
+        for q, row in aside:
+            coefficients = self.add(q[None], 1.0)
+            self._H[: self.size, : len(row)] += coefficients * row
+
+    def values(self) -> np.ndarray:
+        """Return the Ritz values, ascending."""
+        H = self._H[: self.done, : self.done]
+        return np.linalg.eigvalsh((H + H.conj().T) / 2)
+
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return Ritz values, their coefficients, and the norms of their residuals."""
-        values, S = np.linalg.eigh(self.projection(0))
-        rest = np.setdiff1d(np.arange(self.size), self.done)
-        residuals = np.linalg.norm(
-            self._H[np.ix_(np.array(rest, int), np.array(self.done))] @ S, axis=0
-        )
+        H = self._H[: self.done, : self.done]
+        values, S = np.linalg.eigh((H + H.conj().T) / 2)
         self.norm = max(self.norm, np.abs(values).max())
-        return values, S, residuals
-
-    def projection(self, first: int) -> np.ndarray:
-        """Return the matrix's projection on what was multiplied since then."""
-        H = self._H[np.ix_(self.done[first:], self.done[first:])]
-        return (H + H.conj().T) / 2
+        rest = self._H[self.done : self.size, : self.done]
+        return values, S, np.linalg.norm(rest @ S, axis=0)
 
     def vectors(self, S: np.ndarray) -> Tensor:
-        """Return the vectors of coefficients in the multiplied ones, as columns."""
-        coefficients = self.basis.new_zeros(self.size, S.shape[1])
-        coefficients[self.done[: len(S)]] = torch.from_numpy(S).to(coefficients)
-        return self.basis[: self.size].mT @ coefficients
+        """Return the vectors of coefficients in the first of the basis, as columns."""
+        coefficients = torch.from_numpy(S).to(self.basis)
+        return self.basis[: len(S)].mT @ coefficients
+
+    def covered(self, start: Tensor, S: np.ndarray) -> bool:
+        """Whether Ritz vectors lie in the span of other vectors, to 45 degrees."""
+        cosines = torch.linalg.qr(start.to(self.basis))[0].mH @ self.vectors(S)
+        return bool((torch.linalg.vector_norm(cosines, dim=0) > 0.7).all())
 
     def restart(self, S: np.ndarray, values: np.ndarray) -> None:
         """Keep some Ritz vectors, and what is not multiplied (thick restart).
@@ -208,16 +201,13 @@ class KrylovSpace:
         problems", SIAM J. Matrix Analysis and Applications 22 (2000),
         doi:10.1137/S0895479898334605.
         """
-        k, rest = len(values), np.array([*self.queue, *self.parked], int)
-        coupling = self._H[np.ix_(np.array(rest, int), np.array(self.done))] @ S
-        kept = torch.cat([self.vectors(S).mT, self.basis[rest]])
-        self.size, self._H[:] = len(kept), 0
+        k, m, n = len(values), self.done, self.size
+        coupling = self._H[m:n, :m] @ S
+        kept = torch.cat([self.vectors(S).mT, self.basis[m:n]])
+        self.done, self.size, self._H[:] = k, len(kept), 0
         self.basis[: self.size] = kept
         self._H[range(k), range(k)] = values
         self._H[k : self.size, :k] = coupling
-        moved = list(range(k, self.size))
-        self.done, queued = list(range(k)), len(self.queue)
-        self.queue, self.parked = moved[:queued], moved[queued:]
 
 
 def eigenpairs(
@@ -277,11 +267,11 @@ def eigenpairs(
         space.add(torch.eye(run.dim).to(space.basis))
     while True:
         found, enough = search.converge()
-        if not enough or not certify or len(space.done) == space.limit:
+        if not enough or not certify or space.done == space.limit:
             break
         warm = start is not None and space.covered(start, found[1])
         witness, start = (start if warm else None), None
-        missed = search.missed(found[0], witness, 1 if warm else CERTIFICATE)
+        missed = search.missed(found[0], witness)
         if not missed:
             enough = missed is not None
             break
@@ -309,12 +299,12 @@ class _Search:
     def converge(self) -> tuple[Pairs, bool]:
         """Return the wanted pairs, and if their residuals are as small as asked."""
         space, look = self.space, 0
-        space.unpark()
+        space.take_back()
         while True:
-            if not space.queue and len(space.done) < space.limit:
-                self.add(None)
+            if space.done == space.size < space.limit:
+                space.add(self.fresh())
             self.step()
-            over = self.spent >= self.products or len(space.done) == space.limit
+            over = self.spent >= self.products or space.done == space.limit
             full = self.room < space.limit and space.size >= self.room
             if self.spent < look and not over and not full:
                 continue
@@ -326,45 +316,39 @@ class _Search:
             if over or enough:
                 return (values[wanted], S[:, wanted], residuals[wanted]), bool(enough)
             if full:
-                others = np.setdiff1d(np.argsort(residuals), wanted, assume_unique=True)
+                others = np.argsort(residuals)
+                others = others[~np.isin(others, wanted)]
                 kept = np.r_[wanted, others][: max(self.k, self.room // 2)]
                 space.restart(S[:, kept], values[kept])
 
-    def missed(
-        self, known: np.ndarray, start: Tensor | None, steps: int
-    ) -> bool | None:
-        """Whether new vectors show an eigenvalue that is wanted more than known ones.
-
-        Their space, orthogonal to the known vectors, begins with what is not multiplied
-        yet, and goes on from the new ones alone. ``None`` if products ran out.
-        """
-        space, before = self.space, len(self.space.done)
-        self.add(start)
-        while steps and space.queue:
+    def missed(self, known: np.ndarray, start: Tensor | None) -> bool | None:
+        """Whether new vectors change wanted values; ``None`` if products ran out."""
+        space, steps = self.space, CERTIFICATE if start is None else 1
+        space.set_aside()
+        space.add(self.fresh() if start is None else start.mT)
+        while steps and space.size > space.done:
             if self.spent >= self.products:
                 return None
             self.step()
-            new = np.linalg.eigvalsh(space.projection(before))
-            handicap = self.accuracy * (np.arange(len(known) + len(new)) >= len(known))
-            if pick(np.r_[known, new], handicap, self.k, self.which).max() >= self.k:
-                return True
             steps -= 1
-            space.park(1)
+            values = space.values()
+            values = values[pick(values, np.zeros(1), self.k, self.which)]
+            if np.abs(values - known).max() > self.accuracy / 2:
+                return True
         return False
 
     def step(self) -> None:
-        """Multiply what is queued, within the limits."""
-        left = min(len(self.space.queue), self.products - self.spent)
+        """Multiply what is not yet, within the limits."""
+        left = self.space.size - self.space.done
+        left = min(left, self.products - self.spent)
         self.spent += left
         for first in range(0, left, self.run.block_size):
             self.space.step(min(self.run.block_size, left - first))
 
-    def add(self, vectors: Tensor | None) -> None:
-        """Queue vectors, or a random one."""
-        if vectors is None:
-            vectors = self.run.probes.block(self.drawn, self.drawn + 1)
-            self.drawn += 1
-        self.space.add(vectors.mT.to(self.space.basis))
+    def fresh(self) -> Tensor:
+        """Return a random vector, as row."""
+        self.drawn += 1
+        return self.run.probes.block(self.drawn - 1, self.drawn).mT
 
     @property
     def accuracy(self) -> float:
