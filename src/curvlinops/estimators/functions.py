@@ -17,6 +17,7 @@ from curvlinops.estimators._base import (
 )
 from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators.lanczos import (
+    Indefinite,
     Multiply,
     Rule,
     Runs,
@@ -88,7 +89,7 @@ def _bracketed(function: Function, eps: float) -> Integrand:
 
     def integrand(rule: Rule) -> tuple[Any, float]:
         lowest = float(rule.nodes[0])
-        if lowest < -10 * eps * np.abs(rule.nodes).max():
+        if rule.indefinite(eps):
             return _compared(function)(rule)
         other = rule.radau(min(0.0, lowest - 2 * rule.rounding))
         return _middle(rule(function), other(function))
@@ -96,13 +97,13 @@ def _bracketed(function: Function, eps: float) -> Integrand:
     return integrand
 
 
-def _counted(lower: float, upper: float) -> Integrand:
+def _counted(lower: float, upper: float, eps: float) -> Integrand:
     """Return the middle of the bounds of the weight in an interval."""
 
     def integrand(rule: Rule) -> tuple[float, float]:
         total = float(rule.weights.sum())
-        a, b = rule.below(lower) if lower > -np.inf else (0.0, 0.0)
-        c, d = rule.below(upper) if upper < np.inf else (total, total)
+        a, b = rule.below(lower, eps) if lower > -np.inf else (0.0, 0.0)
+        c, d = rule.below(upper, eps) if upper < np.inf else (total, total)
         return _middle(max(c - b, 0.0), d - a)
 
     return integrand
@@ -173,8 +174,9 @@ class _Trace:
 
     def _runs(self, depth: int, num_repeats: int) -> Runs:
         """Return runs up to the error or the limit, unless the matrix is cheaper."""
-        run, size = self._run, block_size(self._run, depth)
-        steps, eps = (2 * depth if self._zeros else depth), run.operand.eps
+        run, eps = self._run, self._run.operand.eps
+        steps = 2 * depth if self._zeros else depth
+        size = block_size(run, steps, self._zeros)
 
         def krylov(V: Tensor) -> Any:
             V = below(self._zeros, V)
@@ -412,7 +414,8 @@ def eigenvalue_count(
     if not lower < upper:
         raise ValueError(f"An interval has lower < upper, got {lower!r} and {upper!r}.")
     with _start(A, "eigenvalue_count", ncv, num_repeats, options) as run:
-        return _Trace(run, _counted(lower, upper)).estimate(ncv, num_repeats)
+        integrand = _counted(lower, upper, run.operand.eps)
+        return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
 def schatten_norm(
@@ -448,9 +451,10 @@ def schatten_norm(
 
     Notes
     -----
-    If ``A`` turns out not to be Hermitian it is bidiagonalised (Golub, Kahan), at two
-    products a step. Errors are carried through the root. Singular values that rounding
-    errors hide count as zero, and what they might add to the Krylov error.
+    If ``A`` turns out not to be Hermitian, or to be indefinite, it is bidiagonalised
+    (Golub, Kahan), at two products a step. Errors are carried through the root.
+    Singular values that rounding errors hide count as zero; what they might add is part
+    of the Krylov error.
 
     Examples
     --------
@@ -474,6 +478,8 @@ def schatten_norm(
 
         if zeros:
             value, error = _middle(rule(power), rule.radau(0.0)(power))
+        elif rule.indefinite(run.operand.eps):
+            raise Indefinite
         else:
             value, error = _bracketed(power, run.operand.eps)(rule)
         return value, error + rule(lambda x: (np.abs(x) <= least) * least**p)
@@ -483,6 +489,12 @@ def schatten_norm(
         return norm, norm * error / (p * mean) if mean else error
 
     def attempt(multiply: Multiply, zeros: int) -> Any:
+        if ncv >= run.dim:  # exact, of whatever kind the matrix is
+            zeros = run.operand.shape[0]
+        elif not zeros:  # find out at little cost
+            start, steps = run.probes.block(0, 1), min(8, run.dim)
+            found = lanczos(multiply, start, steps, eps=run.operand.eps)
+            integrand(Rule.gauss(found.alpha[0], found.beta[0]), zeros)
         trace = _Trace(run, lambda rule: integrand(rule, zeros), multiply, zeros)
         return trace.estimate(ncv, num_repeats, root)
 

@@ -52,9 +52,13 @@ class Recurrence:
     basis: Tensor | None
 
 
-def block_size(run: Run, ncv: int) -> int:
+def block_size(run: Run, steps: int, zeros: int = 0) -> int:
     """Return how many runs' bases fit into 2 GiB at once: 0 if not even one does."""
-    return BASIS_BYTES // (sum(run.operand.shape) * ncv * run.operand.dtype.itemsize)
+    return BASIS_BYTES // ((run.dim + zeros) * steps * run.operand.dtype.itemsize)
+
+
+class Indefinite(Exception):
+    """An eigenvalue is negative where none should be."""
 
 
 class NotHermitian(ValueError):
@@ -182,12 +186,12 @@ def lanczos(
 def hermitian_or_not(run: Run, attempt: Callable[[Multiply, int], T]) -> T:
     r"""Return ``attempt(multiply, 0)``, or with :math:`[[0, A], [A^{\mathrm{H}}, 0]]`.
 
-    The latter if the matrix turns out not to be Hermitian: then the attempt gets the
-    number of zeros to put above a vector. That matrix's eigenvalues are plus and minus
-    the singular values. Lanczos from a vector that is zero above is the
-    bidiagonalisation of Golub and Kahan (1965, doi:10.1137/0702016): its vectors are
-    zero above or below in turn, so that a step is one product, with :math:`A` or its
-    adjoint, and no digits are lost to a square.
+    The latter if the matrix turns out not to be Hermitian, or the attempt raises
+    :class:`Indefinite`: then it gets the number of zeros to put above a vector. That
+    matrix's eigenvalues are plus and minus the singular values. Lanczos from a vector
+    that is zero above is the bidiagonalisation of Golub and Kahan (1965,
+    doi:10.1137/0702016): its vectors are zero above or below in turn, so that a step is
+    one product, with :math:`A` or its adjoint, and no digits are lost to a square.
     """
     M, N = run.operand.shape
 
@@ -200,7 +204,7 @@ def hermitian_or_not(run: Run, attempt: Callable[[Multiply, int], T]) -> T:
         return Y
 
     if M == N:
-        with suppress(NotHermitian):
+        with suppress(NotHermitian, Indefinite):
             return attempt(run.multiply, 0)
     return attempt(augmented, M)
 
@@ -251,6 +255,10 @@ class Rule:
         """Return the integral of a function."""
         return self.weights @ function(self.nodes)
 
+    def indefinite(self, eps: float) -> bool:
+        """Whether a node is negative, beyond rounding errors."""
+        return bool(self.nodes[0] < -10 * eps * np.abs(self.nodes).max())
+
     def halved(self) -> Rule | None:
         """Return the rule of half the steps; ``None`` if there was only one."""
         if self.alpha is None or self.beta is None:
@@ -279,19 +287,18 @@ class Rule:
         nodes, S = eigh_tridiagonal(np.append(self.alpha, corner), self.beta)
         return Rule(nodes, S[0] ** 2, self.alpha, self.beta)
 
-    def below(self, end: float) -> tuple[float, float]:
+    def below(self, end: float, eps: float) -> tuple[float, float]:
         """Return bounds of the weight of all that lies below a number.
 
         Those of Chebyshev, Markov and Stieltjes: the weight below a node of a rule, and
-        the same with the node's own weight.
+        the same with the node's own weight. If the rule is exact, what is nearer than
+        rounding errors is in doubt.
         """
-        rule = self.radau(end)
         if self.alpha is None:
-            low, high = (
-                self.nodes + self.rounding < end,
-                self.nodes - self.rounding < end,
-            )
+            doubt = 10 * eps * float(np.abs(self.nodes).max())
+            low, high = (self.nodes < x for x in (end - doubt, end + doubt))
             return float(self.weights[low].sum()), float(self.weights[high].sum())
+        rule = self.radau(end)
         k = int(np.abs(rule.nodes - end).argmin())  # the given one, whatever rounding
         below = float(rule.weights[:k].sum())
         return below, below + float(rule.weights[k])

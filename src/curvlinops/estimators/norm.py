@@ -122,7 +122,7 @@ def _singular_ends(
             allowed = np.maximum(tol * sizes[wanted], rounding)
             return over or bool((residuals[wanted] <= allowed).all())
 
-        start, steps = below(zeros, run.probes.block(0, 1)), block_size(run, 1)
+        start, steps = below(zeros, run.probes.block(0, 1)), block_size(run, 1, zeros)
         steps, eps = min(limit, steps), run.operand.eps
         found = lanczos(multiply, start, steps, True, stop, eps=eps)
         return stop(found.alpha, found.beta)
