@@ -492,7 +492,7 @@ def schatten_norm(
         if ncv >= run.dim:  # exact, of whatever kind the matrix is
             zeros = run.operand.shape[0]
         elif not zeros:  # find out at little cost
-            start, steps = run.probes.block(0, 1), min(8, run.dim)
+            start, steps = run.probes.block(0, 1), min(ncv, 30)
             found = lanczos(multiply, start, steps, eps=run.operand.eps)
             integrand(Rule.gauss(found.alpha[0], found.beta[0]), zeros)
         trace = _Trace(run, lambda rule: integrand(rule, zeros), multiply, zeros)
