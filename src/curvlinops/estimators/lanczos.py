@@ -272,7 +272,7 @@ class Rule:
         :math:`T` gets one more row with :math:`\beta_m` and the last entry
         :math:`a + \beta_m^2 \sum_j s_j^2 / (\theta_j - a)`, with the last entries
         :math:`s_j` of :math:`T`'s eigenvectors, so that :math:`a` is an eigenvalue. A
-        rule that is exact, or has that node already, up to rounding, stays as it is.
+        rule that is exact stays as it is.
 
         References
         ----------
@@ -280,7 +280,7 @@ class Rule:
         (2010), chapter 6.
         """
         gap = self.nodes - node
-        if self.alpha is None or self.beta is None or np.abs(gap).min() < self.rounding:
+        if self.alpha is None or self.beta is None:
             return self
         last = eigh_tridiagonal(self.alpha, self.beta[:-1])[1][-1]
         corner = node + self.beta[-1] ** 2 * float(np.sum(last**2 / gap))
@@ -298,7 +298,9 @@ class Rule:
             doubt = 10 * eps * float(np.abs(self.nodes).max())
             low, high = (self.nodes < x for x in (end - doubt, end + doubt))
             return float(self.weights[low].sum()), float(self.weights[high].sum())
-        rule = self.radau(end)
+        # Next to a node of its own the rule serves as it is: the corner would be huge.
+        near = np.abs(self.nodes - end).min() < 1e-10 * np.abs(self.nodes).max()
+        rule = self if near else self.radau(end)
         k = int(np.abs(rule.nodes - end).argmin())  # the given one, whatever rounding
         below = float(rule.weights[:k].sum())
         return below, below + float(rule.weights[k])
