@@ -477,7 +477,9 @@ def schatten_norm(
             return np.where(np.abs(nodes) > least, np.abs(nodes) ** p, 0.0)
 
         if zeros:
-            value, error = _middle(rule(power), rule.radau(0.0)(power))
+            singular = np.abs(rule.nodes).min() <= least
+            other = rule if singular else rule.radau(0.0)
+            value, error = _middle(rule(power), other(power))
         elif rule.indefinite(run.operand.eps):
             raise Indefinite
         else:
