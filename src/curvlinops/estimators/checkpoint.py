@@ -1,27 +1,28 @@
 """Journals: a long computation that was killed goes on where it was.
 
-A journal is one append-only file of records, each with its length and its checksum. It
-is created, and compacted, by writing a new file, ``fsync`` and ``rename``. Records are
-appended and handed to the system at once, where they survive the end of the process;
-``fsync``, for power failures, follows at most once a second. Records are of two kinds:
-the state of a named section of the computation, and products made since the last state.
-Algorithms that can be told their state load it; all others (SciPy's solvers) are
-started again and get the recorded products replayed, which on the same machine leads
-them through the same bits.
+A journal is an SQLite database of three tables: what the computation is, the last state
+of each of its named sections, and the products made since the last state. Algorithms
+that can be told their state load it; all others (SciPy's solvers) are started again and
+get the recorded products replayed, which on the same machine leads them through the
+same bits.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
-import struct
+import sqlite3
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import scipy
@@ -32,15 +33,32 @@ from torch import Tensor
 from curvlinops._random import Probes
 from curvlinops.estimators._base import Operand, to_json, to_numpy
 
-_HEADER = struct.Struct("<4sQI")
-_MARK = b"CLOj"
-#: A journal is compacted when it has more superseded bytes than live ones, and this.
-_GARBAGE = 2**22
+VERSIONS = {p.__name__: str(p.__version__) for p in (np, scipy, torch)}
 
-VERSIONS = {
-    "numpy": np.__version__,
-    "scipy": scipy.__version__,
-    "torch": torch.__version__,
+_TABLES = [
+    f"CREATE TABLE {name} (key, part INTEGER, checksum INTEGER, payload BLOB, "
+    "PRIMARY KEY (key, part)) WITHOUT ROWID"
+    for name in ("identity", "products", "states")
+]
+#: Locks the file until it is closed. 64 MiB may wait beside it for `fsync`.
+_SETTINGS = """
+    PRAGMA locking_mode = EXCLUSIVE; PRAGMA synchronous = NORMAL;
+    PRAGMA wal_autocheckpoint = 16384; BEGIN EXCLUSIVE; COMMIT
+"""
+#: Bytes of a record that go into one row, of which SQLite takes 1e9 at most.
+_ROW_BYTES = 2**28
+#: What the first version of the format, which was no database, begins with.
+_FIRST_FORMAT = b"CLOj"
+
+#: From SQLite's result codes to what is the matter, and the cure.
+_UNWRITABLE = "cannot be written here. Copy it elsewhere, with the `-wal` beside it"
+_FAULTS = {
+    sqlite3.SQLITE_BUSY: "is in use by another process, or elsewhere in this one. Wait "
+    "for its end, or give another path",
+    sqlite3.SQLITE_FULL: "has no room. Make some and start again: nothing is lost",
+    sqlite3.SQLITE_IOERR: "cannot be read or written. Make room, or copy it elsewhere",
+    sqlite3.SQLITE_READONLY: _UNWRITABLE,
+    sqlite3.SQLITE_CANTOPEN: _UNWRITABLE,
 }
 
 
@@ -69,6 +87,74 @@ def _differ(key: str, a: Any, b: Any, rtol: float) -> bool:
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) > rtol * abs(a[0])
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise SQLite's errors with the file, the cause and the cure."""
+    try:
+        yield
+    except sqlite3.ProgrammingError:
+        raise  # the caller's, as after `close`
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 255
+        if code in _FAULTS:
+            text = f"The checkpoint {path} {_FAULTS[code]} ({error})."
+            raise OSError(text) from error
+        text = f"{path} is no checkpoint, or a damaged one ({error})"
+        if code == sqlite3.SQLITE_NOTADB:
+            with open(path, "rb") as file:  # SQLite holds no lock on it
+                if file.read(len(_FIRST_FORMAT)) == _FIRST_FORMAT:
+                    text = f"The checkpoint {path} has format 1, of earlier versions"
+        cure = "Delete it to start from the beginning, or give another path."
+        raise ValueError(f"{text}. {cure}") from error
+
+
+def _open(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
+    """Open and lock a file, and return what it is of: nothing, if it was not begun.
+
+    Where nothing can be written, it is opened for reading.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is no regular file. Give another path.")
+    target.parent.stat()  # raises if there is none
+    uri = f"{target.as_uri()}?mode=rwc"
+    with _explained(path):  # which waits for whoever reads the identity
+        db = sqlite3.connect(uri, timeout=0.1, check_same_thread=False, uri=True)
+        try:
+            db.executescript(_SETTINGS)
+            tables = db.execute("SELECT sql FROM sqlite_master ORDER BY name")
+            if not (found := [sql for (sql,) in tables]):
+                return db, {}
+            if found != _TABLES or not (identity := _get(db, "identity", "")):
+                raise sqlite3.DatabaseError("other tables, or a wrong checksum")
+            return db, json.loads(identity)
+        except BaseException:
+            db.close()
+            raise
+
+
+def _checksum(table: str, key: str | int, payload: Any) -> int:
+    return zlib.crc32(payload, zlib.crc32(f"{table} {key!r}".encode()))
+
+
+def _put(db: sqlite3.Connection, table: str, key: str | int, payload: Any) -> None:
+    db.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
+    checksum = _checksum(table, key, payload)
+    for part, start in enumerate(range(0, len(payload), _ROW_BYTES)):
+        row = (key, part, checksum, payload[start : start + _ROW_BYTES])
+        db.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", row)
+
+
+def _get(db: sqlite3.Connection, table: str, key: str | int) -> bytes | None:
+    """Return a record: ``None`` if there is none, and nothing if it is damaged."""
+    columns = "checksum, CAST(payload AS BLOB)"
+    query = f"SELECT {columns} FROM {table} WHERE key = ? ORDER BY part"
+    rows = db.execute(query, (key,)).fetchall()
+    payload = b"".join(part or b"" for _, part in rows)
+    intact = {checksum for checksum, _ in rows} == {_checksum(table, key, payload)}
+    return (payload if intact else b"") if rows else None
+
+
 def read_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a journal says of its computation; empty if there is none.
 
@@ -82,37 +168,40 @@ def read_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
     dict
         Name of the task, its settings, seed, class, shape, dtype and fingerprint of the
         matrix, and the versions of the packages.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or no journal of this format.
+    OSError
+        If the file is in use by another process, or cannot be read.
     """
-    try:
-        with open(path, "rb") as file:
-            payload = _read_record(file)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return {}
-    return {} if payload is None else json.loads(payload)
+    db, identity = _open(Path(path))
+    db.close()
+    return identity
 
 
-def _read_record(file: BinaryIO) -> bytes | None:
-    """Return the next record's payload, ``None`` if it is damaged or missing."""
-    header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        return None
-    mark, length, checksum = _HEADER.unpack(header)
-    left = os.fstat(file.fileno()).st_size - file.tell()
-    if mark != _MARK or length > left:
-        return None
-    payload = file.read(length)
-    return payload if zlib.crc32(payload) == checksum else None
-
-
-def _pack(payload: bytes) -> bytes:
-    return _HEADER.pack(_MARK, len(payload), zlib.crc32(payload)) + payload
-
-
-def _pack_arrays(label: str, arrays: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    named: dict[str, Any] = {name: to_numpy(array) for name, array in arrays.items()}
-    np.savez(buffer, label__=np.array(label), **named)
-    return buffer.getvalue()
+def _refuse_other(
+    path: Path, stored: dict[str, Any], mine: dict[str, Any], rtol: float
+) -> None:
+    differing = [
+        f"{key}: stored {stored.get(key)!r}, now {mine.get(key)!r}"
+        for key in sorted(stored.keys() | mine.keys())
+        if key != "versions" and _differ(key, stored.get(key), mine.get(key), rtol)
+    ]
+    if differing:
+        raise ValueError(
+            f"The checkpoint {path} belongs to another computation "
+            f"({'; '.join(differing)}). Give this one another path."
+        )
+    if stored["versions"] != mine["versions"]:
+        warnings.warn(
+            f"The checkpoint {path} was begun with {stored['versions']}, and goes on "
+            f"with {mine['versions']}: the last digits may differ.",
+            stacklevel=3,
+        )
 
 
 class Journal:
@@ -132,141 +221,105 @@ class Journal:
     Raises
     ------
     ValueError
-        If the file belongs to another computation, or is no journal.
+        If the file belongs to another computation, is damaged, or no journal of this
+        format.
+    OSError
+        If the file is in use by another process (or elsewhere in this one), or cannot
+        be read; later, if the disk is full, or something is to be recorded where
+        nothing can be written. What was recorded before is kept.
 
     Warns
     -----
     UserWarning
-        If a record at the end is damaged: everything before it is used.
+        If a record is not what was written: it is made again. If versions differ.
+
+    Notes
+    -----
+    While the file is open it is locked. A file of the same name with ``-wal`` lies
+    beside it, and stays if the process is killed: together they are the journal.
+    :meth:`close` leaves one file, from which a finished computation is also read where
+    nothing can be written.
+
+    Whatever was recorded survives the end of the process. ``fsync`` follows once a
+    second, hence a power failure costs the records of the last second. The file grows
+    by every product until a state is saved, and takes the next ones into that space;
+    the one beside it grows to 64 MiB and one record.
+
+    To be used by one thread at a time, and only by the process that opened it, not by
+    one that is forked from it.
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        identity: dict[str, Any],
-        rtol: float = 0.0,
+        self, path: str | os.PathLike[str], identity: dict[str, Any], rtol: float = 0.0
     ) -> None:
         self.path = Path(path)
         self.identity = json.loads(to_json(identity | {"versions": VERSIONS}))
-        self._states: dict[str, tuple[int, int]] = {}
-        self._products: list[tuple[int, int]] = []
-        self._replayed = 0
-        if self.path.exists() and self.path.stat().st_size:
-            self._refuse_other(read_identity(self.path), rtol)
-        else:
-            self._write_anew([])
-        self._file, self._synced = self._open(), monotonic()
-        self._index()
+        self._lock, self._process = Lock(), os.getpid()
+        self._position, self._synced = 0, monotonic()
+        self._db, stored = _open(self.path)
+        try:
+            if stored:
+                _refuse_other(self.path, stored, self.identity, rtol)
+            else:
+                with self._use() as db:
+                    db.execute("BEGIN")
+                    for table in _TABLES:
+                        db.execute(table)
+                    _put(db, "identity", "", json.dumps(self.identity).encode())
+        except BaseException:
+            self._db.close()
+            raise
+        _OPENED.add(self)
 
-    def _open(self) -> BinaryIO:
-        return open(self.path, "r+b")
+    @contextmanager
+    def _use(self) -> Iterator[sqlite3.Connection]:
+        """Hand out the database for one transaction."""
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"The checkpoint {self.path} is in use by the process that this one "
+                "was forked from. Give another path here."
+            )
+        with self._lock, _explained(self.path), self._db as db:
+            yield db
 
-    def _refuse_other(self, stored: dict[str, Any], rtol: float) -> None:
-        if not stored:
-            raise ValueError(
-                f"{self.path} is no checkpoint, or its very beginning is damaged. "
-                "Delete it to start from the beginning."
-            )
-        mine = self.identity
-        differing = [
-            f"{key}: stored {stored.get(key)!r}, now {mine.get(key)!r}"
-            for key in sorted(stored.keys() | mine.keys())
-            if key != "versions" and _differ(key, stored.get(key), mine.get(key), rtol)
-        ]
-        if differing:
-            raise ValueError(
-                f"The checkpoint {self.path} belongs to another computation "
-                f"({'; '.join(differing)}). Give this one another path."
-            )
-        if stored["versions"] != mine["versions"]:
+    def _load(self, table: str, key: str | int) -> dict[str, np.ndarray] | None:
+        with self._use() as db:
+            payload = _get(db, table, key)
+        if payload == b"":
             warnings.warn(
-                f"The checkpoint {self.path} was begun with {stored['versions']}, and "
-                f"goes on with {mine['versions']}: the last digits may differ.",
-                stacklevel=2,
+                f"The checkpoint {self.path} is damaged: {table} {key!r} has a wrong "
+                "checksum. It is computed again.",
+                stacklevel=3,
             )
+            with self._use() as db:  # what follows it
+                db.execute("DELETE FROM products WHERE key >= ?", (self._position,))
+        if not payload:
+            return None
+        buffer = io.BytesIO(payload)
+        return {str(name): np.load(buffer) for name in np.load(buffer)}
 
-    def _write_anew(self, payloads: list[bytes]) -> None:
-        """Put a file with the given records in place of the present one, atomically."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            for payload in [json.dumps(self.identity).encode(), *payloads]:
-                file.write(_pack(payload))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        if os.name == "posix":  # elsewhere directories cannot be opened
-            directory = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-
-    def _index(self) -> None:
-        """Find the records; cut off what follows the last good one."""
-        self._states, self._products = {}, []
-        self._file.seek(0)
-        _read_record(self._file)
-        good = start = self._file.tell()
-        while (payload := _read_record(self._file)) is not None:
-            with np.load(io.BytesIO(payload)) as arrays:
-                self._enter(str(arrays["label__"]), start, len(payload))
-            good = start = self._file.tell()
-        size = self._file.seek(0, os.SEEK_END)
-        if good < size:
-            warnings.warn(
-                f"The checkpoint {self.path} is damaged or cut off at byte {good} of "
-                f"{size}; going on from the last good state.",
-                stacklevel=2,
-            )
-            self._file.truncate(good)
-        self._file.seek(good)
-
-    def _enter(self, label: str, start: int, length: int) -> None:
-        if label == "product":
-            self._products.append((start, length))
-        else:
-            self._states[label] = (start, length)
-            self._products, self._replayed = [], 0
-
-    def _payload(self, place: tuple[int, int]) -> bytes:
-        self._file.seek(place[0] + _HEADER.size)
-        return self._file.read(place[1])
-
-    def _arrays(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
-        with np.load(io.BytesIO(self._payload(place))) as arrays:
-            return {name: arrays[name] for name in arrays.files if name != "label__"}
-
-    def _append(self, label: str, arrays: dict[str, Any]) -> None:
-        payload = _pack_arrays(label, arrays)
-        start = self._file.seek(0, os.SEEK_END)
-        self._file.write(_pack(payload))
-        self._file.flush()
-        if monotonic() - self._synced > 1:
-            self._sync()
-        self._enter(label, start, len(payload))
-
-    def _sync(self) -> None:
-        os.fsync(self._file.fileno())
-        self._synced = monotonic()
+    def _save(self, table: str, key: str | int, arrays: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        for array in ([*arrays], *arrays.values()):
+            np.save(buffer, to_numpy(array), allow_pickle=False)
+        with self._use() as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            if table == "states":
+                db.execute("DELETE FROM products")
+            _put(db, table, key, buffer.getbuffer())
+        if monotonic() > self._synced + 1:
+            with self._use() as db:
+                db.execute("PRAGMA wal_checkpoint")
+            self._synced = monotonic()
 
     def save(self, section: str, **arrays: Any) -> None:
         """Record the state of a section; products recorded before are dropped."""
-        self._append(section, arrays)
-        live = sum(length for _, length in self._states.values())
-        if self._file.tell() > 2 * live + _GARBAGE:
-            kept = [self._payload(place) for place in self._states.values()]
-            self._file.close()
-            self._write_anew(kept)
-            self._file = self._open()
-            self._index()
+        self._save("states", section, arrays)
+        self._position = 0
 
     def load(self, section: str) -> dict[str, np.ndarray] | None:
         """Return the state saved last for a section, ``None`` if there is none."""
-        place = self._states.get(section)
-        return None if place is None else self._arrays(place)
-
-    @property
-    def replays(self) -> bool:
-        """Whether the next product is a recorded one."""
-        return self._replayed < len(self._products)
+        return self._load("states", section)
 
     def product(self, X: np.ndarray, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """Return a product: the next recorded one, or a computed one, then recorded.
@@ -283,26 +336,39 @@ class Journal:
         ValueError
             If the recorded product was made with another operand.
         """
-        checksum = zlib.crc32(np.ascontiguousarray(X).tobytes())
-        if self.replays:
-            record = self._arrays(self._products[self._replayed])
-            if int(record["operand"]) != checksum:
-                raise ValueError(
-                    f"The checkpoint {self.path} belongs to another computation: "
-                    f"product {self._replayed + 1} was made with another vector. Give "
-                    "this computation another path."
-                )
-            self._replayed += 1
-            return record["product"]
-        result = compute()
-        self._append("product", {"operand": np.int64(checksum), "product": result})
-        self._replayed += 1
-        return result
+        operand = zlib.crc32(np.ascontiguousarray(X).data)
+        record = self._load("products", self._position)
+        if record is None:
+            record = {"operand": np.array(operand), "product": compute()}
+            self._save("products", self._position, record)
+        elif record["operand"] != operand:
+            raise ValueError(
+                f"The checkpoint {self.path} belongs to another computation: product "
+                f"{self._position + 1} was made with another vector. Give this "
+                "computation another path."
+            )
+        self._position += 1
+        return record["product"]
 
     def close(self) -> None:
         """Close the file, which stays; a finished computation is returned from it."""
-        self._sync()
-        self._file.close()
+        if self._process == os.getpid():
+            with self._lock, closing(self._db) as db, suppress(sqlite3.Error):
+                # Without room two files stay, as after a kill.
+                db.execute("PRAGMA journal_mode = DELETE")
+
+
+_OPENED: WeakSet[Journal] = WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """Keep a forked process from closing, even at its exit, what its parent uses."""
+    for journal in _OPENED:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(journal._db))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def open_journal(
@@ -432,9 +498,9 @@ def journalled_multiply(
     """Multiply, through a journal if there is one."""
     if journal is None:
         return operand.multiply(X, adjoint)
-    if journal.replays:
-        operand.num_products += X.shape[1]
+    products = operand.num_products + X.shape[1]
     product = journal.product(
         to_numpy(X.T), lambda: to_numpy(operand.multiply(X, adjoint))
     )
+    operand.num_products = products  # recorded ones count as well
     return torch.from_numpy(product).to(operand.device)
