@@ -2,22 +2,24 @@ r"""Estimators of the diagonal of a matrix from products with random vectors."""
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from curvlinops.estimators._run import Moments, Options, Run, require_num_matvecs
+from curvlinops.estimators._run import Moments, Options, Run
 from curvlinops.estimators._sketch import (
     RangeSketch,
     coldot,
     complement,
     directions,
+    exchangeable_error,
+    refine,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+
+def _entries(V: Tensor, Y: Tensor) -> Tensor:
+    return V.conj() * Y
 
 
 def hutchinson_diag(
@@ -72,8 +74,7 @@ def hutchinson_diag(
     True
     """
     with Run(A, "hutchinson_diag", options, distribution, num_matvecs) as run:
-        m = require_num_matvecs(run, num_matvecs)
-        return run.mean(lambda V: V.conj() * run.multiply(V, record=False), m)
+        return run.mean(_entries, num_matvecs)
 
 
 def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
@@ -127,17 +128,13 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
     """
     size: dict[str, Any] = {"num_matvecs": num_matvecs}
     with Run(A, "xdiag", options, total=num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs, multiple_of=2)
-        sketch, Z = RangeSketch(run), None
-        for k in run.stages(limit):
-            start = sketch.size
+        sketch = RangeSketch(run)
+
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
             sketch.grow(k)
-            new = sketch.multiply_basis(start, adjoint=True)
-            Z = new if Z is None else torch.cat([Z, new], dim=1)
-            mean, sem = _xdiag_mean_and_sem(run, sketch, Z)
-            if run.reached(mean, sem, k):
-                break
-        return run.result(mean, sem, k)
+            return _xdiag_mean_and_sem(run, sketch, sketch.images(adjoint=True))
+
+        return refine(run, num_matvecs, estimate, _entries, grow=2)
 
 
 def _xdiag_mean_and_sem(
@@ -167,9 +164,6 @@ def _xdiag_mean_and_sem(
         moments.add(term(S[:, a:b], run.probes.block(a, b), R[:, a:b]))
     moments.offset = leading
     mean, sem = moments.mean_and_sem()
-    if k < 3 or not run.needs_error:
-        return mean, sem
-
     paired = min(k, 8)
     bases = [complement(R, j) for j in range(paired)]
     keep = [[i for i in range(k) if i != j] for j in range(paired)]
@@ -183,8 +177,4 @@ def _xdiag_mean_and_sem(
         difference = term(s, V, r) - term(other, V, r)
         return (difference + lost(S[:, j : j + 1].to(Q.dtype)))[:, 0]
 
-    covariance = torch.zeros_like(sem)
-    for i, j in combinations(range(paired), 2):
-        covariance += (change(i, j) * change(j, i).conj()).real
-    covariance /= paired * (paired - 1) / 2
-    return mean, (sem**2 + covariance.clamp(min=0)).sqrt()
+    return mean, exchangeable_error(run, sem, change, paired)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal
-from torch import Tensor
 
 from curvlinops.estimators._base import Operand, require_tolerance
-from curvlinops.estimators._run import Options, Run, require_num_matvecs
+from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators._sketch import coldot, double
 from curvlinops.estimators.lanczos import (
     Multiply,
@@ -75,13 +74,7 @@ def hutchinson_squared_fro(
     """
     task = "hutchinson_squared_fro"
     with Run(A, task, options, distribution, num_matvecs, square=False) as run:
-        m = require_num_matvecs(run, num_matvecs)
-
-        def integrand(V: Tensor) -> Tensor:
-            Y = double(run.multiply(V, record=False))
-            return coldot(Y, Y).real
-
-        return run.mean(integrand, m)
+        return run.mean(lambda V, Y: coldot(double(Y), double(Y)).real, num_matvecs)
 
 
 def tall(A: Any) -> Any:

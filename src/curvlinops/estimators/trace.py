@@ -3,18 +3,12 @@ r"""Estimators of :math:`\mathrm{tr}(A)` from products with random vectors."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from curvlinops.estimators._run import (
-    Moments,
-    Options,
-    Run,
-    require_num_matvecs,
-)
+from curvlinops.estimators._run import Moments, Options, Run
 from curvlinops.estimators._sketch import (
     RangeSketch,
     coldot,
@@ -23,10 +17,9 @@ from curvlinops.estimators._sketch import (
     double,
     exchangeable_error,
     multiply_blocks,
+    over_probes,
+    refine,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def hutchinson_trace(
@@ -85,8 +78,7 @@ def hutchinson_trace(
     (True, 90)
     """
     with Run(A, "hutchinson_trace", options, distribution, num_matvecs) as run:
-        m = require_num_matvecs(run, num_matvecs)
-        return run.mean(lambda V: coldot(V, run.multiply(V, record=False)), m)
+        return run.mean(coldot, num_matvecs)
 
 
 def hutchpp_trace(
@@ -149,27 +141,27 @@ def hutchpp_trace(
     """
     size: dict[str, Any] = {"num_matvecs": num_matvecs}
     with Run(A, "hutchpp_trace", options, distribution, num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs, multiple_of=3)
-        sketch, exact, spent = RangeSketch(run), torch.zeros(()), 0
+        sketch, exact = RangeSketch(run), torch.zeros(())
+        start = num_matvecs // 3  # of vectors that the sketch knows nothing of
 
         def residual(V: Tensor) -> Tensor:
-            V = V - Q @ (Q.mH @ V)
+            V = V - sketch.Q @ (sketch.Q.mH @ V)
             return coldot(V, run.multiply(V))
 
-        for stage in run.stages(limit):
-            k, old = min(stage, (num_matvecs - spent) // 3), sketch.size
-            if k <= old:
-                break
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
+            nonlocal exact, start
+            old = sketch.size
             sketch.grow(k)
-            Q = sketch.Q
             for a, b in run.blocks(old, k):
-                exact = exact + double(coldot(Q[:, a:b], run.multiply(Q[:, a:b]))).sum()
+                q = sketch.Q[:, a:b]
+                exact = exact + double(coldot(q, run.multiply(q))).sum()
             moments = Moments(offset=exact)
-            run.accumulate(moments, residual, k, start=limit + spent)
-            spent += moments.count
-            if run.enough(moments):
-                break
-        return run.result(*moments.mean_and_sem(), moments.count)
+            for a, b in run.blocks(start, start + k):
+                moments.add(residual(run.probes.block(a, b)))
+            start += k
+            return moments.mean_and_sem()
+
+        return refine(run, num_matvecs, estimate, coldot, grow=2, fresh=1)
 
 
 def xtrace(
@@ -232,72 +224,63 @@ def xtrace(
     """
     size: dict[str, Any] = {"num_matvecs": num_matvecs}
     with Run(A, "xtrace", options, distribution, num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs, multiple_of=2)
-        sketch, Z = RangeSketch(run), None
-        for k in run.stages(limit):
-            start = sketch.size
+        sketch = RangeSketch(run)
+
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
             sketch.grow(k)
-            new = sketch.multiply_basis(start)
-            Z = new if Z is None else torch.cat([Z, new], dim=1)
-            core = _XTraceCore.of(run, sketch, Z)
-            mean, sem = exchangeable_error(run, core.samples, k)
-            if run.reached(mean, sem, k):
-                break
-        return run.result(mean, sem, k)
+            return _mean_and_sem(run, _xtrace_samples(run, sketch, sketch.images()), k)
+
+        return refine(run, num_matvecs, estimate, coldot, grow=2)
 
 
-@dataclass(frozen=True)
-class _XTraceCore:
-    """Inner products of the test vectors ``V``, ``A V = Q R``, and ``Z = A Q``."""
+def _mean_and_sem(
+    run: Run, samples: Callable[[int | None], Tensor], size: int
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error of leave-one-out samples.
 
-    H: Tensor  # Q^H A Q
-    R: Tensor
-    W: Tensor  # Q^H V
-    VZ: Tensor  # V^H A Q
-    norms: Tensor | None  # of the columns of V, squared, if residuals are rescaled
-    dim: int
+    For an argument ``j`` they are the samples had vector ``j`` never been drawn. The
+    covariance is averaged over at most 32 vectors.
+    """
+    terms, moments, paired = samples(None), Moments(), min(size, 32)
+    moments.add(terms)
+    change = terms.new_zeros(paired, paired)
+    for j in range(paired if run.needs_error and size > 2 else 0):
+        others = [i for i in range(size) if i != j]
+        change[others[: paired - 1], j] = (terms[others] - samples(j))[: paired - 1]
+    mean, sem = moments.mean_and_sem()
+    return mean, exchangeable_error(run, sem, lambda i, j: change[i, j], paired)
 
-    @classmethod
-    def of(cls, run: Run, sketch: RangeSketch, Z: Tensor) -> _XTraceCore:
-        """Compute the inner products, block by block."""
-        Q, W, VZ, norms = sketch.Q, [], [], []
-        for a, b in run.blocks(0, sketch.size):
-            V = run.probes.block(a, b)
-            W.append(double(Q.mH @ V))
-            VZ.append(double(V.mH @ Z))
-            norms.append(double(torch.linalg.vector_norm(V, dim=0)) ** 2)
-        scaled = torch.cat(norms) if run.rotation_invariant else None
-        H = double(Q.mH @ Z)
-        return cls(H, sketch.R, torch.cat(W, 1), torch.cat(VZ), scaled, run.dim)
 
-    def samples(self, left_out: int | None) -> Tensor:
-        """Return the leave-one-out samples, without one of the vectors if asked.
+def _xtrace_samples(
+    run: Run, sketch: RangeSketch, Z: Tensor
+) -> Callable[[int | None], Tensor]:
+    """Return the samples from ``A V = Q R`` and ``Z = A Q``.
 
-        With ``P_(i) = I - Q (I - s_i s_i^H) Q^H``, ``w_i = Q^H v_i`` and
-        ``x_i = (I - s_i s_i^H) w_i``, the residual is ``P_(i) v_i = v_i - Q x_i``.
-        """
+    With ``P_(i) = I - Q (I - s_i s_i^H) Q^H``, ``w_i = Q^H v_i`` and
+    ``x_i = (I - s_i s_i^H) w_i``, the residual is ``P_(i) v_i = v_i - Q x_i``.
+    """
+    Q, k = sketch.Q, sketch.size
+    both = torch.cat([Q, Z], dim=1)
+    all_W, all_ZV = over_probes(run, k, lambda V: both.mH @ V).split(k)
+    lengths = over_probes(run, k, lambda V: (V * V).sum(0)[None])[0].real
+    all_H = double(Q.mH @ Z)
+
+    def samples(left_out: int | None) -> Tensor:
+        keep = [i for i in range(k) if i != left_out]
+        H, R, W, ZV = all_H, sketch.R, all_W[:, keep], all_ZV[:, keep]
         if left_out is not None:
-            return self._without(left_out).samples(None)
-        H, R, W, S = self.H, self.R, self.W, directions(self.R)
-        k, SW = len(H), coldot(S, W)
+            N = complement(R, left_out)
+            H, R, W, ZV = N.mH @ H @ N, N.mH @ R[:, keep], N.mH @ W, N.mH @ ZV
+        S = directions(R)
+        SW = coldot(S, W)
         X = W - S * SW
-        residual = SW.conj() * coldot(S, R) + coldot(X, H @ X) - (self.VZ.T * X).sum(0)
-        if self.norms is not None:
-            rest = self.norms - torch.linalg.vector_norm(X, dim=0) ** 2
-            residual = residual * ((self.dim - k + 1) / rest)
+        residual = SW.conj() * coldot(S, R) + coldot(X, H @ X) - coldot(ZV, X)
+        if run.rotation_invariant:
+            rest = lengths[keep] - torch.linalg.vector_norm(X, dim=0) ** 2
+            residual = residual * ((run.dim - len(H) + 1) / rest)
         return H.trace() + residual - coldot(S, H @ S)
 
-    def _without(self, j: int) -> _XTraceCore:
-        N = complement(self.R, j)
-        keep = torch.arange(len(self.R), device=self.R.device) != j
-        return _XTraceCore(
-            N.mH @ self.H @ N,
-            N.mH @ self.R[:, keep],
-            N.mH @ self.W[:, keep],
-            self.VZ[keep] @ N,
-            None if self.norms is None else self.norms[keep],
-            self.dim,
-        )
+    return samples
 
 
 def xnystrace(
@@ -343,8 +326,9 @@ def xnystrace(
 
     Notes
     -----
-    Costs ``m`` products and the memory of ``4 m`` vectors. A shift by rounding error
-    times :math:`\|A\Omega\|_F` makes the inverse safe, and is taken off again.
+    Costs ``m`` products and the memory of ``3 m`` vectors. Sign vectors that repeat, as
+    they do in few dimensions, and matrices of rank below ``m`` make the inverse
+    singular: eigenvalues below rounding error are raised to it.
 
     References
     ----------
@@ -360,52 +344,55 @@ def xnystrace(
     """
     size: dict[str, Any] = {"num_matvecs": num_matvecs}
     with Run(A, "xnystrace", options, distribution, num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs)
         Y: Tensor | None = None
-        for k in run.stages(limit):
+
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
+            nonlocal Y
             start = 0 if Y is None else Y.shape[1]
             new = multiply_blocks(run, run.probes.block, start, k)
             Y = new if Y is None else torch.cat([Y, new], dim=1)
-            mean, sem = exchangeable_error(run, _xnystrace_samples(run, Y), k)
-            if run.reached(mean, sem, k):
-                break
-        return run.result(mean, sem, k)
+            return _mean_and_sem(run, _xnystrace_samples(run, Y), k)
+
+        return refine(run, num_matvecs, estimate, coldot, grow=1)
 
 
 def _xnystrace_samples(run: Run, Y: Tensor) -> Callable[[int | None], Tensor]:
     """Return the samples from ``Y = A V`` as function of a vector never drawn.
 
-    With ``C^H C = V^H Y`` the approximation is ``B B^H``, ``B = Y C^-1``. Leaving out
-    ``v_i`` lowers it by ``u u^H`` with ``u = B t / |t|``, ``t = C^-H e_i``. It
-    reproduces ``Y``, so that ``v_i`` sees ``1 / |t|^2`` of the rest.
+    With the inverse ``P`` of ``V^H Y`` the approximation is ``Y P Y^H``. Leaving out
+    ``v_i`` lowers it by ``u u^H`` with ``u = Y P e_i / sqrt(P_ii)``, and ``v_i`` sees
+    ``1 / P_ii`` of the rest: next to nothing if the other vectors span it, as they do
+    where the matrix has low rank or sign vectors repeat, whence ``P`` is all but
+    infinite. Eigenvalues of ``V^H Y`` below rounding are raised to it.
     """
-    k, dim = Y.shape[1], run.dim
-    shift = float(torch.linalg.matrix_norm(Y)) * torch.finfo(Y.dtype).eps
+    k, eps = Y.shape[1], run.operand.eps
     V = torch.cat([run.probes.block(a, b) for a, b in run.blocks(0, k)], dim=1)
-    shifted = Y + shift * V
-    VY, VV = double(V.mH @ shifted), double(V.mH @ V)
-    R = double(torch.linalg.qr(shifted, mode="r")[1])
+    core, VV = double(V.mH @ Y), double(V.mH @ V)
+    R = double(torch.linalg.qr(Y, mode="r")[1])
+    norm = torch.linalg.matrix_norm
+    rounding = 10 * eps * float(norm(V) * norm(Y)) / k**0.5
+    least = torch.linalg.eigvalsh(core)[0]
+    if norm(core - core.mH, 2) > rounding or least < -rounding:
+        reason = "has negative quadratic forms" if least < 0 else "is not Hermitian"
+        raise ValueError(
+            f"xnystrace needs a positive semi-definite matrix; this one {reason}. Use "
+            "xtrace, which takes any matrix."
+        )
 
     def samples(left_out: int | None) -> Tensor:
-        keep = torch.arange(k, device=Y.device) != (
-            -1 if left_out is None else left_out
-        )
-        core, size = VY[keep][:, keep], int(keep.sum())
-        C, info = torch.linalg.cholesky_ex((core + core.mH) / 2, upper=True)
-        if int(info):
-            raise ValueError(
-                "xnystrace needs a positive semi-definite matrix; this one has "
-                "negative quadratic forms. Use xtrace, which takes any matrix."
-            )
-        B = torch.linalg.solve_triangular(C, R[:, keep], upper=True, left=False)
-        T = torch.linalg.inv(C).mH
-        norms = coldot(T, T).real
-        BT = B @ T
-        residual = 1 / norms
+        keep = [i for i in range(k) if i != left_out]
+        values, U = torch.linalg.eigh(core[keep][:, keep])
+        if values[-1] <= 0:  # the zero matrix
+            return torch.zeros_like(values)
+        values = values.clamp(min=eps * float(values[-1]))
+        RU = R[:, keep] @ U
+        RP = RU @ (U / values).mH
+        diagonal = (U.abs() ** 2 / values).sum(1)
+        residual = 1 / diagonal
         if run.rotation_invariant:
             rest = 1 / torch.linalg.inv(VV[keep][:, keep]).diagonal().real
-            residual = residual * (dim - size + 1) / rest
-        removed = coldot(BT, BT).real / norms
-        return coldot(B, B).real.sum() + residual - removed - shift * dim
+            residual = residual * (run.dim - len(U) + 1) / rest
+        removed = coldot(RP, RP).real / diagonal
+        return (coldot(RU, RU).real / values).sum() + residual - removed
 
     return samples
