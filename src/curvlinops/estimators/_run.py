@@ -227,7 +227,7 @@ class Run:
         self.converged = True
         self.advice = ""
         self._path, self._task = path, task
-        self._settings = settings | {
+        self.settings = settings | {
             "distribution": distribution,
             "seed": self.seed,
             "until": self.until,
@@ -243,7 +243,7 @@ class Run:
     @cached_property
     def journal(self) -> Journal | None:
         """The checkpoint; opened at first use, when all arguments have been checked."""
-        return open_journal(self._path, self.operand, self._task, self._settings)
+        return open_journal(self._path, self.operand, self._task, self.settings)
 
     def _default_block_size(self) -> int:
         columns = BLOCK_BYTES // max(self.dim * self.operand.dtype.itemsize, 1)

@@ -25,25 +25,18 @@ def double(X: Tensor) -> Tensor:
     return X.to(torch.promote_types(X.dtype, torch.float64))
 
 
-def multiply_blocks(
-    run: Run,
-    columns: Callable[[int, int], Tensor],
-    start: int,
-    stop: int,
-    adjoint: bool = False,
+def by_blocks(
+    run: Run, start: int, stop: int, columns: Callable[[int, int], Tensor]
 ) -> Tensor:
-    """Return ``A @ columns(start, stop)`` (or with the adjoint), block by block."""
-    A = run.operand
-    Y = torch.empty(A.dim, stop - start, dtype=A.dtype, device=A.device)
-    for a, b in run.blocks(start, stop):
-        Y[:, a - start : b - start] = run.multiply(columns(a, b), adjoint)
-    return Y
+    """Return columns that are computed block by block."""
+    return torch.cat([columns(a, b) for a, b in run.blocks(start, stop)], dim=1)
 
 
-def over_probes(run: Run, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a function of the test vectors up to ``size``, column by column."""
-    parts = [function(run.probes.block(a, b)) for a, b in run.blocks(0, size)]
-    return double(torch.cat(parts, dim=1))
+def products(run: Run, start: int, stop: int) -> Tensor:
+    """Return the products with test vectors."""
+    return by_blocks(
+        run, start, stop, lambda a, b: run.multiply(run.probes.block(a, b))
+    )
 
 
 def refine(
@@ -69,8 +62,9 @@ def refine(
     grow, fresh : int
         Products that a vector costs, see :meth:`Run.stages`.
     """
-    products, reached = require_num_matvecs(run, num_matvecs, grow + fresh), False
-    for k in run.stages(products, grow, fresh):
+    run.settings["num_matvecs"] = num_matvecs
+    limit, reached = require_num_matvecs(run, num_matvecs, grow + fresh), False
+    for k in run.stages(limit, grow, fresh):
         mean, sem = estimate(k)
         before, reached = reached, run.reached(mean, sem, k)
         if before and reached:
@@ -93,10 +87,8 @@ class RangeSketch:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        dtype, device = run.operand.dtype, run.operand.device
-        self.Q = torch.empty(run.dim, 0, dtype=dtype, device=device)
+        self.Q = self._images = run.probes.block(0, 0)
         self.R = double(self.Q[:0])
-        self._images = self.Q
 
     @property
     def size(self) -> int:
@@ -106,7 +98,7 @@ class RangeSketch:
     def grow(self, size: int) -> None:
         """Take in the test vectors up to ``size``."""
         Q, old = self.Q, self.size
-        new = multiply_blocks(self._run, self._run.probes.block, old, size)
+        new = products(self._run, old, size)
         overlap = new.new_zeros(old, size - old)
         for _ in range(2):  # twice is enough
             coefficients = Q.mH @ new
@@ -123,13 +115,9 @@ class RangeSketch:
 
     def images(self, adjoint: bool = False) -> Tensor:
         """Return ``A @ Q`` (or with the adjoint), of which only the rest is made."""
-        columns = self.Q.__getitem__
-        new = multiply_blocks(
-            self._run,
-            lambda a, b: columns((slice(None), slice(a, b))),
-            self._images.shape[1],
-            self.size,
-            adjoint,
+        run, Q, old = self._run, self.Q, self._images.shape[1]
+        new = by_blocks(
+            run, old, self.size, lambda a, b: run.multiply(Q[:, a:b], adjoint)
         )
         self._images = torch.cat([self._images, new], dim=1)
         return self._images

@@ -2,9 +2,9 @@ r"""Estimators of the diagonal of a matrix from products with random vectors."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from curvlinops.estimators._run import Moments, Options, Run
@@ -126,8 +126,7 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
     >>> bool(np.allclose(xdiag(A, 12, rng=0), np.diag(A)))
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "xdiag", options, total=num_matvecs, **size) as run:
+    with Run(A, "xdiag", options, total=num_matvecs) as run:
         sketch = RangeSketch(run)
 
         def estimate(k: int) -> tuple[Tensor, Tensor]:
@@ -150,31 +149,26 @@ def _xdiag_mean_and_sem(
     S = directions(R)
 
     def lost(s: Tensor) -> Tensor:
+        s = s.to(Q.dtype)
         return (Q @ s) * (Z @ s).conj()
 
     def term(s: Tensor, V: Tensor, r: Tensor) -> Tensor:
-        along = coldot(s, r).to(Q.dtype)
-        s = s.to(Q.dtype)
-        return V * (Q @ s) * along - lost(s)
+        return V * (Q @ (s * coldot(s, r)).to(Q.dtype)) - lost(s)
 
-    moments = Moments()
-    leading = torch.zeros_like(Z[:, 0])
+    moments = Moments((Q * Z.conj()).sum(1))
     for a, b in run.blocks(0, k):
-        leading += (Q[:, a:b] * Z[:, a:b].conj()).sum(1)
         moments.add(term(S[:, a:b], run.probes.block(a, b), R[:, a:b]))
-    moments.offset = leading
     mean, sem = moments.mean_and_sem()
-    paired = min(k, 8)
-    bases = [complement(R, j) for j in range(paired)]
-    keep = [[i for i in range(k) if i != j] for j in range(paired)]
-    without = [N @ directions(N.mH @ R[:, c]) for N, c in zip(bases, keep, strict=True)]
+
+    @cache
+    def without(j: int) -> Tensor:
+        N = complement(R, j)
+        return N @ directions(N.mH @ R[:, [i for i in range(k) if i != j]])
 
     def change(i: int, j: int) -> Tensor:
         """Return what sample ``i`` owes to vector ``j``."""
-        V, r, s = run.probes.block(i, i + 1), R[:, i : i + 1], S[:, i : i + 1]
-        column = keep[j].index(i)
-        other = without[j][:, column : column + 1]
-        difference = term(s, V, r) - term(other, V, r)
-        return (difference + lost(S[:, j : j + 1].to(Q.dtype)))[:, 0]
+        V, r, s = run.probes.block(i, i + 1), R[:, [i]], S[:, [i]]
+        difference = term(s, V, r) - term(without(j)[:, [i - (i > j)]], V, r)
+        return (difference + lost(S[:, [j]]))[:, 0]
 
-    return mean, exchangeable_error(run, sem, change, paired)
+    return mean, exchangeable_error(run, sem, change, min(k, 8))

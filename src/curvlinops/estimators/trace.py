@@ -3,6 +3,7 @@ r"""Estimators of :math:`\mathrm{tr}(A)` from products with random vectors."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Unpack
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from curvlinops.estimators._run import Moments, Options, Run
 from curvlinops.estimators._sketch import (
     RangeSketch,
+    by_blocks,
     coldot,
     complement,
     directions,
     double,
     exchangeable_error,
-    multiply_blocks,
-    over_probes,
+    products,
     refine,
 )
 
@@ -139,25 +140,19 @@ def hutchpp_trace(
     >>> bool(abs(hutchpp_trace(A, 60, rng=0) - np.trace(A)) < 5e-3)
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "hutchpp_trace", options, distribution, num_matvecs, **size) as run:
-        sketch, exact = RangeSketch(run), torch.zeros(())
+    with Run(A, "hutchpp_trace", options, distribution, num_matvecs) as run:
+        sketch = RangeSketch(run)
         start = num_matvecs // 3  # of vectors that the sketch knows nothing of
 
-        def residual(V: Tensor) -> Tensor:
-            V = V - sketch.Q @ (sketch.Q.mH @ V)
-            return coldot(V, run.multiply(V))
-
         def estimate(k: int) -> tuple[Tensor, Tensor]:
-            nonlocal exact, start
-            old = sketch.size
+            nonlocal start
             sketch.grow(k)
-            for a, b in run.blocks(old, k):
-                q = sketch.Q[:, a:b]
-                exact = exact + double(coldot(q, run.multiply(q))).sum()
-            moments = Moments(offset=exact)
+            Q = sketch.Q
+            moments = Moments(offset=double(coldot(Q, sketch.images())).sum())
             for a, b in run.blocks(start, start + k):
-                moments.add(residual(run.probes.block(a, b)))
+                V = run.probes.block(a, b)
+                V = V - Q @ (Q.mH @ V)
+                moments.add(coldot(V, run.multiply(V)))
             start += k
             return moments.mean_and_sem()
 
@@ -222,8 +217,7 @@ def xtrace(
     >>> bool(abs(xtrace(A, 60, rng=0) - np.trace(A)) < 2e-3)
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "xtrace", options, distribution, num_matvecs, **size) as run:
+    with Run(A, "xtrace", options, distribution, num_matvecs) as run:
         sketch = RangeSketch(run)
 
         def estimate(k: int) -> tuple[Tensor, Tensor]:
@@ -241,14 +235,14 @@ def _mean_and_sem(
     For an argument ``j`` they are the samples had vector ``j`` never been drawn. The
     covariance is averaged over at most 32 vectors.
     """
-    terms, moments, paired = samples(None), Moments(), min(size, 32)
+    terms, without, moments = samples(None), cache(samples), Moments()
     moments.add(terms)
-    change = terms.new_zeros(paired, paired)
-    for j in range(paired if run.needs_error and size > 2 else 0):
-        others = [i for i in range(size) if i != j]
-        change[others[: paired - 1], j] = (terms[others] - samples(j))[: paired - 1]
     mean, sem = moments.mean_and_sem()
-    return mean, exchangeable_error(run, sem, lambda i, j: change[i, j], paired)
+
+    def change(i: int, j: int) -> Tensor:
+        return terms[i] - without(j)[i - (i > j)]
+
+    return mean, exchangeable_error(run, sem, change, min(size, 32))
 
 
 def _xtrace_samples(
@@ -261,8 +255,12 @@ def _xtrace_samples(
     """
     Q, k = sketch.Q, sketch.size
     both = torch.cat([Q, Z], dim=1)
-    all_W, all_ZV = over_probes(run, k, lambda V: both.mH @ V).split(k)
-    lengths = over_probes(run, k, lambda V: (V * V).sum(0)[None])[0].real
+
+    def inner(a: int, b: int) -> Tensor:
+        V = run.probes.block(a, b)
+        return double(torch.cat([both.mH @ V, (V * V).sum(0, keepdim=True)]))
+
+    all_W, all_ZV, squares = by_blocks(run, 0, k, inner).split([k, k, 1])
     all_H = double(Q.mH @ Z)
 
     def samples(left_out: int | None) -> Tensor:
@@ -276,7 +274,7 @@ def _xtrace_samples(
         X = W - S * SW
         residual = SW.conj() * coldot(S, R) + coldot(X, H @ X) - coldot(ZV, X)
         if run.rotation_invariant:
-            rest = lengths[keep] - torch.linalg.vector_norm(X, dim=0) ** 2
+            rest = squares[0, keep].real - torch.linalg.vector_norm(X, dim=0) ** 2
             residual = residual * ((run.dim - len(H) + 1) / rest)
         return H.trace() + residual - coldot(S, H @ S)
 
@@ -342,15 +340,12 @@ def xnystrace(
     >>> bool(abs(xnystrace(A, 60, rng=0) - np.trace(A)) < 1e-3)
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "xnystrace", options, distribution, num_matvecs, **size) as run:
-        Y: Tensor | None = None
+    with Run(A, "xnystrace", options, distribution, num_matvecs) as run:
+        Y = run.probes.block(0, 0)
 
         def estimate(k: int) -> tuple[Tensor, Tensor]:
             nonlocal Y
-            start = 0 if Y is None else Y.shape[1]
-            new = multiply_blocks(run, run.probes.block, start, k)
-            Y = new if Y is None else torch.cat([Y, new], dim=1)
+            Y = torch.cat([Y, products(run, Y.shape[1], k)], dim=1)
             return _mean_and_sem(run, _xnystrace_samples(run, Y), k)
 
         return refine(run, num_matvecs, estimate, coldot, grow=1)
@@ -366,7 +361,7 @@ def _xnystrace_samples(run: Run, Y: Tensor) -> Callable[[int | None], Tensor]:
     infinite. Eigenvalues of ``V^H Y`` below rounding are raised to it.
     """
     k, eps = Y.shape[1], run.operand.eps
-    V = torch.cat([run.probes.block(a, b) for a, b in run.blocks(0, k)], dim=1)
+    V = by_blocks(run, 0, k, run.probes.block)
     core, VV = double(V.mH @ Y), double(V.mH @ V)
     R = double(torch.linalg.qr(Y, mode="r")[1])
     norm = torch.linalg.matrix_norm
