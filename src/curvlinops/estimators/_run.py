@@ -51,8 +51,9 @@ class Options(TypedDict, total=False):
     until : float
         Stop as soon as the error (sampling and Krylov error, widened by Student's
         factor for few samples) is at most ``until`` times the estimate (for arrays: in
-        Euclidean norm), but with eight samples at least. The number of products (or
-        repeats) asked for then is the limit; reaching it first warns. Krylov spaces
+        Euclidean norm), twice in a row and with eight samples at least. The number of
+        products (or repeats) asked for then is the limit; reaching it first warns, or,
+        if it leaves products enough, has the matrix multiplied out. Krylov spaces
         are deepened where they limit the error; once as many products are spent as the
         matrix has columns, it is multiplied out, and the result exact.
     return_estimate : bool
@@ -60,7 +61,8 @@ class Options(TypedDict, total=False):
         products, seed) instead of the bare value.
     block_size : int
         Vectors multiplied at once. Default: as many as fit into 64 MiB, at most 16.
-        Affects speed and memory only, but for rounding (and where ``until`` stops).
+        Affects speed and memory only, but for rounding (and above 8 where ``until``
+        stops).
     checkpoint : str or path-like
         File that keeps the progress. A call that was killed and is made again goes on
         from there, and ends with the same bits on the same machine. Costs one product,
@@ -316,8 +318,8 @@ class Run:
     ) -> None:
         """Feed samples of an integrand to an accumulator: to the error, or the limit.
 
-        The error must be reached twice in a row: where it is small by chance, so is
-        what skewed samples estimate.
+        The error must be reached twice in a row, eight samples apart (or a block, if
+        that is larger): where it is small by chance, so is what skewed samples average.
 
         Parameters
         ----------
@@ -335,16 +337,18 @@ class Run:
             From a range of indices to the vectors; default :attr:`probes`.
         """
         draw, reached = vectors or self.probes.block, False
+        stride = max(self.block_size, FEWEST_SAMPLES if self.until is not None else 1)
         if section is not None and (state := self.load(section)) is not None:
             reached = bool(state.pop("reached__"))
             accumulator.restore(state)
-        while accumulator.count < num_samples:
-            before, reached = reached, self.enough(accumulator)
-            if before and reached:
-                break
-            first = start + accumulator.count
-            last = min(first + self.block_size, start + num_samples)
-            accumulator.add(integrand(draw(first, last)))
+        while (count := accumulator.count) < num_samples:
+            if count % stride == 0:
+                before, reached = reached, self.enough(accumulator)
+                if before and reached:
+                    break
+            size = min(self.block_size, stride - count % stride, num_samples - count)
+            first = start + count
+            accumulator.add(integrand(draw(first, first + size)))
             if section is not None:
                 self.save(section, accumulator.state() | {"reached__": reached})
 

@@ -172,8 +172,8 @@ def exchangeable_error(
     missing is the covariance of :math:`t_i` and :math:`t_j`. Given all other vectors,
     :math:`t_i^{(j)}` and :math:`t_j^{(i)}` are independent and unbiased, and
     :math:`t_j - t_j^{(i)}` has mean zero given :math:`v_i`: so of the covariance only
-    the product of the two differences is left. Its average is believed no more closely
-    than its spread over so many vectors allows: it is noise, of either sign, where the
+    the product of the two differences is left. Of a single number its average counts
+    no less than its spread over so many vectors: it is noise, of either sign, where the
     other vectors leave few directions to the last.
     """
     if size < 3 or not run.needs_error:
@@ -183,6 +183,7 @@ def exchangeable_error(
         product = (change(i, j) * change(j, i).conj()).real
         total, squares = total + product, squares + product**2
     pairs = size * (size - 1) / 2
-    covariance = total / pairs
-    spread = (squares / pairs - covariance**2).clamp(min=0).sqrt()
-    return (sem**2 + torch.maximum(covariance, spread / size**0.5)).sqrt()
+    covariance, least = total / pairs, torch.zeros_like(sem)
+    if sem.ndim == 0:  # of many entries most are right
+        least = (squares / pairs - covariance**2).clamp(min=0).sqrt() / size**0.5
+    return (sem**2 + torch.maximum(covariance, least)).sqrt()

@@ -39,7 +39,8 @@ def hutchinson_diag(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
@@ -93,7 +94,9 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``; ``k`` products are with its adjoint.
     num_matvecs : int
-        Products :math:`m`: a multiple of 2, below ``N``; with ``until`` the limit.
+        Products :math:`m`, rounded down to a multiple of 2 (``num_products`` says how
+        many were made); with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     **options : Options
         See :class:`~curvlinops.estimators.Options`.
 

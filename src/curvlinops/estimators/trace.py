@@ -40,7 +40,8 @@ def hutchinson_trace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
@@ -50,7 +51,8 @@ def hutchinson_trace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The unbiased estimate, in the unit of ``A``.
+        The unbiased estimate, in the unit of ``A``; complex if ``A`` is, with an
+        imaginary part of rounding where that is Hermitian.
 
     Raises
     ------
@@ -103,18 +105,20 @@ def hutchpp_trace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`: a multiple of 3, below ``N``; with ``until`` the limit.
+        Products :math:`m`, rounded down to a multiple of 3 (``num_products`` says how
+        many were made); with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
-        See :class:`~curvlinops.estimators.Options`. With ``until`` the subspace is
-        doubled, and the rest sampled anew, until the error is reached.
+        See :class:`~curvlinops.estimators.Options`. With ``until`` the subspace grows
+        by half, and the rest is sampled anew, until the error is reached twice.
 
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The unbiased estimate, in the unit of ``A``. The standard error is that of the
-        second term, given the subspace.
+        The unbiased estimate, in the unit of ``A``; complex if ``A`` is. The standard
+        error is that of the second term, given the subspace.
 
     Raises
     ------
@@ -142,18 +146,18 @@ def hutchpp_trace(
     """
     with Run(A, "hutchpp_trace", options, distribution, num_matvecs) as run:
         sketch = RangeSketch(run)
-        start = num_matvecs // 3  # of vectors that the sketch knows nothing of
+        drawn = 0
 
         def estimate(k: int) -> tuple[Tensor, Tensor]:
-            nonlocal start
+            nonlocal drawn
             sketch.grow(k)
-            Q = sketch.Q
+            Q, start = sketch.Q, num_matvecs // 3 + drawn  # beyond what Q knows of
             moments = Moments(offset=double(coldot(Q, sketch.images())).sum())
             for a, b in run.blocks(start, start + k):
                 V = run.probes.block(a, b)
                 V = V - Q @ (Q.mH @ V)
                 moments.add(coldot(V, run.multiply(V)))
-            start += k
+            drawn += k
             return moments.mean_and_sem()
 
         return refine(run, num_matvecs, estimate, coldot, grow=2, fresh=1)
@@ -181,7 +185,9 @@ def xtrace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`: a multiple of 2, below ``N``; with ``until`` the limit.
+        Products :math:`m`, rounded down to a multiple of 2 (``num_products`` says how
+        many were made); with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``. With the last two
         the residuals :math:`P_{(i)} v_i` are scaled to their expected norm, which
@@ -192,8 +198,8 @@ def xtrace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The unbiased estimate, in the unit of ``A``. The standard error accounts for
-        the dependence of the samples, which share vectors.
+        The unbiased estimate, in the unit of ``A``; complex if ``A`` is. The standard
+        error accounts for the dependence of the samples, which share vectors.
 
     Raises
     ------
@@ -303,7 +309,8 @@ def xnystrace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Positive semi-definite matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``. With the last two
         residuals are scaled to their expected norm, which lowers the variance.
@@ -313,14 +320,14 @@ def xnystrace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The estimate, in the unit of ``A``; unbiased up to rounding. The standard error
-        accounts for the dependence of the samples, which share vectors.
+        The estimate, real, in the unit of ``A``; unbiased up to rounding. The standard
+        error accounts for the dependence of the samples, which share vectors.
 
     Raises
     ------
     ValueError
         If an argument breaks its rule, a product is not finite, or the matrix turns
-        out not to be positive semi-definite.
+        out not to be Hermitian or positive semi-definite, beyond rounding.
 
     Notes
     -----
@@ -366,9 +373,9 @@ def _xnystrace_samples(run: Run, Y: Tensor) -> Callable[[int | None], Tensor]:
     R = double(torch.linalg.qr(Y, mode="r")[1])
     norm = torch.linalg.matrix_norm
     rounding = 10 * eps * float(norm(V) * norm(Y)) / k**0.5
-    least = torch.linalg.eigvalsh(core)[0]
-    if norm(core - core.mH, 2) > rounding or least < -rounding:
-        reason = "has negative quadratic forms" if least < 0 else "is not Hermitian"
+    hermitian = norm(core - core.mH, 2) <= rounding
+    if not hermitian or torch.linalg.eigvalsh(core)[0] < -rounding:
+        reason = "has negative quadratic forms" if hermitian else "is not Hermitian"
         raise ValueError(
             f"xnystrace needs a positive semi-definite matrix; this one {reason}. Use "
             "xtrace, which takes any matrix."
