@@ -260,11 +260,10 @@ def _xtrace_samples(
     ``x_i = (I - s_i s_i^H) w_i``, the residual is ``P_(i) v_i = v_i - Q x_i``.
     """
     Q, k = sketch.Q, sketch.size
-    both = torch.cat([Q, Z], dim=1)
 
     def inner(a: int, b: int) -> Tensor:
         V = run.probes.block(a, b)
-        return double(torch.cat([both.mH @ V, (V * V).sum(0, keepdim=True)]))
+        return double(torch.cat([Q.mH @ V, Z.mH @ V, (V * V).sum(0, keepdim=True)]))
 
     all_W, all_ZV, squares = by_blocks(run, 0, k, inner).split([k, k, 1])
     all_H = double(Q.mH @ Z)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from curvlinops._random import Rng, as_seed
-from curvlinops.estimators._base import Estimate, require_choice, to_numpy
+from curvlinops.estimators._base import Estimate, to_numpy
 from curvlinops.estimators.eigenpairs import Eigenpairs, top_eigenpairs
 from curvlinops.estimators.norm import hutchinson_squared_fro
 from curvlinops.estimators.trace import hutchinson_trace, hutchpp_trace
@@ -198,9 +198,13 @@ def _functions(
     options = {"num_matvecs": num_matvecs, "rng": seed, "return_estimate": True}
     functions: dict[str, Callable[[Any], Any] | None] = {EIGENVALUES: None}
     functions |= {name: partial(f, **options) for name, f in QUANTITIES.items()}
-    names = [quantities] if isinstance(quantities, str) else quantities
-    what = "Without a mapping from names to functions, a quantity"
-    return {name: functions[require_choice(what, name, functions)] for name in names}
+    names = [quantities] if isinstance(quantities, str) else list(quantities)
+    if unknown := [name for name in names if name not in functions]:
+        raise ValueError(
+            f"A quantity is one of {', '.join(functions)}, or a mapping from a name to "
+            f"a function; got {unknown[0]!r}."
+        )
+    return {name: functions[name] for name in names}
 
 
 def _matrix(item: Any, build: Callable[[Any], Any] | None) -> Any:
