@@ -51,8 +51,9 @@ class Options(TypedDict, total=False):
     until : float
         Stop as soon as the error (sampling and Krylov error, widened by Student's
         factor for few samples) is at most ``until`` times the estimate (for arrays: in
-        Euclidean norm), but with eight samples at least. The number of products (or
-        repeats) asked for then is the limit; reaching it first warns. Krylov spaces
+        Euclidean norm), twice in a row and with eight samples at least. The number of
+        products (or repeats) asked for then is the limit; reaching it first warns, or,
+        if it leaves products enough, has the matrix multiplied out. Krylov spaces
         are deepened where they limit the error; once as many products are spent as the
         matrix has columns, it is multiplied out, and the result exact.
     return_estimate : bool
@@ -60,7 +61,8 @@ class Options(TypedDict, total=False):
         products, seed) instead of the bare value.
     block_size : int
         Vectors multiplied at once. Default: as many as fit into 64 MiB, at most 16.
-        Affects speed and memory only, but for rounding (and where ``until`` stops).
+        Affects speed and memory only, but for rounding (and above 8 where ``until``
+        stops).
     checkpoint : str or path-like
         File that keeps the progress. A call that was killed and is made again goes on
         from there, and ends with the same bits on the same machine. Costs one product,
@@ -156,6 +158,15 @@ class Moments:
         self.squares = torch.from_numpy(state["squares"]).to(device)
 
 
+class Total(Moments):
+    """Sum of a stream of numbers or arrays, in place of their mean."""
+
+    def add(self, samples: Tensor) -> None:
+        """Take in samples along the last axis."""
+        self.mean = self.mean + samples.sum(-1)
+        self.count += samples.shape[-1]
+
+
 class Run:
     """One estimation: products of one matrix with seeded vectors, to be counted.
 
@@ -218,7 +229,7 @@ class Run:
         self.converged = True
         self.advice = ""
         self._path, self._task = path, task
-        self._settings = settings | {
+        self.settings = settings | {
             "distribution": distribution,
             "seed": self.seed,
             "until": self.until,
@@ -234,7 +245,7 @@ class Run:
     @cached_property
     def journal(self) -> Journal | None:
         """The checkpoint; opened at first use, when all arguments have been checked."""
-        return open_journal(self._path, self.operand, self._task, self._settings)
+        return open_journal(self._path, self.operand, self._task, self.settings)
 
     def _default_block_size(self) -> int:
         columns = BLOCK_BYTES // max(self.dim * self.operand.dtype.itemsize, 1)
@@ -303,8 +314,12 @@ class Run:
         *,
         start: int = 0,
         section: str | None = None,
+        vectors: Callable[[int, int], Tensor] | None = None,
     ) -> None:
         """Feed samples of an integrand to an accumulator: to the error, or the limit.
+
+        The error must be reached twice in a row, eight samples apart (or a block, if
+        that is larger): where it is small by chance, so is what skewed samples average.
 
         Parameters
         ----------
@@ -318,15 +333,24 @@ class Run:
             Index of the first test vector.
         section : str, optional
             Name under which the accumulator's state is kept in the checkpoint.
+        vectors : callable, optional
+            From a range of indices to the vectors; default :attr:`probes`.
         """
+        draw, reached = vectors or self.probes.block, False
+        stride = max(self.block_size, FEWEST_SAMPLES if self.until is not None else 1)
         if section is not None and (state := self.load(section)) is not None:
+            reached = bool(state.pop("reached__"))
             accumulator.restore(state)
-        while accumulator.count < num_samples and not self.enough(accumulator):
-            first = start + accumulator.count
-            last = min(first + self.block_size, start + num_samples)
-            accumulator.add(integrand(self.probes.block(first, last)))
+        while (count := accumulator.count) < num_samples:
+            if count % stride == 0:
+                before, reached = reached, self.enough(accumulator)
+                if before and reached:
+                    break
+            size = min(self.block_size, stride - count % stride, num_samples - count)
+            first = start + count
+            accumulator.add(integrand(draw(first, first + size)))
             if section is not None:
-                self.save(section, accumulator.state())
+                self.save(section, accumulator.state() | {"reached__": reached})
 
     def enough(self, accumulator: Accumulator) -> bool:
         """Whether the error asked for is reached, or more samples cannot reach it."""
@@ -367,24 +391,63 @@ class Run:
         widened = both * student(num_samples) / student(1)
         return 0.0 if widened == 0 else widened / size if size else np.inf
 
-    def mean(self, integrand: Callable[[Tensor], Tensor], num_samples: int) -> Any:
-        """Return the mean of an integrand of the test vectors, as the user wants it."""
+    def mean(
+        self, integrand: Callable[[Tensor, Tensor], Tensor], num_matvecs: int
+    ) -> Any:
+        r"""Return the mean over test vectors, or what it estimates, as the user wants.
+
+        Parameters
+        ----------
+        integrand : callable
+            From vectors ``V`` and ``A @ V`` to samples along the last axis; its mean
+            depends on :math:`\mathbb{E}[v v^{\mathrm{H}}] = I` alone.
+        num_matvecs : int
+            Products, see :func:`require_num_matvecs`.
+        """
+        limit = require_num_matvecs(self, num_matvecs)
         moments = Moments()
-        self.accumulate(moments, integrand, num_samples, section="moments")
-        if moments.count > num_samples:
+        self.accumulate(moments, self._of_products(integrand), limit, section="moments")
+        if moments.count > num_matvecs:
             raise ValueError(
                 f"The checkpoint {self._path} holds {moments.count} samples, and "
-                f"{num_samples} were asked for. Ask for no fewer, or give another path."
+                f"{num_matvecs} were asked for. Ask for no fewer, or give another path."
             )
+        if num_matvecs >= self.dim and not (limit and self.enough(moments)):
+            return self.total(integrand)
         return self.result(*moments.mean_and_sem(), moments.count)
 
-    def stages(self, limit: int) -> Iterator[int]:
-        """Yield sizes to which a sketch grows: the limit, or doubling if adaptive."""
-        size = FEWEST_SAMPLES
-        while self.until is not None and size < limit:
+    def total(self, integrand: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        """Return what the mean of an integrand estimates: its sum over unit vectors."""
+        self.until = None
+        self.expect(self.dim)
+        total = Total()
+        samples = self._of_products(integrand)
+        self.accumulate(total, samples, self.dim, section="total", vectors=self.units)
+        return self.exact(total.mean)
+
+    def _of_products(
+        self, integrand: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda V: integrand(V, self.multiply(V, record=False))
+
+    def stages(self, products: int, grow: int, fresh: int = 0) -> Iterator[int]:
+        """Yield the sizes of a sketch: the largest, or by steps of half if adaptive.
+
+        Parameters
+        ----------
+        products : int
+            How many there are in all.
+        grow : int
+            What a vector costs that the sketch takes in.
+        fresh : int, optional
+            What every vector of every stage costs besides.
+        """
+        size = 0
+        while (most := (products + grow * size) // (grow + fresh)) > size:
+            step = most if self.until is None else max(FEWEST_SAMPLES, size * 3 // 2)
+            old, size = size, min(most, step)
+            products -= grow * (size - old) + fresh * size
             yield size
-            size *= 2
-        yield limit
 
     def check(
         self, mean: Tensor, sem: Tensor, num_samples: int, krylov_error: float = 0.0
@@ -470,10 +533,15 @@ class Run:
         A = self.operand
         D = torch.empty(A.shape, dtype=A.dtype, device=A.device)
         for a, b in self.blocks(0, self.dim):
-            unit = torch.zeros(self.dim, b - a, dtype=A.dtype, device=A.device)
-            unit[a:b] = torch.eye(b - a, dtype=A.dtype, device=A.device)
-            D[:, a:b] = self.multiply(unit)
+            D[:, a:b] = self.multiply(self.units(a, b))
         return D
+
+    def units(self, start: int, stop: int) -> Tensor:
+        """Return columns of the identity."""
+        A = self.operand
+        unit = torch.zeros(self.dim, stop - start, dtype=A.dtype, device=A.device)
+        unit[start:stop].fill_diagonal_(1)
+        return unit
 
     def dense_is_due(self, more: int = 0) -> bool:
         """Whether, after so many more products, the matrix itself had been cheaper.
@@ -485,15 +553,19 @@ class Run:
         return self.until is not None and due and bytes_needed <= DENSE_BYTES
 
 
-def require_num_matvecs(run: Run, num_matvecs: int, multiple_of: int = 1) -> int:
-    """Return the number of products, or raise with the rule that it breaks."""
-    name = "num_matvecs"
-    require_positive_int(name, num_matvecs)
-    if num_matvecs % multiple_of:
-        raise ValueError(f"{name} ({num_matvecs}) must be a multiple of {multiple_of}.")
-    if num_matvecs >= run.dim:
+def require_num_matvecs(run: Run, num_matvecs: int, cost: int = 1) -> int:
+    """Return the number of products for samples, which cost so many each.
+
+    It is 0 if as many as there are columns give the exact value. With ``until`` those
+    beyond are spent on samples before, if they suffice for an error.
+    """
+    number = require_positive_int("num_matvecs", num_matvecs)
+    if number >= run.dim:
+        spare = min(number - run.dim, run.dim - 1)
+        return spare if run.until is not None and spare >= cost * FEWEST_SAMPLES else 0
+    if number < cost:
         raise ValueError(
-            f"{name} ({num_matvecs}) must be below the dimension ({run.dim}): as many "
-            "products give the matrix itself, `A @ numpy.eye(N)`."
+            f"num_matvecs ({number}) is too small: one sample takes {cost} products. "
+            f"Ask for {cost} or more, or use Hutchinson's estimator, which takes one."
         )
-    return int(num_matvecs) // multiple_of
+    return number

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal
-from torch import Tensor
 
 from curvlinops.estimators._base import Operand, require_tolerance
-from curvlinops.estimators._run import Options, Run, require_num_matvecs
+from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators._sketch import coldot, double
 from curvlinops.estimators.lanczos import (
     Multiply,
@@ -45,7 +44,8 @@ def hutchinson_squared_fro(
     A : LinearOperator, array, sparse matrix, or Tensor
         Matrix of shape ``(M, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
@@ -75,13 +75,7 @@ def hutchinson_squared_fro(
     """
     task = "hutchinson_squared_fro"
     with Run(A, task, options, distribution, num_matvecs, square=False) as run:
-        m = require_num_matvecs(run, num_matvecs)
-
-        def integrand(V: Tensor) -> Tensor:
-            Y = double(run.multiply(V, record=False))
-            return coldot(Y, Y).real
-
-        return run.mean(integrand, m)
+        return run.mean(lambda V, Y: coldot(double(Y), double(Y)).real, num_matvecs)
 
 
 def tall(A: Any) -> Any:
@@ -241,8 +235,8 @@ def stable_rank(
     A : LinearOperator, array, sparse matrix, or Tensor
         Matrix of shape ``(M, N)``.
     num_matvecs : int
-        Products for the Frobenius norm, below ``N``; with ``until`` the limit. The
-        spectral norm takes its own.
+        Products for the Frobenius norm; with ``until`` the limit. As many as ``N`` give
+        its exact value. The spectral norm takes its own.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     tol : float, optional
@@ -267,9 +261,8 @@ def stable_rank(
     full: Options = {**options, "return_estimate": True}
     estimate = hutchinson_squared_fro(A, num_matvecs, distribution, **full)
     bar = options.get("progressbar", False)
-    norm = spectral_norm(
-        A, tol=tol, rng=estimate.seed, progressbar=bar, return_estimate=True
-    )
+    rng = options.get("rng") if estimate.seed is None else estimate.seed
+    norm = spectral_norm(A, tol=tol, rng=rng, progressbar=bar, return_estimate=True)
     square = float(norm) ** 2
     if not square:
         raise ValueError("The zero matrix has no stable rank.")
