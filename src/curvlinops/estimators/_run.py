@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import Any, Self, TypedDict
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from curvlinops.estimators.checkpoint import (
     open_journal,
     read_identity,
 )
-
-if TYPE_CHECKING:
-    from typing import Self
 
 #: Bytes of test vectors that are multiplied at once, and their largest number: beyond
 #: about 16 columns models gain nothing from more.
@@ -77,26 +74,6 @@ class Options(TypedDict, total=False):
     block_size: int | None
     checkpoint: str | os.PathLike[str] | None
     progressbar: bool
-
-
-class Accumulator(Protocol):
-    """What a :class:`Run` feeds with samples."""
-
-    @property
-    def count(self) -> int:
-        """Number of samples so far."""
-
-    def add(self, samples: Any) -> None:
-        """Take in a block of samples."""
-
-    def moments(self) -> Moments:
-        """Return the mean and its errors."""
-
-    def state(self) -> dict[str, Any]:
-        """Return all there is to know, as arrays."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state."""
 
 
 class Moments:
@@ -308,7 +285,7 @@ class Run:
 
     def accumulate(
         self,
-        accumulator: Accumulator,
+        accumulator: Any,
         integrand: Callable[[Tensor], Any],
         num_samples: int,
         *,
@@ -352,7 +329,7 @@ class Run:
             if section is not None:
                 self.save(section, accumulator.state() | {"reached__": reached})
 
-    def enough(self, accumulator: Accumulator) -> bool:
+    def enough(self, accumulator: Any) -> bool:
         """Whether the error asked for is reached, or more samples cannot reach it."""
         if self.until is None or accumulator.count < FEWEST_SAMPLES:
             return False

@@ -3,7 +3,7 @@ r"""Functions of a Hermitian matrix: :math:`\mathrm{tr}\, f(A)` and :math:`f(A) 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from curvlinops.estimators.lanczos import (
 )
 from curvlinops.estimators.norm import ROUNDING, tall
 from curvlinops.estimators.ritz import eigenvalues, singular_values
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Function = Callable[[np.ndarray], np.ndarray]
 #: From a Gauss rule to an integral and its Krylov error.

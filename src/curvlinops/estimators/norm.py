@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from curvlinops.estimators.lanczos import (
     hermitian_or_not,
     lanczos,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 #: An eigenvalue counts as zero below so many times ``eps sqrt(N)``, relative to the
 #: largest. Of singular matrices, up to 1.6 were observed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from curvlinops.estimators.checkpoint import (
 from curvlinops.estimators.density import SpectralDensity, check_settings
 from curvlinops.estimators.lanczos import Recurrence, Runs, block_size, lanczos
 from curvlinops.estimators.ritz import eigenpairs
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Boundaries = tuple[float | None, float | None] | None
 
