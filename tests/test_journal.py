@@ -215,18 +215,19 @@ def test_a_flipped_bit_beside_a_killed_process(tmp_path):
         assert np.array_equal(finished(path)[0], chain())
 
 
-def test_a_damaged_record_is_reported_and_made_again(tmp_path):
+@pytest.mark.parametrize("content", ["zeroblob(9)", "NULL", "'text'", "7", "x''"])
+@pytest.mark.parametrize(("table", "again"), [("products", 1), ("states", SECTIONS)])
+def test_a_damaged_record_is_reported_and_made_again(tmp_path, table, again, content):
     path = tmp_path / "j"
-    for table, key in (("products", 2), ("states", "chain")):
-        finished(path)
-        with sqlite3.connect(path) as db:
-            db.execute(f"UPDATE {table} SET payload = zeroblob(length(payload))")
-        db.close()
-        with pytest.warns(UserWarning, match=rf"j is damaged: {table} .* checksum"):
-            result, products = finished(path)
-        assert np.array_equal(result, chain())
-        assert products == (LENGTH if table == "products" else SECTIONS * LENGTH)
-        assert finished(path)[1] == 0, key
+    finished(path)
+    with sqlite3.connect(path) as db:
+        db.execute(f"UPDATE {table} SET payload = {content}")
+    db.close()
+    with pytest.warns(UserWarning, match=rf"j is damaged: {table} .* checksum"):
+        result, products = finished(path)
+    assert np.array_equal(result, chain())
+    assert products == again * LENGTH
+    assert finished(path)[1] == 0
 
 
 def test_a_record_in_the_place_of_another_is_found(tmp_path):
