@@ -161,7 +161,7 @@ def lanczos(
     scale = torch.full_like(alpha[:, 0], norm)
     for j in range(ncv):
         seen = j + 1 if keep else min(j + 1, 2)
-        if not keep:
+        if not keep and j > 1:
             basis[:, 0] = basis[:, -1]
         basis[:, seen - 1] = v
         w = multiply(v.T).T.contiguous()

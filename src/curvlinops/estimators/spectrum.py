@@ -11,7 +11,6 @@ from torch import Tensor
 
 from curvlinops._random import as_seed
 from curvlinops.estimators._base import (
-    require_choice,
     require_positive_int,
     require_tolerance,
     to_numpy,
@@ -27,6 +26,12 @@ from curvlinops.estimators.lanczos import Recurrence, Runs, block_size, lanczos
 from curvlinops.estimators.ritz import eigenpairs
 
 Boundaries = tuple[float | None, float | None] | None
+
+
+class RunOptions(Options, total=False):
+    """Keywords of Lanczos runs, see :func:`lanczos_approximate_spectrum`."""
+
+    deflate: int
 
 
 class _Distributions(Runs):
@@ -53,7 +58,6 @@ class _CachedRuns:
         boundaries_tol: float = 0.01,
         *,
         deflate: int = 0,
-        reorthogonalization: str = "auto",
         **options: Unpack[Options],
     ) -> None:
         given: Any = (None, None) if boundaries is None else boundaries
@@ -64,9 +68,6 @@ class _CachedRuns:
         self._boundaries = [None if end is None else float(end) for end in given]
         self._boundaries_tol = boundaries_tol
         self._deflate = require_positive_int("deflate", deflate) if deflate else 0
-        self._reorthogonalization = require_choice(
-            "reorthogonalization", reorthogonalization, ("auto", "none")
-        )
         if options.get("checkpoint") is None:
             options["rng"] = as_seed(options.get("rng"))
         self._options = options
@@ -80,7 +81,6 @@ class _CachedRuns:
         settings: dict[str, Any] = {
             "ncv": self._ncv,
             "deflate": self._deflate,
-            "reorthogonalization": self._reorthogonalization,
             "boundaries": self._boundaries,
         }
         total = self._ncv * (num_repeats - self._rules.count)
@@ -110,7 +110,7 @@ class _CachedRuns:
     def _accumulate(self, run: Run, num_repeats: int, basis: Tensor | None) -> None:
         """Have Lanczos runs; several go through one product if their bases fit."""
         size = block_size(run, self._ncv)
-        keep = size > 0 and self._reorthogonalization != "none"
+        keep = size > 0
         if keep:
             run.block_size = max(1, min(run.block_size, size))
         norm = float(np.abs(self._found.get("spikes", np.zeros(1))).max())
@@ -201,37 +201,32 @@ class _CachedRuns:
 
         self._section(run, "boundaries", compute)
 
-    def _result(self, num_repeats: int, scale: str, settings: Any) -> SpectralDensity:
-        given = self._boundaries
-        check = {"epsilon": None, "boundaries": given, **settings}
-        check_settings("log" if scale == "log" else "linear", check)
+    def _result(self, scale: str, num_repeats: int, *settings: Any) -> SpectralDensity:
+        names = ("num_points", "kappa", "margin", "min_width", "epsilon")
+        named = dict(zip(names, settings, strict=False))
+        check_settings(scale, {"boundaries": self._boundaries, **named})
         common = self._run(require_positive_int("num_repeats", num_repeats))
-        found = [float(end) for end in self._found.get("ends", np.zeros(2))]
-        signed = [f if g is None else g for g, f in zip(given, found, strict=True)]
-        ends = signed if scale == "linear" else self._absolute(signed, common["nodes"])
+        low, high = self._found.get("ends", np.zeros(2)).tolist()
         if scale == "log":  # what was given are the ends of |A|
-            found = self._absolute(found, common["nodes"])
-            ends = [f if g is None else g for g, f in zip(given, found, strict=True)]
-        if ends[0] == ends[1]:  # a multiple of the identity
-            width = abs(ends[0]) / 1e3 or 1e-3
-            ends = [ends[0] - width, ends[1] + width]
-            ends[0] = ends[0] if scale == "linear" else max(ends[0], 0.0)
-        return SpectralDensity(
-            boundaries=(float(ends[0]), float(ends[1])),
-            scale=scale,
-            **settings,
-            **common,
-        )
+            low, high = self._absolute((low, high), common["nodes"])
+        first, last = self._boundaries
+        low, high = low if first is None else first, high if last is None else last
+        if low == high:  # a multiple of the identity
+            width = abs(low) / 1e3 or 1e-3
+            low, high = low - width, high + width
+            low = low if scale == "linear" else max(low, 0.0)
+        ends = (low, high)
+        return SpectralDensity(boundaries=ends, scale=scale, **named, **common)
 
     @staticmethod
-    def _absolute(ends: list[float], nodes: np.ndarray) -> list[float]:
+    def _absolute(ends: tuple[float, float], nodes: np.ndarray) -> tuple[float, float]:
         """Return the ends of ``|A|``: the nodes tell how near to zero it comes.
 
         Unless the matrix is definite, and by so much that its end is accurate.
         """
         low, high = sorted(abs(end) for end in ends)
         definite = ends[0] * ends[1] > 0 and low > 0.03 * high
-        return [low if definite else float(np.abs(nodes).min()), high]
+        return low if definite else float(np.abs(nodes).min()), high
 
 
 class LanczosApproximateSpectrumCached(_CachedRuns):
@@ -241,7 +236,7 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
     ----------
     A : LinearOperator, array, sparse matrix, or Tensor
         Hermitian matrix of shape ``(N, N)``.
-    ncv, boundaries, boundaries_tol, deflate, reorthogonalization, **options
+    ncv, boundaries, boundaries_tol, deflate, **options
         See :func:`lanczos_approximate_spectrum`.
 
     Examples
@@ -262,6 +257,8 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         num_points: int = 1024,
         kappa: float = 3.0,
         margin: float = 0.05,
+        *,
+        min_width: str | float = "spacing",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues.
 
@@ -269,7 +266,7 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         ----------
         num_repeats : int, optional
             Lanczos runs; those already made are reused.
-        num_points, kappa, margin : int, float, optional
+        num_points, kappa, margin, min_width : int, float, optional
             See :class:`~curvlinops.estimators.SpectralDensity`.
 
         Returns
@@ -277,22 +274,18 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         SpectralDensity
             Unpacks as ``(grid, density)``.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "linear", settings)
+        settings = (num_points, kappa, margin, min_width)
+        return self._result("linear", num_repeats, *settings)
 
-    def approximate_abs_spectrum(
-        self,
-        num_repeats: int = 1,
-        num_points: int = 1024,
-        kappa: float = 3.0,
-        margin: float = 0.05,
-    ) -> SpectralDensity:
+    def approximate_abs_spectrum(self, *args: Any, **settings: Any) -> SpectralDensity:
         """Return the density of the eigenvalues' absolute values.
 
         Takes and returns what :meth:`approximate_spectrum` does.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "abs", settings)
+        signed = self.approximate_spectrum(*args, **settings)
+        nodes = self._rules.rules()[0][: len(signed.nodes)]
+        ends = self._absolute(signed.boundaries, nodes)
+        return signed.smooth(scale="abs", boundaries=ends)
 
 
 class LanczosApproximateLogSpectrumCached(_CachedRuns):
@@ -302,7 +295,7 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
     ----------
     A : LinearOperator, array, sparse matrix, or Tensor
         Hermitian matrix of shape ``(N, N)``.
-    ncv, boundaries, boundaries_tol, deflate, reorthogonalization, **options
+    ncv, boundaries, boundaries_tol, deflate, **options
         See :func:`lanczos_approximate_log_spectrum`.
 
     Examples
@@ -323,6 +316,8 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         kappa: float = 1.04,
         margin: float = 0.05,
         epsilon: float = 1e-5,
+        *,
+        min_width: str | float = "spacing",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues of ``|A| + epsilon I``.
 
@@ -333,7 +328,7 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         ----------
         num_repeats : int, optional
             Lanczos runs; those already made are reused.
-        num_points, kappa, margin, epsilon : int, float, optional
+        num_points, kappa, margin, epsilon, min_width : int, float, optional
             See :class:`~curvlinops.estimators.SpectralDensity`.
 
         Returns
@@ -341,8 +336,8 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         SpectralDensity
             Unpacks as ``(grid, density)``.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "log", settings | {"epsilon": epsilon})
+        settings = (num_points, kappa, margin, min_width, epsilon)
+        return self._result("log", num_repeats, *settings)
 
 
 def lanczos_approximate_spectrum(
@@ -355,9 +350,8 @@ def lanczos_approximate_spectrum(
     margin: float = 0.05,
     boundaries_tol: float = 0.01,
     *,
-    deflate: int = 0,
-    reorthogonalization: str = "auto",
-    **options: Unpack[Options],
+    min_width: str | float = "spacing",
+    **options: Unpack[RunOptions],
 ) -> SpectralDensity:
     r"""Approximate the density of a Hermitian matrix's eigenvalues.
 
@@ -379,22 +373,22 @@ def lanczos_approximate_spectrum(
     num_repeats : int, optional
         Lanczos runs that are averaged; with ``until`` the limit.
     kappa : float, optional
-        Width of the kernel, above 1; nearer to 1 is wider.
+        Width of the kernel, above 1; nearer to 1 is wider. See ``min_width``.
     boundaries : tuple, optional
         Smallest and largest eigenvalue; ``None`` entries are computed by
-        :func:`scipy.sparse.linalg.eigsh`.
+        a Lanczos run of their own.
     margin : float, optional
         How far the grid goes beyond them, relative to their distance.
     boundaries_tol : float, optional
-        Accuracy asked of ``eigsh``, relative to the largest magnitude, and for the
-        other end to the distance between both.
+        Residual norm that they may have, relative to the largest magnitude.
+    min_width : str or float, optional
+        ``"spacing"``: kernels are not narrower than the distance between the nodes
+        where they are, which a Gauss rule does not resolve (and which is zero at
+        eigenvalues that the runs have found). A number: nor than that, in the unit of
+        ``A``. 0: ``kappa`` alone, the published formula.
     deflate : int, optional
         Number of eigenvalues of largest magnitude that are computed, removed, and
         shown as spikes of their exact mass ``1 / N``.
-    reorthogonalization : str, optional
-        ``"full"``, ``"selective"``, ``"none"``, or ``"auto"``: full if the basis,
-        ``ncv`` vectors, fits into 2 GiB, else none. Without, eigenvalues may repeat;
-        their weights add up rightly, so that the density hardly changes.
     **options : Options
         See :class:`~curvlinops.estimators.Options`. ``until`` bounds the relative
         standard error of the cumulative distribution; ``return_estimate`` has no
@@ -411,8 +405,6 @@ def lanczos_approximate_spectrum(
     ValueError
         If an argument breaks its rule, a product is not finite, or the matrix turns out
         not to be Hermitian.
-    RuntimeError
-        If ``eigsh`` does not find a boundary.
 
     See Also
     --------
@@ -421,9 +413,10 @@ def lanczos_approximate_spectrum(
 
     Notes
     -----
-    Costs ``ncv * num_repeats`` products, those of ``eigsh`` (20 to 60), and
-    one for the fingerprint. Memory: the basis of one run, or 5 vectors without
-    reorthogonalisation, and the 20 vectors of ``eigsh`` unless boundaries are given.
+    Costs ``ncv * num_repeats`` products, those for the boundaries (10 to 60), and one
+    for the fingerprint. Memory: the basis of one run, ``ncv`` vectors, which is kept
+    for full orthogonalisation if it fits into 2 GiB; else 5 vectors, and eigenvalues
+    may repeat, with weights that add up rightly.
 
     1-Wasserstein distance of nodes and weights from the exact spectrum, relative to its
     range, for N = 1000 and 10 repeats (``benchmarks/density_wasserstein.py``):
@@ -461,15 +454,11 @@ def lanczos_approximate_spectrum(
     True
     """
     cached = LanczosApproximateSpectrumCached(
-        A,
-        ncv,
-        boundaries,
-        boundaries_tol,
-        deflate=deflate,
-        reorthogonalization=reorthogonalization,
-        **options,
+        A, ncv, boundaries, boundaries_tol, **options
     )
-    return cached.approximate_spectrum(num_repeats, num_points, kappa, margin)
+    return cached.approximate_spectrum(
+        num_repeats, num_points, kappa, margin, min_width=min_width
+    )
 
 
 def lanczos_approximate_log_spectrum(
@@ -483,9 +472,8 @@ def lanczos_approximate_log_spectrum(
     boundaries_tol: float = 0.01,
     epsilon: float = 1e-5,
     *,
-    deflate: int = 0,
-    reorthogonalization: str = "auto",
-    **options: Unpack[Options],
+    min_width: str | float = "spacing",
+    **options: Unpack[RunOptions],
 ) -> SpectralDensity:
     r"""Approximate the density of :math:`|A| + \epsilon I` on a logarithmic scale.
 
@@ -505,7 +493,11 @@ def lanczos_approximate_log_spectrum(
         smallest of an indefinite matrix is that of the Gauss rules' nodes.
     epsilon : float, optional
         Shift of the logarithm, above 0, in the unit of ``A``.
-    deflate, reorthogonalization, **options
+    min_width : str or float, optional
+        As there; a number is in the unit of the logarithm. The distance between the
+        nodes at zero, about ``|A| / ncv**2`` to ``|A| / ncv``, is the smallest
+        eigenvalue that can be told from zero: below it the density is flat.
+    deflate, **options
         See :func:`lanczos_approximate_spectrum`.
 
     Returns
@@ -533,14 +525,8 @@ def lanczos_approximate_log_spectrum(
     True
     """
     cached = LanczosApproximateLogSpectrumCached(
-        A,
-        ncv,
-        boundaries,
-        boundaries_tol,
-        deflate=deflate,
-        reorthogonalization=reorthogonalization,
-        **options,
+        A, ncv, boundaries, boundaries_tol, **options
     )
     return cached.approximate_log_spectrum(
-        num_repeats, num_points, kappa, margin, epsilon
+        num_repeats, num_points, kappa, margin, epsilon, min_width=min_width
     )
