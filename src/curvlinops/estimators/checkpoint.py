@@ -431,7 +431,10 @@ class JournalledOperator(LinearOperator):
     Raises
     ------
     ValueError
-        If the checkpoint belongs to another matrix or another computation.
+        If the checkpoint belongs to another matrix or another computation, or is
+        damaged.
+    OSError
+        If it is in use by another process, or cannot be read or written.
 
     Examples
     --------
