@@ -21,8 +21,8 @@ import pytest
 import torch
 
 import curvlinops
-from curvlinops.estimators import checkpoint
-from curvlinops.estimators.checkpoint import Journal, read_identity
+from curvlinops import _journal
+from curvlinops._journal import Journal, read_identity
 
 IDENTITY = {"task": "chain", "seed": 3}
 SECTIONS, LENGTH = 12, 5
@@ -422,7 +422,7 @@ def test_a_second_user_is_refused_at_once(tmp_path):
 FORKING = """
     import os, signal, sys, time
     import numpy as np
-    from curvlinops.estimators.checkpoint import Journal
+    from curvlinops._journal import Journal
 
     journal = Journal(sys.argv[1], {"task": "fork"})
     x = np.arange(9.0)
@@ -487,7 +487,7 @@ ARRAYS = {
 
 @pytest.mark.parametrize("bytes_of_a_row", [7, 2**28])
 def test_arrays_come_back_as_they_were(tmp_path, monkeypatch, bytes_of_a_row):
-    monkeypatch.setattr(checkpoint, "_ROW_BYTES", bytes_of_a_row)
+    monkeypatch.setattr(_journal, "_ROW_BYTES", bytes_of_a_row)
     path = tmp_path / "j"
     journal = Journal(path, IDENTITY)
     journal.save("arrays", **{"more": 1} | ARRAYS)
@@ -527,7 +527,7 @@ def test_space_is_used_again(tmp_path):
 
 def test_other_versions_are_warned_of(tmp_path, monkeypatch):
     finished(tmp_path / "j")
-    monkeypatch.setitem(checkpoint.VERSIONS, "numpy", "9.9")
+    monkeypatch.setitem(_journal.VERSIONS, "numpy", "9.9")
     with pytest.warns(UserWarning, match=r"begun with .*goes on with .*9\.9"):
         assert finished(tmp_path / "j")[1] == 0
 

@@ -13,12 +13,11 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import t as student_t
 
+from curvlinops._operand import to_json, to_numpy
 from curvlinops.estimators._base import (
     ArrayResult,
     require_choice,
     require_positive_int,
-    to_json,
-    to_numpy,
 )
 
 SCALES = ("linear", "log", "abs")

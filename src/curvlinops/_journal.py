@@ -30,8 +30,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._operand import Operand, to_json, to_numpy
 from curvlinops._random import Probes
-from curvlinops.estimators._base import Operand, to_json, to_numpy
 
 VERSIONS = {p.__name__: str(p.__version__) for p in (np, scipy, torch)}
 
