@@ -146,8 +146,8 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 LEVELS = [
     [
         *["_adjoint", "_agreement", "_caching", "_conflicts", "_cuda_graph", "_data"],
-        *["_differences", "_hooks", "_lockstep", "_loss_state", "_memory"],
-        *["_objects", "_random", "_spaces", "_substitutes", "_walk"],
+        *["_differences", "_hooks", "_journal", "_lockstep", "_loss_state", "_memory"],
+        *["_objects", "_operand", "_random", "_spaces", "_substitutes", "_walk"],
     ],
     [
         *["_checksum", "_foreign", "_identity", "_model", "_operator", "_program"],

@@ -21,7 +21,7 @@ from curvlinops import (
     GGNLinearOperator,
     IdentityLinearOperator,
 )
-from curvlinops.estimators.checkpoint import read_identity
+from curvlinops._journal import read_identity
 
 N = 90
 A = symmetric(np.r_[np.linspace(0.1, 1, N - 2), 5.0, 9.0])

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlinops._random import Probes, Rng, as_seed
-from curvlinops.estimators._base import (
-    FEWEST_SAMPLES,
-    Estimate,
-    Operand,
-    require_positive_int,
-    student,
-)
-from curvlinops.estimators.checkpoint import (
+from curvlinops._journal import (
     Journal,
     close_journal,
     journalled_multiply,
     open_journal,
     read_identity,
+)
+from curvlinops._operand import Operand
+from curvlinops._random import Probes, Rng, as_seed
+from curvlinops.estimators._base import (
+    FEWEST_SAMPLES,
+    Estimate,
+    require_positive_int,
+    student,
 )
 
 #: Bytes of test vectors that are multiplied at once, and their largest number: beyond

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
+from curvlinops._operand import to_json, to_numpy
 from curvlinops.estimators._base import (
     ArrayResult,
     require_choice,
     require_positive_int,
-    to_json,
-    to_numpy,
 )
 from curvlinops.estimators.smoothing import beta_means, node_spacing
 

@@ -13,14 +13,13 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
+from curvlinops._operand import DTYPES, to_numpy
 from curvlinops._random import Rng
 from curvlinops.estimators._base import (
-    DTYPES,
     ArrayResult,
     require_choice,
     require_positive_int,
     require_tolerance,
-    to_numpy,
 )
 from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators.ritz import WHICH, eigenpairs

@@ -16,7 +16,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from curvlinops.estimators._base import to_numpy
+from curvlinops._operand import to_numpy
 from curvlinops.estimators._run import Moments, Run
 
 #: Bytes that the basis of Krylov vectors may take up.

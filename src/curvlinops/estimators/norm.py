@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal
 
-from curvlinops.estimators._base import Operand, require_tolerance
+from curvlinops._operand import Operand
+from curvlinops.estimators._base import require_tolerance
 from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators._sketch import coldot, double
 from curvlinops.estimators.lanczos import (

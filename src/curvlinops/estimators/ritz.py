@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlinops.estimators._base import to_numpy
+from curvlinops._operand import to_numpy
 from curvlinops.estimators._run import Run
 from curvlinops.estimators._sketch import double
 from curvlinops.estimators.lanczos import BASIS_BYTES, project_out, require_symmetry

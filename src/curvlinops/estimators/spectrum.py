@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlinops._random import as_seed
-from curvlinops.estimators._base import (
-    require_positive_int,
-    require_tolerance,
-    to_numpy,
-)
-from curvlinops.estimators._run import Options, Run
-from curvlinops.estimators.checkpoint import (
+from curvlinops._journal import (
     VERSIONS,
     matrix_fingerprint,
     parameters_fingerprint,
 )
+from curvlinops._operand import to_numpy
+from curvlinops._random import as_seed
+from curvlinops.estimators._base import (
+    require_positive_int,
+    require_tolerance,
+)
+from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators.density import SpectralDensity, check_settings
 from curvlinops.estimators.lanczos import Recurrence, Runs, block_size, lanczos
 from curvlinops.estimators.ritz import eigenpairs

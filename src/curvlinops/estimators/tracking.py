@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from curvlinops._operand import to_numpy
 from curvlinops._random import Rng, as_seed
-from curvlinops.estimators._base import Estimate, to_numpy
+from curvlinops.estimators._base import Estimate
 from curvlinops.estimators.eigenpairs import Eigenpairs, top_eigenpairs
 from curvlinops.estimators.norm import hutchinson_squared_fro
 from curvlinops.estimators.trace import hutchinson_trace, hutchpp_trace

@@ -30,8 +30,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._operand import Operand, to_json, to_numpy
 from curvlinops._random import Probes
-from curvlinops.estimators._base import Operand, to_json, to_numpy
 
 VERSIONS = {p.__name__: str(p.__version__) for p in (np, scipy, torch)}
 
@@ -431,7 +431,10 @@ class JournalledOperator(LinearOperator):
     Raises
     ------
     ValueError
-        If the checkpoint belongs to another matrix or another computation.
+        If the checkpoint belongs to another matrix or another computation, or is
+        damaged.
+    OSError
+        If it is in use by another process, or cannot be read or written.
 
     Examples
     --------
