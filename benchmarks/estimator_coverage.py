@@ -64,6 +64,25 @@ def _case(
     return Case(call, exact)
 
 
+def _krylov(
+    function: Callable[..., Any],
+    of_eigenvalues: Callable[[np.ndarray], Any],
+    *arguments: Any,
+    **settings: Any,
+) -> Case:
+    """Return a function of the eigenvalues relative to the norm, at default depth."""
+
+    def call(A: Any, **options: Any) -> Any:
+        norm = torch.linalg.matrix_norm(A.double(), 2).to(A)
+        return function(A / norm, *arguments, **settings, **options)
+
+    def exact(A: np.ndarray) -> float:
+        values = np.linalg.eigvalsh(A / np.linalg.norm(A, 2))
+        return float(np.sum(of_eigenvalues(values)))
+
+    return Case(call, exact)
+
+
 def _squared_fro(A: np.ndarray) -> float:
     return float(np.linalg.norm(A) ** 2)
 
@@ -90,6 +109,32 @@ CASES: dict[str, Case] = {
     "xtrace, until=0.1": _case(est.xtrace, np.trace, most=150, until=0.1),
     "xnystrace, until=0.1": _case(est.xnystrace, np.trace, most=150, until=0.1),
     "xdiag, until=0.3": _case(est.xdiag, np.diag, most=150, until=0.3),
+    "trace_of_function, exp": _krylov(est.trace_of_function, np.exp, np.exp),
+    "logdet": _krylov(est.logdet, np.log),
+    "logdet, damping=1e-6": _krylov(est.logdet, lambda x: np.log(x + 1e-6), 1e-6),
+    "effective_dimension, 1e-2": _krylov(
+        est.effective_dimension, lambda x: x / (x + 1e-2), 1e-2
+    ),
+    "effective_dimension, 1e-6": _krylov(
+        est.effective_dimension, lambda x: x / (x + 1e-6), 1e-6
+    ),
+    "eigenvalue_count, upper=0.3": _krylov(
+        est.eigenvalue_count, lambda x: x < 0.3, upper=0.3
+    ),
+    "eigenvalue_count, upper=-1e-6": _krylov(
+        est.eigenvalue_count, lambda x: x < -1e-6, upper=-1e-6
+    ),
+    "schatten_norm, p=1": _krylov(est.schatten_norm, np.abs, 1.0),
+    "logdet, damping=1e-6, until=0.05": _krylov(
+        est.logdet, lambda x: np.log(x + 1e-6), 1e-6, until=0.05, num_repeats=200
+    ),
+    "effective_dimension, 1e-2, until=0.05": _krylov(
+        est.effective_dimension,
+        lambda x: x / (x + 1e-2),
+        1e-2,
+        until=0.05,
+        num_repeats=200,
+    ),
 }
 
 
