@@ -1479,9 +1479,8 @@ ALGEBRA = (
         "'uniform'",
         "rademacher",
     ),
-    ("Hutch++, no multiple", lambda: hutchpp_trace(hard(), 4), V, "4", "multiple of 3"),
-    ("XTrace, no multiple", lambda: xtrace(hard(), 3), V, "3", "multiple of 2"),
-    ("more products than dimensions", lambda: xtrace(hard(), 60), V, "60.*40", "eye"),
+    ("Hutch++, too few", lambda: hutchpp_trace(hard(), 2), V, "2.*3", "Ask for 3"),
+    ("XTrace, too few", lambda: xtrace(hard(), 1), V, "1.*2 products", "Hutchinson"),
     (
         "spectrum, Krylov dimension",
         lambda: lanczos_approximate_spectrum(definite(), 9),

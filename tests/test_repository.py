@@ -147,9 +147,9 @@ LEVELS = [
     [
         *["_adjoint", "_agreement", "_backward", "_caching", "_closed_forms"],
         *["_compiled", "_conflicts", "_counts", "_cuda_graph", "_data"],
-        *["_differences", "_failures", "_finite", "_hooks", "_lockstep"],
-        *["_loss_state", "_memory", "_objects", "_once", "_random", "_reading"],
-        *["_shuffling", "_spaces", "_substitutes", "_walk"],
+        *["_differences", "_failures", "_finite", "_hooks", "_journal", "_lockstep"],
+        *["_loss_state", "_memory", "_objects", "_once", "_operand", "_random"],
+        *["_reading", "_shuffling", "_spaces", "_substitutes", "_walk"],
     ],
     [
         *["_adapter", "_checksum", "_composites", "_foreign", "_hidden", "_identity"],

@@ -15,10 +15,10 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._counts import as_count
+from curvlinops._journal import JournalledOperator
 from curvlinops._lockstep import Multiply, Products, solve_each, solve_together
 from curvlinops._operator import TorchOperator, _is_tensor_list
 from curvlinops._spaces import numeric_array, real_scalar, to_numpy, to_torch
-from curvlinops.estimators.checkpoint import JournalledOperator
 from curvlinops.structured import as_operator
 
 #: Relative residual at which a solve counts as converged, by the dtype of products.

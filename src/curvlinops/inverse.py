@@ -98,7 +98,7 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
         File to journal all products in. A solve of the same system that finds the file
         goes on where the last one was stopped, however it was, and ends with the same
         bits; another right-hand side needs another file. See
-        :class:`~curvlinops.estimators.checkpoint.JournalledOperator`.
+        :class:`~curvlinops.estimators.JournalledOperator`.
 
     Attributes
     ----------

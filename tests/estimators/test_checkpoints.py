@@ -21,7 +21,7 @@ from curvlinops import (
     GGNLinearOperator,
     IdentityLinearOperator,
 )
-from curvlinops.estimators.checkpoint import read_identity
+from curvlinops._journal import read_identity
 
 N = 90
 A = symmetric(np.r_[np.linspace(0.1, 1, N - 2), 5.0, 9.0])
@@ -116,25 +116,23 @@ def test_another_problem_is_refused(tmp_path, change, named):
         est.xtrace(**arguments)
 
 
-def test_damaged_end_is_reported_and_dropped(tmp_path):
+def test_damaged_files_are_named_or_repaired(tmp_path):
     path = tmp_path / "journal"
     options = {"rng": 3, "block_size": 4, "checkpoint": path}
     whole = est.xtrace(A, 40, **options)
     content = path.read_bytes()
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 255
-    for damaged in (
-        content[: len(content) * 2 // 3],
-        bytes(flipped),
-        content + b"junk",
-    ):
-        path.write_bytes(damaged)
-        with pytest.warns(UserWarning, match=r"damaged or cut off at byte \d+ of"):
-            assert est.xtrace(A, 40, **options) == whole
-        assert path.read_bytes() == content
-    path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    path.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(ValueError, match=r"journal is no checkpoint, or a damaged one"):
         est.xtrace(A, 40, **options)
+    path.write_bytes(content + b"junk")
+    assert est.xtrace(A, 40, **options) == whole
+    for start in range(len(content) // 4, len(content), len(content) // 4):
+        damaged = bytearray(content)
+        damaged[start : start + 8] = bytes(255 - byte for byte in content[start:][:8])
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"journal is damaged: .* computed again"):
+            assert est.xtrace(A, 40, **options) == whole
+        assert est.xtrace(A, 40, **options) == whole  # which does not warn
 
 
 def test_journal_does_not_grow_without_bound(tmp_path):
@@ -323,20 +321,6 @@ def test_fewer_samples_than_stored(tmp_path):
     est.xtrace(A, 20, rng=0, checkpoint=tmp_path / "sketch")
     with pytest.raises(ValueError, match="num_matvecs: stored 20, now 40"):
         est.xtrace(A, 40, rng=0, checkpoint=tmp_path / "sketch")
-
-
-def test_any_flipped_bit_is_found(tmp_path):
-    path, options = tmp_path / "journal", {"rng": 3, "block_size": 8}
-    whole = est.xtrace(A, 40, checkpoint=path, **options)
-    content, rng = path.read_bytes(), np.random.default_rng(0)
-    marks = [i for i in range(len(content)) if content.startswith(b"CLOj", i)]
-    places = [m + i for m in marks[1:] for i in range(4, 12)]  # the lengths
-    for place in [*places, *rng.integers(marks[1], len(content), 20)]:
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="damaged or cut off"):
-            assert est.xtrace(A, 40, checkpoint=path, **options) == whole
 
 
 def test_parameters_are_told_apart_by_their_bits(tmp_path):

@@ -48,6 +48,24 @@ def test_traces(problem):
         assert result.standard_error < 0.1 * exact.sum()
 
 
+def test_nystrom_trace_in_single_precision(problem):
+    _, G, _, exact = problem
+    for products in (30, 200):
+        result = est.xnystrace(G, products, rng=0, return_estimate=True)
+        assert abs(result.value - exact.sum()) < 4 * result.error
+        assert result.error < 0.1 * exact.sum()
+
+
+def test_track(problem):
+    H, G, hessian, ggn = problem
+    table = est.track([H, G], ["eigenvalues", "trace", "squared_fro"], k=2, rng=0)
+    for row, exact in enumerate((hessian, ggn)):
+        top = [table["eigenvalue_0"][row], table["eigenvalue_1"][row]]
+        assert np.allclose(top, exact[:-3:-1], rtol=1e-4)
+        for name, value in (("trace", exact.sum()), ("squared_fro", (exact**2).sum())):
+            assert abs(table[name][row] - value) < 4 * table[f"{name}_error"][row]
+
+
 def test_effective_dimension(problem):
     _, G, _, exact = problem
     damping = 1e-2

@@ -7,6 +7,7 @@ from scipy.linalg import expm, fractional_matrix_power, sqrtm
 from spectra import GUISES, Counting, symmetric
 
 import curvlinops.estimators as est
+from curvlinops._random import Probes
 
 N = 120
 EIGENVALUES = np.r_[np.linspace(0.5, 3, N - 3), 10.0, 20.0, 40.0]
@@ -56,9 +57,9 @@ def test_against_dense(name, distribution):
         pytest.skip("one is enough")
     kind = {"distribution": distribution} if name == "any" else {}
     result = estimate(ncv=40, num_repeats=60, rng=0, return_estimate=True, **kind)
-    allowed = 4 * result.standard_error + 2 * result.truncation_error
+    allowed = 4 * result.standard_error + 2 * result.krylov_error
     assert abs(result.value - exact) < allowed
-    assert result.num_samples == 60 and result.truncation_error < 0.05 * exact
+    assert result.num_samples == 60 and result.krylov_error < 0.05 * exact
 
 
 def test_unbiased_and_calibrated():
@@ -92,8 +93,10 @@ def test_rules():
         est.eigenvalue_count(A, 1.0, 1.0)
     with pytest.raises(ValueError, match="p is above 0"):
         est.schatten_norm(A, -1)
-    with pytest.raises(ValueError, match="dimension"):
-        est.logdet(A, ncv=N + 1)
+    with pytest.raises(ValueError, match="elementwise"):
+        est.trace_of_function(A, np.sum)
+    with pytest.raises(ValueError, match="level is a probability"):
+        est.logdet(A, rng=0, return_estimate=True).confidence_interval(2.0)
     with pytest.raises(ValueError, match="v has shape"):
         est.apply_function(A, np.exp, np.ones(3))
     with pytest.raises(ValueError, match="not finite"):
@@ -115,7 +118,7 @@ def test_function_times_vector(name, guise):
     exact = dense(A) @ v
     result = est.apply_function(GUISES[guise](A), function, v, 30, return_estimate=True)
     error = np.linalg.norm(result.numpy() - exact)
-    assert error <= 2 * result.truncation_error + 1e-10
+    assert error <= 2 * result.krylov_error + 1e-10
     assert error < 1e-3 * np.linalg.norm(exact)
     short = est.apply_function(A, function, v, 100, tol=1e-3, return_estimate=True)
     assert short.num_products < 100 and short.converged
@@ -134,6 +137,202 @@ def test_few_different_eigenvalues():
     B = np.diag(np.repeat([1.0, 4.0], [15, 20]))
     trace = est.trace_of_function(B, lambda x: x**-0.5, ncv=10, rng=0)
     assert np.isclose(trace, 15 + 20 / 2, rtol=0.2)
+
+
+BOUNDED = {
+    "effective dimension": (
+        lambda M, **o: est.effective_dimension(M, 1e-5, **o),
+        lambda x: x / (x + 1e-5),
+    ),
+    "logdet": (lambda M, **o: est.logdet(M, 1e-4, **o), lambda x: np.log(x + 1e-4)),
+    "count": (lambda M, **o: est.eigenvalue_count(M, 0.01, 0.3, **o), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*too shallow")
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("ncv", [4, 15])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_brackets_enclose_the_forms_of_the_same_vectors(name, ncv, dtype):
+    """Of every run alone: one sample has a Krylov error and no other."""
+    estimate, function = BOUNDED[name]
+    eigenvalues = np.geomspace(1e-6, 1, 200)
+    Q = np.linalg.qr(np.random.default_rng(2).standard_normal((200, 200)))[0]
+    M = (Q * eigenvalues @ Q.T).astype(dtype)
+    M = (M + M.T) / 2
+    values = function(eigenvalues) if function else (eigenvalues >= 0.01) * 1.0
+    values = values if function else values * (eigenvalues < 0.3)
+    slack = (1e-9 if dtype == np.float64 else 3e-4) * np.abs(values).sum()
+    for seed in range(5):
+        v = Probes(200, "rademacher", seed).block(0, 1).numpy()[:, 0]
+        exact = values @ (Q.T @ v) ** 2
+        found = estimate(M, ncv=ncv, num_repeats=1, rng=seed, return_estimate=True)
+        assert np.isnan(found.standard_error) and not found.converged
+        assert abs(found.value - exact) <= found.krylov_error + slack
+        assert found.krylov_error > 0
+
+
+def test_until_deepens_and_then_is_exact():
+    eigenvalues = np.geomspace(1e-8, 1, 400)
+    M = symmetric(eigenvalues)
+    exact = (eigenvalues / (eigenvalues + 1e-7)).sum()
+    options = {"num_repeats": 200, "rng": 0, "return_estimate": True}
+    loose = est.effective_dimension(M, 0.01, 10, until=0.1, **options)
+    truth = (eigenvalues / (eigenvalues + 0.01)).sum()
+    assert loose.converged and loose.num_samples >= 8 and loose.num_products < 400
+    assert abs(loose.value - truth) < 0.2 * truth
+    assert loose.krylov_error < 0.1 * loose.value
+    tight = est.effective_dimension(M, 1e-7, 10, until=1e-4, **options)
+    assert np.isclose(tight.value, exact) and tight.error == 0 and tight.seed is None
+    assert tight.converged and tight.num_products <= 800
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_false_precision_is_not_converged(diagonal):
+    """On a diagonal matrix signs have no sampling error: all of it is Krylov's."""
+    eigenvalues = np.geomspace(1e-12, 1, 200)
+    M = np.diag(eigenvalues) if diagonal else symmetric(eigenvalues)
+    with pytest.warns(UserWarning, match="logdet: The Krylov spaces are too shallow"):
+        result = est.logdet(M, rng=0, return_estimate=True)
+    exact = np.log(eigenvalues).sum()
+    assert not result.converged and result.krylov_error > 10
+    assert abs(result.value - exact) < 10 * result.error
+    assert "not converged" in repr(result)
+
+
+def test_counts_are_intervals():
+    g = np.random.default_rng(1)
+    bulk = np.r_[1e-4 * g.standard_normal(300), np.geomspace(1, 20, 10)]
+    M, exact = symmetric(bulk), (bulk < 0).sum()
+    with pytest.warns(UserWarning, match=r"eigenvalue_count.* Have ncv=\d+ steps"):
+        result = est.eigenvalue_count(M, upper=0.0, rng=0, return_estimate=True)
+    low, high = result.confidence_interval()
+    assert not result.converged and low <= exact <= high
+    result = est.eigenvalue_count(
+        M, upper=0.0, until=0.05, num_repeats=50, rng=0, return_estimate=True
+    )
+    assert result.converged and result.value == exact and result.krylov_error == 0
+    clear = est.eigenvalue_count(M, lower=0.5, rng=0, return_estimate=True)
+    assert clear.converged and abs(clear.value - 10) < 4 * clear.error
+
+
+def test_ends_on_an_eigenvalue_are_not_certain():
+    """Within rounding of an end, nobody knows on which side an eigenvalue lies."""
+    M = symmetric(np.r_[np.zeros(30), np.arange(1.0, 11)])
+    with pytest.warns(UserWarning, match="too shallow"):
+        result = est.eigenvalue_count(M, upper=0.0, ncv=20, rng=0, return_estimate=True)
+    low, high = result.confidence_interval()
+    assert low <= 0 and high >= 30 and not result.converged
+
+
+def test_small_matrices_are_exact():
+    D = symmetric(np.arange(1.0, 11))
+    for function, exact in (
+        (lambda **o: est.logdet(D, **o), np.log(np.arange(1.0, 11)).sum()),
+        (
+            lambda **o: est.effective_dimension(D, 1.0, **o),
+            (np.arange(1, 11) / np.arange(2, 12)).sum(),
+        ),
+        (lambda **o: est.eigenvalue_count(D, upper=3.5, **o), 3),
+        (lambda **o: est.schatten_norm(D, 1, **o), 55),
+        (
+            lambda **o: est.schatten_norm(RECTANGULAR[:, :7], 1, **o),
+            np.linalg.norm(RECTANGULAR[:, :7], "nuc"),
+        ),
+        (
+            lambda **o: est.trace_of_function(D, np.exp, **o),
+            np.exp(np.arange(1, 11)).sum(),
+        ),
+    ):
+        result = function(return_estimate=True)
+        assert (
+            np.isclose(result.value, exact) and result.error == 0 and result.converged
+        )
+        assert result.num_products <= 12 and result.seed is None
+
+
+@pytest.mark.parametrize("shape", [(200, 60), (60, 200), (60, 60)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_singular_values_are_not_squared(shape, dtype):
+    g = np.random.default_rng(0)
+    U, s, V = np.linalg.svd(g.standard_normal(shape), full_matrices=False)
+    wide = ((U * np.geomspace(1, 1e-4, len(s))) @ V).astype(dtype)
+    condition = est.condition_number(wide, rng=0, return_estimate=True)
+    assert np.isclose(condition.value, 1e4, rtol=1e-2)
+    assert condition.num_products <= 2 * min(shape) + 3
+    assert np.isclose(est.spectral_norm(wide, rng=0), 1, rtol=1e-4)
+    low_rank = (U[:, :5] * s[:5] @ V[:5]).astype(dtype)
+    assert est.condition_number(low_rank, rng=0) == np.inf
+    norm = est.schatten_norm(low_rank, 0.5, num_repeats=40, rng=0, return_estimate=True)
+    low, high = norm.confidence_interval(0.999)
+    assert low <= np.sqrt(s[:5]).sum() ** 2 <= high
+
+
+def test_norms_of_indefinite_and_zero_matrices():
+    eigenvalues = np.r_[-np.geomspace(1e-6, 5, 40), np.geomspace(1e-5, 1, 60)]
+    counted = Counting(symmetric(eigenvalues))
+    result = est.condition_number(counted, rng=0, return_estimate=True)
+    assert np.isclose(result.value, 5e6, rtol=1e-4) and counted.count <= 100
+    assert np.isclose(est.spectral_norm(counted, rng=0), 5)
+    zero = np.zeros((60, 60))
+    assert est.spectral_norm(zero, rng=0) == 0 == est.schatten_norm(zero, 1, rng=0)
+    assert est.condition_number(zero, rng=0) == np.inf
+
+
+def test_complex_functions_and_vectors():
+    values, Q = np.linalg.eigh(A)
+    found = est.trace_of_function(A, lambda x: np.exp(1j * x), ncv=N, rng=0)
+    assert np.isclose(found, np.exp(1j * values).sum())
+    found = est.trace_of_function(
+        A, lambda x: np.exp(1j * x), 40, 100, rng=0, return_estimate=True
+    )
+    assert abs(found.value - np.exp(1j * values).sum()) < 4 * found.error
+    v = np.random.default_rng(0).standard_normal((N, 2)) @ [1, 1j]
+    for function in (np.sqrt, lambda x: np.exp(1j * x)):
+        for M in (A, torch.from_numpy(A), A + 0j):
+            result = np.asarray(est.apply_function(M, function, v, 60))
+            assert np.allclose(result, Q @ (function(values) * (Q.T @ v)))
+    real = est.apply_function(torch.from_numpy(A).float(), np.sqrt, v.real, 30)
+    assert real.dtype == torch.float32
+
+
+HARD = {
+    "sign": (
+        np.r_[
+            1e-3 * np.random.default_rng(1).standard_normal(290),
+            np.geomspace(1, 50, 10),
+        ],
+        np.sign,
+    ),
+    "exp": (
+        np.r_[
+            1e-3 * np.random.default_rng(1).standard_normal(290),
+            np.geomspace(1, 50, 10),
+        ],
+        lambda x: np.exp(-100 * x),
+    ),
+    "root": (np.geomspace(1e-12, 1, 200), lambda x: np.sqrt(np.abs(x))),
+    "step": (np.linspace(-1, 1, 200), lambda x: (x > 0.3) * 1.0),
+    "inverse": (np.geomspace(1e-4, 1, 200), lambda x: 1 / x),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-4])
+def test_functions_stop_only_when_they_are_there(name, tol):
+    eigenvalues, function = HARD[name]
+    n = len(eigenvalues)
+    Q = np.linalg.qr(np.random.default_rng(3).standard_normal((n, n)))[0]
+    M = Q * eigenvalues @ Q.T
+    for seed in range(3):
+        v = np.random.default_rng(seed).standard_normal(n)
+        exact = Q @ (function(eigenvalues) * (Q.T @ v))
+        found = est.apply_function(
+            (M + M.T) / 2, function, v, n, tol=tol, return_estimate=True
+        )
+        error = np.linalg.norm(found.value - exact)
+        assert found.converged and error <= tol * np.linalg.norm(exact)
+        assert error <= found.krylov_error + 1e-6 * np.linalg.norm(exact)
 
 
 def test_products_before_the_runs_are_counted():

@@ -6,9 +6,9 @@ results live where the matrix lives: tensors on its device for tensors and opera
 this package, NumPy for everything else.
 """
 
+from curvlinops._journal import JournalledOperator
 from curvlinops.estimators._base import Estimate
 from curvlinops.estimators._run import Options
-from curvlinops.estimators.checkpoint import JournalledOperator
 from curvlinops.estimators.density import SpectralDensity
 from curvlinops.estimators.diagonal import hutchinson_diag, xdiag
 from curvlinops.estimators.eigenpairs import Eigenpairs, top_eigenpairs

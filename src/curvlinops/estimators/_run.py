@@ -6,31 +6,35 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import Any, Self, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curvlinops._random import Probes, Rng, as_seed
-from curvlinops.estimators._base import Estimate, Operand, require_positive_int
-from curvlinops.estimators.checkpoint import (
+from curvlinops._journal import (
     Journal,
     close_journal,
     journalled_multiply,
     open_journal,
     read_identity,
 )
-
-if TYPE_CHECKING:
-    from typing import Self
+from curvlinops._operand import Operand
+from curvlinops._random import Probes, Rng, as_seed
+from curvlinops.estimators._base import (
+    FEWEST_SAMPLES,
+    Estimate,
+    require_positive_int,
+    student,
+)
 
 #: Bytes of test vectors that are multiplied at once, and their largest number: beyond
 #: about 16 columns models gain nothing from more.
 BLOCK_BYTES = 2**26
 BLOCK_COLUMNS = 16
-#: Fewest samples whose standard error is believed by ``until``.
-FEWEST_SAMPLES = 8
+#: Bytes that a matrix may take up where it replaces an estimate of it.
+DENSE_BYTES = 2**31
 
 
 class Options(TypedDict, total=False):
@@ -42,15 +46,20 @@ class Options(TypedDict, total=False):
         Source of randomness: same seed, same number. ``None``, the default, draws a
         seed from torch's global generator.
     until : float
-        Stop as soon as the standard error is at most ``until`` times the estimate
-        (for arrays: in Euclidean norm). The number of products (or repeats) asked for
-        then is the limit; reaching it first warns.
+        Stop as soon as the error (sampling and Krylov error, widened by Student's
+        factor for few samples) is at most ``until`` times the estimate (for arrays: in
+        Euclidean norm), twice in a row and with eight samples at least. The number of
+        products (or repeats) asked for then is the limit; reaching it first warns, or,
+        if it leaves products enough, has the matrix multiplied out. Krylov spaces
+        are deepened where they limit the error; once as many products are spent as the
+        matrix has columns, it is multiplied out, and the result exact.
     return_estimate : bool
         Return an :class:`~curvlinops.estimators.Estimate` (value, standard error,
         products, seed) instead of the bare value.
     block_size : int
         Vectors multiplied at once. Default: as many as fit into 64 MiB, at most 16.
-        Affects speed and memory only, but for rounding (and where ``until`` stops).
+        Affects speed and memory only, but for rounding (and above 8 where ``until``
+        stops).
     checkpoint : str or path-like
         File that keeps the progress. A call that was killed and is made again goes on
         from there, and ends with the same bits on the same machine. Costs one product,
@@ -67,26 +76,6 @@ class Options(TypedDict, total=False):
     progressbar: bool
 
 
-class Accumulator(Protocol):
-    """What a :class:`Run` feeds with samples."""
-
-    @property
-    def count(self) -> int:
-        """Number of samples so far."""
-
-    def add(self, samples: Any) -> None:
-        """Take in a block of samples."""
-
-    def mean_and_sem(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and its standard error."""
-
-    def state(self) -> dict[str, Any]:
-        """Return all there is to know, as arrays."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state."""
-
-
 class Moments:
     """Mean and standard error of a stream of numbers or arrays, block by block.
 
@@ -97,10 +86,12 @@ class Moments:
     ----------
     offset : Tensor or float, optional
         Added to the mean: what is known exactly.
+    krylov_error : float, optional
+        Of the mean, see :class:`~curvlinops.estimators.Estimate`.
     """
 
-    def __init__(self, offset: Tensor | float = 0.0) -> None:
-        self.offset = offset
+    def __init__(self, offset: Tensor | float = 0.0, krylov_error: float = 0.0) -> None:
+        self.offset, self.krylov_error = offset, krylov_error
         self.count = 0
         self.mean = self.squares = torch.zeros(())
 
@@ -121,12 +112,16 @@ class Moments:
         self.mean, self.squares, self.count = mean, squares, self.count + size
 
     def mean_and_sem(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and its standard error (NaN for one sample)."""
-        if self.count < 2:
+        """Return the mean and its standard error (NaN for one sample or two)."""
+        if self.count < 3:
             sem = torch.full_like(self.squares, torch.nan)
         else:
             sem = (self.squares / (self.count * (self.count - 1))).sqrt()
         return self.offset + self.mean, sem
+
+    def moments(self) -> Moments:
+        """Return itself."""
+        return self
 
     def state(self) -> dict[str, Any]:
         """Return count, mean, and sum of squared deviations."""
@@ -138,6 +133,15 @@ class Moments:
         self.count = int(state["count"])
         self.mean = torch.from_numpy(state["mean"]).to(device)
         self.squares = torch.from_numpy(state["squares"]).to(device)
+
+
+class Total(Moments):
+    """Sum of a stream of numbers or arrays, in place of their mean."""
+
+    def add(self, samples: Tensor) -> None:
+        """Take in samples along the last axis."""
+        self.mean = self.mean + samples.sum(-1)
+        self.count += samples.shape[-1]
 
 
 class Run:
@@ -157,8 +161,6 @@ class Run:
         Products that will be made at most, for the progress bar.
     square : bool, optional
         Whether the matrix must be square.
-    gram : bool, optional
-        Use the smaller of ``A^H A`` and ``A A^H`` in place of ``A``.
     **settings
         Everything else that makes the computation what it is, for the checkpoint.
     """
@@ -171,7 +173,6 @@ class Run:
         distribution: str = "rademacher",
         total: int | None = None,
         square: bool = True,
-        gram: bool = False,
         **settings: Any,
     ) -> None:
         if unknown := options.keys() - Options.__annotations__.keys():
@@ -184,8 +185,8 @@ class Run:
             raise ValueError(
                 f"until is a relative standard error above 0, got {self.until!r}."
             )
-        self.operand = Operand(A, gram)
-        if square and not gram:
+        self.operand = Operand(A)
+        if square:
             self.operand.require_square()
         self.dim = self.operand.dim
         path, rng = options.get("checkpoint"), options.get("rng")
@@ -203,8 +204,9 @@ class Run:
         )
         self.full_output = bool(options.get("return_estimate", False))
         self.converged = True
+        self.advice = ""
         self._path, self._task = path, task
-        self._settings = settings | {
+        self.settings = settings | {
             "distribution": distribution,
             "seed": self.seed,
             "until": self.until,
@@ -220,7 +222,7 @@ class Run:
     @cached_property
     def journal(self) -> Journal | None:
         """The checkpoint; opened at first use, when all arguments have been checked."""
-        return open_journal(self._path, self.operand, self._task, self._settings)
+        return open_journal(self._path, self.operand, self._task, self.settings)
 
     def _default_block_size(self) -> int:
         columns = BLOCK_BYTES // max(self.dim * self.operand.dtype.itemsize, 1)
@@ -283,14 +285,18 @@ class Run:
 
     def accumulate(
         self,
-        accumulator: Accumulator,
+        accumulator: Any,
         integrand: Callable[[Tensor], Any],
         num_samples: int,
         *,
         start: int = 0,
         section: str | None = None,
+        vectors: Callable[[int, int], Tensor] | None = None,
     ) -> None:
         """Feed samples of an integrand to an accumulator: to the error, or the limit.
+
+        The error must be reached twice in a row, eight samples apart (or a block, if
+        that is larger): where it is small by chance, so is what skewed samples average.
 
         Parameters
         ----------
@@ -304,65 +310,159 @@ class Run:
             Index of the first test vector.
         section : str, optional
             Name under which the accumulator's state is kept in the checkpoint.
+        vectors : callable, optional
+            From a range of indices to the vectors; default :attr:`probes`.
         """
+        draw, reached = vectors or self.probes.block, False
+        stride = max(self.block_size, FEWEST_SAMPLES if self.until is not None else 1)
         if section is not None and (state := self.load(section)) is not None:
+            reached = bool(state.pop("reached__"))
             accumulator.restore(state)
-        while accumulator.count < num_samples and not self.enough(accumulator):
-            first = start + accumulator.count
-            last = min(first + self.block_size, start + num_samples)
-            accumulator.add(integrand(self.probes.block(first, last)))
+        while (count := accumulator.count) < num_samples:
+            if count % stride == 0:
+                before, reached = reached, self.enough(accumulator)
+                if before and reached:
+                    break
+            size = min(self.block_size, stride - count % stride, num_samples - count)
+            first = start + count
+            accumulator.add(integrand(draw(first, first + size)))
             if section is not None:
-                self.save(section, accumulator.state())
+                self.save(section, accumulator.state() | {"reached__": reached})
 
-    def enough(self, accumulator: Accumulator) -> bool:
-        """Whether the standard error asked for is reached."""
+    def enough(self, accumulator: Any) -> bool:
+        """Whether the error asked for is reached, or more samples cannot reach it."""
         if self.until is None or accumulator.count < FEWEST_SAMPLES:
             return False
-        return self.reached(*accumulator.mean_and_sem())
+        moments = accumulator.moments()
+        mean, sem = moments.mean_and_sem()
+        krylov = moments.krylov_error
+        return self.limited(mean, krylov) or self.reached(
+            mean, sem, moments.count, krylov
+        )
 
-    def reached(self, mean: Tensor, sem: Tensor) -> bool:
-        """Whether the relative standard error is the one asked for, if any."""
+    def limited(self, mean: Tensor, krylov_error: float) -> bool:
+        """Whether the Krylov error alone takes up most of what is allowed."""
+        allowed = 0.7 * (self.until or np.inf) * torch.linalg.vector_norm(mean)
+        return bool(krylov_error > allowed)
+
+    def reached(
+        self, mean: Tensor, sem: Tensor, num_samples: int, krylov_error: float = 0.0
+    ) -> bool:
+        """Whether the relative error is the one asked for, if any."""
+        if self.until is None:
+            return True
+        error = self.relative_error(mean, sem, num_samples, krylov_error)
+        return num_samples >= FEWEST_SAMPLES and error <= self.until
+
+    @staticmethod
+    def relative_error(
+        mean: Tensor, sem: Tensor, num_samples: int, krylov_error: float
+    ) -> float:
+        """Return the error relative to the mean, by Student's factor more than 1/1.96.
+
+        That is: of an interval that covers with 95 %, what a normal one would have.
+        """
         norm = torch.linalg.vector_norm
-        return self.until is None or bool(norm(sem) <= self.until * norm(mean))
+        both = float(norm(sem) ** 2 + krylov_error**2) ** 0.5
+        size = float(norm(mean))
+        widened = both * student(num_samples) / student(1)
+        return 0.0 if widened == 0 else widened / size if size else np.inf
 
-    def mean(self, integrand: Callable[[Tensor], Tensor], num_samples: int) -> Any:
-        """Return the mean of an integrand of the test vectors, as the user wants it."""
+    def mean(
+        self, integrand: Callable[[Tensor, Tensor], Tensor], num_matvecs: int
+    ) -> Any:
+        r"""Return the mean over test vectors, or what it estimates, as the user wants.
+
+        Parameters
+        ----------
+        integrand : callable
+            From vectors ``V`` and ``A @ V`` to samples along the last axis; its mean
+            depends on :math:`\mathbb{E}[v v^{\mathrm{H}}] = I` alone.
+        num_matvecs : int
+            Products, see :func:`require_num_matvecs`.
+        """
+        limit = require_num_matvecs(self, num_matvecs)
         moments = Moments()
-        self.accumulate(moments, integrand, num_samples, section="moments")
-        if moments.count > num_samples:
+        self.accumulate(moments, self._of_products(integrand), limit, section="moments")
+        if moments.count > num_matvecs:
             raise ValueError(
                 f"The checkpoint {self._path} holds {moments.count} samples, and "
-                f"{num_samples} were asked for. Ask for no fewer, or give another path."
+                f"{num_matvecs} were asked for. Ask for no fewer, or give another path."
             )
+        if num_matvecs >= self.dim and not (limit and self.enough(moments)):
+            return self.total(integrand)
         return self.result(*moments.mean_and_sem(), moments.count)
 
-    def stages(self, limit: int) -> Iterator[int]:
-        """Yield sizes to which a sketch grows: the limit, or doubling if adaptive."""
-        size = FEWEST_SAMPLES
-        while self.until is not None and size < limit:
-            yield size
-            size *= 2
-        yield limit
+    def total(self, integrand: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        """Return what the mean of an integrand estimates: its sum over unit vectors."""
+        self.until = None
+        self.expect(self.dim)
+        total = Total()
+        samples = self._of_products(integrand)
+        self.accumulate(total, samples, self.dim, section="total", vectors=self.units)
+        return self.exact(total.mean)
 
-    def check(self, mean: Tensor, sem: Tensor, num_samples: int) -> None:
-        """Warn if the limit came before the error asked for."""
-        if not self.reached(mean, sem):
-            self.converged = False
-            relative = torch.linalg.vector_norm(sem) / torch.linalg.vector_norm(mean)
-            warnings.warn(
-                f"The relative standard error {float(relative):.1e} is above "
-                f"until={self.until:.1e} after {num_samples} samples. Allow more "
-                "products, or a larger error.",
-                stacklevel=4,
+    def _of_products(
+        self, integrand: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda V: integrand(V, self.multiply(V, record=False))
+
+    def stages(self, products: int, grow: int, fresh: int = 0) -> Iterator[int]:
+        """Yield the sizes of a sketch: the largest, or by steps of half if adaptive.
+
+        Parameters
+        ----------
+        products : int
+            How many there are in all.
+        grow : int
+            What a vector costs that the sketch takes in.
+        fresh : int, optional
+            What every vector of every stage costs besides.
+        """
+        size = 0
+        while (most := (products + grow * size) // (grow + fresh)) > size:
+            step = most if self.until is None else max(FEWEST_SAMPLES, size * 3 // 2)
+            old, size = size, min(most, step)
+            products -= grow * (size - old) + fresh * size
+            yield size
+
+    def check(
+        self, mean: Tensor, sem: Tensor, num_samples: int, krylov_error: float = 0.0
+    ) -> None:
+        """Find out whether the result is converged; warn if what was asked for is not.
+
+        Without ``until``, warn where Krylov spaces, not the samples, limit the error.
+        """
+        size = float(torch.linalg.vector_norm(mean))
+        sampling = float(torch.linalg.vector_norm(sem).nan_to_num())
+        if self.until is not None:
+            self.converged = self.reached(mean, sem, num_samples, krylov_error)
+            error = self.relative_error(mean, sem, num_samples, krylov_error)
+            message = (
+                f"The relative error {error:.1e} is above until={self.until:.1e} after "
+                f"{num_samples} samples. Allow more products, or a larger error."
             )
+        else:
+            deep = krylov_error <= max(sampling, 0.01 * size)
+            self.converged = deep and num_samples >= FEWEST_SAMPLES
+            message = (
+                f"The Krylov spaces are too shallow: {size:.4g} has a Krylov error of "
+                f"{krylov_error:.1e} beside a sampling error of {sampling:.1e}. "
+                f"{self.advice or 'Allow a larger ncv'}, or say with `until` how "
+                "accurate it is to be."
+            )
+            if deep or np.isnan(krylov_error):
+                return
+        if not self.converged:
+            warnings.warn(f"{self._task}: {message}", stacklevel=4)
 
     def result(
         self,
         mean: Tensor,
         sem: Tensor,
         num_samples: int,
-        truncation_error: float = 0.0,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        krylov_error: float = 0.0,
+        transform: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None,
     ) -> Any:
         """Return what the user asked for: the value, or all that is known of it.
 
@@ -372,37 +472,77 @@ class Run:
             The estimate and its standard error.
         num_samples : int
             Samples behind them.
-        truncation_error : float, optional
-            Error of a Krylov approximation.
+        krylov_error : float, optional
+            Error of the Krylov spaces behind them.
         transform : callable, optional
-            Of mean and standard error, after ``until`` was checked.
+            From mean and an error to those of a function of it.
         """
-        self.check(mean, sem, num_samples)
+        self.check(mean, sem, num_samples, krylov_error)
         if transform is not None:
+            krylov_error = float(transform(mean, krylov_error)[1])
             mean, sem = transform(mean, sem)
-        value = self.operand.result(mean)
+        return self._wrapped(mean, sem, num_samples, self.seed, krylov_error)
+
+    def exact(self, value: Any, krylov_error: float = 0.0) -> Any:
+        """Return a result in which nothing is random."""
+        value = torch.as_tensor(value)
+        sem = torch.zeros_like(value.real)
+        return self._wrapped(value, sem, 1, None, krylov_error)
+
+    def _wrapped(
+        self, value: Tensor, sem: Tensor, count: int, seed: int | None, krylov: float
+    ) -> Any:
+        home = self.operand.result
         if not self.full_output:
-            return value
+            return home(value)
         return Estimate(
-            value,
-            self.operand.result(sem),
+            home(value),
+            home(sem),
             self.operand.num_products,
-            num_samples,
-            self.seed,
-            truncation_error,
+            count,
+            seed,
+            krylov,
             self.converged,
         )
 
+    def dense(self) -> Tensor:
+        """Return the matrix: as many products as it has columns."""
+        A = self.operand
+        D = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+        for a, b in self.blocks(0, self.dim):
+            D[:, a:b] = self.multiply(self.units(a, b))
+        return D
 
-def require_num_matvecs(run: Run, num_matvecs: int, multiple_of: int = 1) -> int:
-    """Return the number of products, or raise with the rule that it breaks."""
-    name = "num_matvecs"
-    require_positive_int(name, num_matvecs)
-    if num_matvecs % multiple_of:
-        raise ValueError(f"{name} ({num_matvecs}) must be a multiple of {multiple_of}.")
-    if num_matvecs >= run.dim:
+    def units(self, start: int, stop: int) -> Tensor:
+        """Return columns of the identity."""
+        A = self.operand
+        unit = torch.zeros(self.dim, stop - start, dtype=A.dtype, device=A.device)
+        unit[start:stop].fill_diagonal_(1)
+        return unit
+
+    def dense_is_due(self, more: int = 0) -> bool:
+        """Whether, after so many more products, the matrix itself had been cheaper.
+
+        Only if an error was asked for, and there is memory for the matrix.
+        """
+        bytes_needed = self.dim * max(self.operand.shape) * self.operand.dtype.itemsize
+        due = self.operand.num_products + more >= self.dim
+        return self.until is not None and due and bytes_needed <= DENSE_BYTES
+
+
+def require_num_matvecs(run: Run, num_matvecs: int, cost: int = 1) -> int:
+    """Return the number of products for samples, which cost so many each.
+
+    It is 0 if as many as there are columns give the exact value. With ``until`` those
+    beyond are spent on samples before, if they suffice for an error.
+    """
+    number = require_positive_int("num_matvecs", num_matvecs)
+    if number >= run.dim:
+        spare = min(number - run.dim, run.dim - 1)
+        return spare if run.until is not None and spare >= cost * FEWEST_SAMPLES else 0
+    if number < cost:
         raise ValueError(
-            f"{name} ({num_matvecs}) must be below the dimension ({run.dim}): as many "
-            "products give the matrix itself, `A @ numpy.eye(N)`."
+            f"num_matvecs ({number}) is too small: one sample takes {cost} products. "
+            f"Ask for {cost} or more, or use Hutchinson's estimator, which takes one."
         )
-    return int(num_matvecs) // multiple_of
+    return number

@@ -1,16 +1,18 @@
 """The range of a matrix from its products with random vectors, one left out at a time.
 
-Background of Hutch++, XTrace and XDiag.
+Background of Hutch++, XTrace, XNysTrace and XDiag.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlinops.estimators._run import Moments, Run
+from curvlinops.estimators._run import Run, require_num_matvecs
 
 
 def coldot(X: Tensor, Y: Tensor) -> Tensor:
@@ -23,19 +25,53 @@ def double(X: Tensor) -> Tensor:
     return X.to(torch.promote_types(X.dtype, torch.float64))
 
 
-def multiply_blocks(
-    run: Run,
-    columns: Callable[[int, int], Tensor],
-    start: int,
-    stop: int,
-    adjoint: bool = False,
+def by_blocks(
+    run: Run, start: int, stop: int, columns: Callable[[int, int], Tensor]
 ) -> Tensor:
-    """Return ``A @ columns(start, stop)`` (or with the adjoint), block by block."""
-    A = run.operand
-    Y = torch.empty(A.dim, stop - start, dtype=A.dtype, device=A.device)
-    for a, b in run.blocks(start, stop):
-        Y[:, a - start : b - start] = run.multiply(columns(a, b), adjoint)
-    return Y
+    """Return columns that are computed block by block."""
+    return torch.cat([columns(a, b) for a, b in run.blocks(start, stop)], dim=1)
+
+
+def products(run: Run, start: int, stop: int) -> Tensor:
+    """Return the products with test vectors."""
+    return by_blocks(
+        run, start, stop, lambda a, b: run.multiply(run.probes.block(a, b))
+    )
+
+
+def refine(
+    run: Run,
+    num_matvecs: int,
+    estimate: Callable[[int], tuple[Tensor, Tensor]],
+    integrand: Callable[[Tensor, Tensor], Tensor],
+    grow: int,
+    fresh: int = 0,
+) -> Any:
+    """Return the estimate of a sketch that grows until the error is reached twice.
+
+    Parameters
+    ----------
+    run : Run
+        The estimation.
+    num_matvecs : int
+        Products in all, see :func:`require_num_matvecs`.
+    estimate : callable
+        From a number of vectors to the mean and its standard error.
+    integrand : callable
+        What gives the value exactly, see :meth:`Run.mean`.
+    grow, fresh : int
+        Products that a vector costs, see :meth:`Run.stages`.
+    """
+    run.settings["num_matvecs"] = num_matvecs
+    limit, reached = require_num_matvecs(run, num_matvecs, grow + fresh), False
+    for k in run.stages(limit, grow, fresh):
+        mean, sem = estimate(k)
+        before, reached = reached, run.reached(mean, sem, k)
+        if before and reached:
+            break
+    if num_matvecs >= run.dim and not reached:
+        return run.total(integrand)
+    return run.result(mean, sem, k)
 
 
 class RangeSketch:
@@ -51,8 +87,7 @@ class RangeSketch:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        dtype, device = run.operand.dtype, run.operand.device
-        self.Q = torch.empty(run.dim, 0, dtype=dtype, device=device)
+        self.Q = self._images = run.probes.block(0, 0)
         self.R = double(self.Q[:0])
 
     @property
@@ -63,34 +98,29 @@ class RangeSketch:
     def grow(self, size: int) -> None:
         """Take in the test vectors up to ``size``."""
         Q, old = self.Q, self.size
-        new = multiply_blocks(self._run, self._run.probes.block, old, size)
-        if not old:
-            self.Q, R = torch.linalg.qr(new)
-            self.R = double(R)
-            return
+        new = products(self._run, old, size)
         overlap = new.new_zeros(old, size - old)
         for _ in range(2):  # twice is enough
             coefficients = Q.mH @ new
             new -= Q @ coefficients
             overlap += coefficients
         new, triangle = torch.linalg.qr(new)
-        # Columns of a low-rank matrix are noise by now, not yet orthogonal to Q.
-        new = torch.linalg.qr(new - Q @ (Q.mH @ new))[0]
+        if old:
+            # Columns of a low-rank matrix are noise by now, not yet orthogonal to Q.
+            new = torch.linalg.qr(new - Q @ (Q.mH @ new))[0]
         self.Q = torch.cat([Q, new], dim=1)
         corner = self.R.new_zeros(size - old, old)
         upper = torch.cat([self.R, double(overlap)], dim=1)
         self.R = torch.cat([upper, torch.cat([corner, double(triangle)], dim=1)])
 
-    def multiply_basis(self, start: int, adjoint: bool = False) -> Tensor:
-        """Return ``A @ Q[:, start:]``, or with the adjoint."""
-        columns = self.Q.__getitem__
-        return multiply_blocks(
-            self._run,
-            lambda a, b: columns((slice(None), slice(a, b))),
-            start,
-            self.size,
-            adjoint,
+    def images(self, adjoint: bool = False) -> Tensor:
+        """Return ``A @ Q`` (or with the adjoint), of which only the rest is made."""
+        run, Q, old = self._run, self.Q, self._images.shape[1]
+        new = by_blocks(
+            run, old, self.size, lambda a, b: run.multiply(Q[:, a:b], adjoint)
         )
+        self._images = torch.cat([self._images, new], dim=1)
+        return self._images
 
 
 def directions(R: Tensor) -> Tensor:
@@ -114,9 +144,9 @@ def complement(R: Tensor, i: int) -> Tensor:
 
 
 def exchangeable_error(
-    run: Run, samples: Callable[[int | None], Tensor], size: int
-) -> tuple[Tensor, Tensor]:
-    r"""Return the mean of leave-one-out samples and its standard error.
+    run: Run, sem: Tensor, change: Callable[[int, int], Tensor], size: int
+) -> Tensor:
+    r"""Return the standard error of the mean of leave-one-out samples.
 
     .. math::
         \mathrm{se}^2 = \frac{s^2}{k} + \frac{1}{k (k - 1)} \sum_{i \neq j}
@@ -128,11 +158,13 @@ def exchangeable_error(
     Parameters
     ----------
     run : Run
-        The estimation; the error is NaN if it needs none.
-    samples : callable
-        Returns :math:`(t_i)_i`, or for an argument ``j`` :math:`(t_i^{(j)})_{i \ne j}`.
+        The estimation; without the covariance if it needs no error.
+    sem : Tensor
+        :math:`s / \sqrt{k}`.
+    change : callable
+        Returns :math:`t_i - t_i^{(j)}` for arguments ``i``, ``j``.
     size : int
-        Number of samples.
+        Number of vectors whose pairs are averaged.
 
     Notes
     -----
@@ -140,18 +172,18 @@ def exchangeable_error(
     missing is the covariance of :math:`t_i` and :math:`t_j`. Given all other vectors,
     :math:`t_i^{(j)}` and :math:`t_j^{(i)}` are independent and unbiased, and
     :math:`t_j - t_j^{(i)}` has mean zero given :math:`v_i`: so of the covariance only
-    the product of the two differences is left. It is averaged over at most 32 vectors.
+    the product of the two differences is left. Of a single number its average counts
+    no less than its spread over so many vectors: it is noise, of either sign, where the
+    other vectors leave few directions to the last.
     """
-    terms = samples(None)
-    moments = Moments()
-    moments.add(terms)
-    mean, sem = moments.mean_and_sem()
     if size < 3 or not run.needs_error:
-        return mean, sem
-    paired = min(size, 32)
-    change = terms.new_zeros(paired, paired)
-    for j in range(paired):
-        others = torch.arange(size, device=terms.device) != j
-        change[others[:paired], j] = (terms[others] - samples(j))[: paired - 1]
-    covariance = (change * change.mH).real.sum() / (paired * (paired - 1))
-    return mean, (sem**2 + covariance.clamp(min=0)).sqrt()
+        return sem
+    total = squares = torch.zeros_like(sem)
+    for i, j in combinations(range(size), 2):
+        product = (change(i, j) * change(j, i).conj()).real
+        total, squares = total + product, squares + product**2
+    pairs = size * (size - 1) / 2
+    covariance, least = total / pairs, torch.zeros_like(sem)
+    if sem.ndim == 0:  # of many entries most are right
+        least = (squares / pairs - covariance**2).clamp(min=0).sqrt() / size**0.5
+    return (sem**2 + torch.maximum(covariance, least)).sqrt()

@@ -2,22 +2,24 @@ r"""Estimators of the diagonal of a matrix from products with random vectors."""
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
-from curvlinops.estimators._run import Moments, Options, Run, require_num_matvecs
+from curvlinops.estimators._run import Moments, Options, Run
 from curvlinops.estimators._sketch import (
     RangeSketch,
     coldot,
     complement,
     directions,
+    exchangeable_error,
+    refine,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+
+def _entries(V: Tensor, Y: Tensor) -> Tensor:
+    return V.conj() * Y
 
 
 def hutchinson_diag(
@@ -37,7 +39,8 @@ def hutchinson_diag(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
@@ -72,8 +75,7 @@ def hutchinson_diag(
     True
     """
     with Run(A, "hutchinson_diag", options, distribution, num_matvecs) as run:
-        m = require_num_matvecs(run, num_matvecs)
-        return run.mean(lambda V: V.conj() * run.multiply(V, record=False), m)
+        return run.mean(_entries, num_matvecs)
 
 
 def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
@@ -92,7 +94,9 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``; ``k`` products are with its adjoint.
     num_matvecs : int
-        Products :math:`m`: a multiple of 2, below ``N``; with ``until`` the limit.
+        Products :math:`m`, rounded down to a multiple of 2 (``num_products`` says how
+        many were made); with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     **options : Options
         See :class:`~curvlinops.estimators.Options`.
 
@@ -125,19 +129,14 @@ def xdiag(A: Any, num_matvecs: int, **options: Unpack[Options]) -> Any:
     >>> bool(np.allclose(xdiag(A, 12, rng=0), np.diag(A)))
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "xdiag", options, total=num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs, multiple_of=2)
-        sketch, Z = RangeSketch(run), None
-        for k in run.stages(limit):
-            start = sketch.size
+    with Run(A, "xdiag", options, total=num_matvecs) as run:
+        sketch = RangeSketch(run)
+
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
             sketch.grow(k)
-            new = sketch.multiply_basis(start, adjoint=True)
-            Z = new if Z is None else torch.cat([Z, new], dim=1)
-            mean, sem = _xdiag_mean_and_sem(run, sketch, Z)
-            if run.reached(mean, sem):
-                break
-        return run.result(mean, sem, k)
+            return _xdiag_mean_and_sem(run, sketch, sketch.images(adjoint=True))
+
+        return refine(run, num_matvecs, estimate, _entries, grow=2)
 
 
 def _xdiag_mean_and_sem(
@@ -153,38 +152,26 @@ def _xdiag_mean_and_sem(
     S = directions(R)
 
     def lost(s: Tensor) -> Tensor:
+        s = s.to(Q.dtype)
         return (Q @ s) * (Z @ s).conj()
 
     def term(s: Tensor, V: Tensor, r: Tensor) -> Tensor:
-        along = coldot(s, r).to(Q.dtype)
-        s = s.to(Q.dtype)
-        return V * (Q @ s) * along - lost(s)
+        return V * (Q @ (s * coldot(s, r)).to(Q.dtype)) - lost(s)
 
-    moments = Moments()
-    leading = torch.zeros_like(Z[:, 0])
+    moments = Moments((Q * Z.conj()).sum(1))
     for a, b in run.blocks(0, k):
-        leading += (Q[:, a:b] * Z[:, a:b].conj()).sum(1)
         moments.add(term(S[:, a:b], run.probes.block(a, b), R[:, a:b]))
-    moments.offset = leading
     mean, sem = moments.mean_and_sem()
-    if k < 3 or not run.needs_error:
-        return mean, sem
 
-    paired = min(k, 8)
-    bases = [complement(R, j) for j in range(paired)]
-    keep = [[i for i in range(k) if i != j] for j in range(paired)]
-    without = [N @ directions(N.mH @ R[:, c]) for N, c in zip(bases, keep, strict=True)]
+    @cache
+    def without(j: int) -> Tensor:
+        N = complement(R, j)
+        return N @ directions(N.mH @ R[:, [i for i in range(k) if i != j]])
 
     def change(i: int, j: int) -> Tensor:
         """Return what sample ``i`` owes to vector ``j``."""
-        V, r, s = run.probes.block(i, i + 1), R[:, i : i + 1], S[:, i : i + 1]
-        column = keep[j].index(i)
-        other = without[j][:, column : column + 1]
-        difference = term(s, V, r) - term(other, V, r)
-        return (difference + lost(S[:, j : j + 1].to(Q.dtype)))[:, 0]
+        V, r, s = run.probes.block(i, i + 1), R[:, [i]], S[:, [i]]
+        difference = term(s, V, r) - term(without(j)[:, [i - (i > j)]], V, r)
+        return (difference + lost(S[:, [j]]))[:, 0]
 
-    covariance = torch.zeros_like(sem)
-    for i, j in combinations(range(paired), 2):
-        covariance += (change(i, j) * change(j, i).conj()).real
-    covariance /= paired * (paired - 1) / 2
-    return mean, (sem**2 + covariance.clamp(min=0)).sqrt()
+    return mean, exchangeable_error(run, sem, change, min(k, 8))

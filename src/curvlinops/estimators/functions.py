@@ -3,34 +3,200 @@ r"""Functions of a Hermitian matrix: :math:`\mathrm{tr}\, f(A)` and :math:`f(A) 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from curvlinops.estimators._base import require_positive_int, require_tolerance
+from curvlinops.estimators._base import (
+    FEWEST_SAMPLES,
+    require_positive_int,
+    require_tolerance,
+)
 from curvlinops.estimators._run import Options, Run
-from curvlinops.estimators.lanczos import GaussRules, lanczos, require_ncv
-from curvlinops.estimators.norm import find_hermitian
-from curvlinops.estimators.spectrum import run_lanczos
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from curvlinops.estimators.lanczos import (
+    Indefinite,
+    Multiply,
+    Rule,
+    Runs,
+    below,
+    block_size,
+    hermitian_or_not,
+    lanczos,
+)
+from curvlinops.estimators.norm import ROUNDING, tall
+from curvlinops.estimators.ritz import eigenvalues, singular_values
 
 Function = Callable[[np.ndarray], np.ndarray]
+#: From a Gauss rule to an integral and its Krylov error.
+Integrand = Callable[[Rule], "tuple[Any, float]"]
 
 
-def _check_values(task: str, nodes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return a function's values, or raise where the function is not defined."""
-    if not np.isfinite(values).all():
-        node = nodes[~np.isfinite(values)].flat[0]
-        raise ValueError(
-            f"{task}: the function is not finite at {node:.3e}, an approximate "
-            "eigenvalue. Add damping, or use a function that is defined there."
-        )
+def _checked(task: str, function: Function) -> Function:
+    """Return a function that raises where it is not defined, or not elementwise."""
+
+    def values(nodes: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            result = np.asarray(function(nodes))
+        if result.shape != nodes.shape:
+            raise ValueError(
+                f"{task}: the function maps {nodes.shape} eigenvalues to an array of "
+                f"shape {result.shape}. It is elementwise, e.g. numpy.exp."
+            )
+        if not np.isfinite(result).all():
+            node = nodes[~np.isfinite(result)].flat[0]
+            raise ValueError(
+                f"{task}: the function is not finite at {node:.3e}, an approximate "
+                "eigenvalue. Add damping, or use a function that is defined there."
+            )
+        return result
+
     return values
+
+
+def _middle(one: float, other: float) -> tuple[float, float]:
+    """Return the middle of two bounds and half their distance."""
+    return (one + other) / 2, abs(one - other) / 2
+
+
+def _compared(function: Function) -> Integrand:
+    """Return the integral, and its change from half the steps as its error.
+
+    For functions of which nothing is known. A tenth of the steps less would change
+    little even where the rule is far from exact.
+    """
+
+    def integrand(rule: Rule) -> tuple[Any, float]:
+        value, half = rule(function), rule.halved()
+        return value, np.nan if half is None else float(abs(value - half(function)))
+
+    return integrand
+
+
+def _bracketed(function: Function, eps: float) -> Integrand:
+    r"""Return the middle between Gauss's and Radau's rule with a node at zero.
+
+    They enclose :math:`v^{\mathrm{H}} f(A) v` if no eigenvalue is negative, and
+    derivatives of even order have one sign and those of odd order the other, from some
+    order on: as of the logarithm, of powers, and of resolvents. A node that is negative
+    beyond rounding shows that zero is no bound; then half the steps are compared.
+    """
+
+    def integrand(rule: Rule) -> tuple[Any, float]:
+        lowest = float(rule.nodes[0])
+        if rule.indefinite(eps):
+            return _compared(function)(rule)
+        other = rule.radau(min(0.0, lowest - 2 * rule.rounding))
+        return _middle(rule(function), other(function))
+
+    return integrand
+
+
+def _counted(lower: float, upper: float, eps: float) -> Integrand:
+    """Return the middle of the bounds of the weight in an interval."""
+
+    def integrand(rule: Rule) -> tuple[float, float]:
+        total = float(rule.weights.sum())
+        a, b = rule.below(lower, eps) if lower > -np.inf else (0.0, 0.0)
+        c, d = rule.below(upper, eps) if upper < np.inf else (total, total)
+        return _middle(max(c - b, 0.0), d - a)
+
+    return integrand
+
+
+class _Quadrature(Runs):
+    """Runs, and the number that an integrand makes of each."""
+
+    def __init__(self, integrand: Integrand) -> None:
+        super().__init__()
+        self._integrand, self._found = integrand, list[tuple[Any, float]]()
+
+    def samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return numbers and Krylov errors of the runs, each computed once."""
+        for i in range(len(self._found), self.count):
+            rule = Rule.gauss(self.alpha[i], self.beta[i])
+            self._found.append(self._integrand(rule))
+        values, errors = np.array(self._found[: self.count]).T
+        return values * self.squared_norms, errors.real * self.squared_norms
+
+
+class _Trace:
+    """The trace of a function: estimated by runs, or exact by all eigenvalues.
+
+    Parameters
+    ----------
+    run : Run
+        The estimation.
+    integrand : Integrand
+        Of one Lanczos run, or of all eigenvalues.
+    multiply : callable, optional
+        Products of the Hermitian matrix, or those for singular values.
+    zeros : int, optional
+        Put above vectors, see :func:`hermitian_or_not`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        integrand: Integrand,
+        multiply: Multiply | None = None,
+        zeros: int = 0,
+    ) -> None:
+        self._run, self._integrand = run, integrand
+        self._multiply, self._zeros = multiply or run.multiply, zeros
+
+    def estimate(self, ncv: int, num_repeats: int, transform: Any = None) -> Any:
+        """Return the result; deepen the Krylov spaces if ``until`` asks for it."""
+        run, depth = self._run, min(ncv, self._run.dim)
+        while depth < run.dim and not run.dense_is_due(FEWEST_SAMPLES * depth):
+            runs = self._runs(depth, num_repeats)
+            moments = runs.moments()
+            mean, sem = moments.mean_and_sem()
+            krylov = moments.krylov_error
+            allowed = (run.until or 0.01) * float(mean.abs()) or float(sem)
+            if krylov > 0:
+                needed = min(depth * krylov / allowed, run.dim) if allowed else run.dim
+                run.advice = f"Have ncv={needed:.0f} steps or so ({run.dim} is exact)"
+            if run.limited(mean, krylov):
+                depth *= 2
+            elif run.enough(runs) or not run.dense_is_due():
+                return run.result(mean, sem, runs.count, krylov, transform)
+        values = (singular_values if self._zeros else eigenvalues)(run)
+        value, error = self._integrand(Rule(values, np.ones(len(values))))
+        if transform is not None:
+            value, error = transform(torch.as_tensor(value), error)
+        return run.exact(value, float(error))
+
+    def _runs(self, depth: int, num_repeats: int) -> Runs:
+        """Return runs up to the error or the limit, unless the matrix is cheaper."""
+        run, eps = self._run, self._run.operand.eps
+        steps = 2 * depth if self._zeros else depth
+        size = block_size(run, steps, self._zeros)
+
+        def krylov(V: Tensor) -> Any:
+            V = below(self._zeros, V)
+            return lanczos(self._multiply, V, steps, size > 0, eps=eps)
+
+        run.block_size = max(1, min(run.block_size, size or run.block_size))
+        runs = _Quadrature(self._integrand)
+        step = FEWEST_SAMPLES if run.until else num_repeats
+        for count in [*range(step, num_repeats, step), num_repeats]:
+            run.accumulate(runs, krylov, count, section=f"runs of {depth}")
+            if run.enough(runs) or run.dense_is_due():
+                break
+        runs.keep(num_repeats)
+        return runs
+
+
+def _start(
+    A: Any, task: str, ncv: int, num_repeats: int, options: Options, **settings: Any
+) -> Run:
+    """Return the run of a trace, its arguments checked."""
+    total = require_positive_int("ncv", ncv)
+    total *= require_positive_int("num_repeats", num_repeats)
+    return Run(A, task, options, total=total, ncv=ncv, **settings)
 
 
 def trace_of_function(
@@ -68,8 +234,7 @@ def trace_of_function(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The estimate. Its truncation error, the change if a tenth of the steps is left
-        out, is not part of the standard error.
+        The estimate. Its Krylov error is the change from half the steps.
 
     Raises
     ------
@@ -96,57 +261,10 @@ def trace_of_function(
     >>> bool(np.isclose(trace, np.exp(np.diag(A)).sum(), rtol=0.02))
     True
     """
-    return _trace(
-        A, function, ncv, num_repeats, "trace_of_function", options, distribution
-    )
-
-
-def _trace(
-    A: Any,
-    function: Function,
-    ncv: int,
-    num_repeats: int,
-    task: str,
-    options: Options,
-    distribution: str = "rademacher",
-    *,
-    gram: bool = False,
-    spent: int = 0,
-    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> Any:
-    """Return what :func:`trace_of_function` does, for one of its users.
-
-    Parameters
-    ----------
-    A, function, ncv, num_repeats, distribution, options
-        As there.
-    task : str
-        Name for messages and the checkpoint.
-    gram : bool, optional
-        Use the smaller of ``A^H A`` and ``A A^H`` in place of ``A``.
-    spent : int, optional
-        Products made before.
-    transform : callable, optional
-        Of the trace and its standard error, for the result.
-    """
-
-    def statistic(
-        nodes: np.ndarray, weights: np.ndarray, norms: np.ndarray
-    ) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            values = _check_values(task, nodes, np.asarray(function(nodes)))
-        return norms * (weights * values).sum(1)
-
-    total = require_positive_int("ncv", ncv)
-    total *= require_positive_int("num_repeats", num_repeats) * (1 + gram)
-    with Run(A, task, options, distribution, total, gram=gram, ncv=ncv) as run:
-        rules = GaussRules(statistic)
-        run_lanczos(run, rules, ncv, num_repeats)
-        rules.keep(num_repeats)
-        run.operand.num_products += spent
-        mean, sem = rules.mean_and_sem()
-        error = rules.truncation_error() if run.full_output else 0.0
-        return run.result(mean, sem, rules.count, error, transform)
+    task, given = "trace_of_function", {"distribution": distribution}
+    with _start(A, task, ncv, num_repeats, options, **given) as run:
+        integrand = _compared(_checked(task, function))
+        return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
 def logdet(
@@ -186,11 +304,11 @@ def logdet(
     >>> bool(np.isclose(logdet(A, rng=0), np.linalg.slogdet(A)[1], rtol=0.02))
     True
     """
-
-    def log(nodes: np.ndarray) -> np.ndarray:
-        return np.log(nodes + damping)
-
-    return _trace(A, log, ncv, num_repeats, "logdet", options)
+    log = _checked("logdet", lambda nodes: np.log(nodes + damping))
+    with _start(A, "logdet", ncv, num_repeats, options) as run:
+        bounded = damping > 0
+        integrand = _bracketed(log, run.operand.eps) if bounded else _compared(log)
+        return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
 def effective_dimension(
@@ -234,10 +352,11 @@ def effective_dimension(
     if not damping > 0:
         raise ValueError(f"damping is above 0, got {damping!r}.")
 
-    def share(nodes: np.ndarray) -> np.ndarray:
-        return np.where(nodes > -damping, nodes / (nodes + damping), np.nan)
-
-    return _trace(A, share, ncv, num_repeats, "effective_dimension", options)
+    task = "effective_dimension"
+    share = _checked(task, lambda x: np.where(x > -damping, x / (x + damping), np.nan))
+    with _start(A, task, ncv, num_repeats, options) as run:
+        integrand = _bracketed(share, run.operand.eps)
+        return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
 def eigenvalue_count(
@@ -291,11 +410,9 @@ def eigenvalue_count(
     """
     if not lower < upper:
         raise ValueError(f"An interval has lower < upper, got {lower!r} and {upper!r}.")
-
-    def indicator(nodes: np.ndarray) -> np.ndarray:
-        return ((nodes >= lower) & (nodes < upper)).astype(float)
-
-    return _trace(A, indicator, ncv, num_repeats, "eigenvalue_count", options)
+    with _start(A, "eigenvalue_count", ncv, num_repeats, options) as run:
+        integrand = _counted(lower, upper, run.operand.eps)
+        return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
 def schatten_norm(
@@ -331,8 +448,10 @@ def schatten_norm(
 
     Notes
     -----
-    Two products find out whether ``A`` is Hermitian; if not, the smaller Gram matrix is
-    used, at two products a step. The standard error is carried through the root.
+    If ``A`` turns out not to be Hermitian, or to be indefinite, it is bidiagonalised
+    (Golub, Kahan), at two products a step. Errors are carried through the root.
+    Singular values that rounding errors hide count as zero; what they might add is part
+    of the Krylov error.
 
     Examples
     --------
@@ -346,26 +465,41 @@ def schatten_norm(
         raise ValueError(
             f"p is above 0 and finite, got {p!r}. For infinity use spectral_norm."
         )
-    hermitian, spent = find_hermitian(A)
 
-    def power(nodes: np.ndarray) -> np.ndarray:
-        return np.abs(nodes) ** p if hermitian else np.maximum(nodes, 0) ** (p / 2)
+    def integrand(rule: Rule, zeros: int) -> tuple[float, float]:
+        scale = ROUNDING * run.operand.eps * run.dim**0.5
+        least = scale * float(np.abs(rule.nodes).max())
 
-    def root(mean: Tensor, sem: Tensor) -> tuple[Tensor, Tensor]:
+        def power(nodes: np.ndarray) -> np.ndarray:
+            return np.where(np.abs(nodes) > least, np.abs(nodes) ** p, 0.0)
+
+        if zeros:
+            singular = np.abs(rule.nodes).min() <= least
+            other = rule if singular else rule.radau(0.0)
+            value, error = _middle(rule(power), other(power))
+        elif rule.indefinite(run.operand.eps):
+            raise Indefinite
+        else:
+            value, error = _bracketed(power, run.operand.eps)(rule)
+        return value, error + rule(lambda x: (np.abs(x) <= least) * least**p)
+
+    def root(mean: Tensor, error: Any) -> tuple[Tensor, Any]:
         norm = mean ** (1 / p)
-        return norm, norm * sem / (p * mean)
+        return norm, norm * error / (p * mean) if mean else error
 
-    return _trace(
-        A,
-        power,
-        ncv,
-        num_repeats,
-        "schatten_norm",
-        options,
-        gram=not hermitian,
-        spent=spent,
-        transform=root,
-    )
+    def attempt(multiply: Multiply, zeros: int) -> Any:
+        if ncv >= run.dim:  # exact, of whatever kind the matrix is
+            zeros = run.operand.shape[0]
+        elif not zeros:  # find out at little cost
+            start, steps = run.probes.block(0, 1), min(ncv, 30)
+            found = lanczos(multiply, start, steps, eps=run.operand.eps)
+            integrand(Rule.gauss(found.alpha[0], found.beta[0]), zeros)
+        trace = _Trace(run, lambda rule: integrand(rule, zeros), multiply, zeros)
+        return trace.estimate(ncv, num_repeats, root)
+
+    task = "schatten_norm"
+    with _start(tall(A), task, ncv, num_repeats, options, square=False) as run:
+        return hermitian_or_not(run, attempt)
 
 
 def apply_function(
@@ -394,18 +528,18 @@ def apply_function(
     v : array or Tensor
         Vector of shape ``(N,)``.
     ncv : int, optional
-        Lanczos steps at most, at most ``N``.
+        Lanczos steps at most; more than ``N`` are never made.
     tol : float, optional
-        Stop when the estimated error is at most ``tol`` times the norm of the result;
-        looked at after 10, 20, 40, ... steps.
+        Stop when the estimated error is at most ``tol`` times the norm of the result,
+        twice in a row; it is looked at every quarter of the steps.
     **options : Options
         See :class:`~curvlinops.estimators.Options`. Nothing is random here.
 
     Returns
     -------
     Tensor, numpy.ndarray, or Estimate
-        Of shape ``(N,)``. The estimate's truncation error is the norm of the change if
-        a tenth of the steps is left out.
+        Of shape ``(N,)``, complex if the function or ``v`` is. The estimate's Krylov
+        error is the norm of the change from half the steps, 0 in an invariant subspace.
 
     Raises
     ------
@@ -415,7 +549,8 @@ def apply_function(
 
     Notes
     -----
-    Costs ``ncv`` products and the memory of ``ncv`` vectors.
+    Costs ``ncv`` products and the memory of ``ncv`` vectors; twice the products for
+    complex ``v`` and a real matrix.
 
     References
     ----------
@@ -431,43 +566,68 @@ def apply_function(
     True
     """
     require_tolerance("tol", tol)
+    require_positive_int("ncv", ncv)
+    f = _checked("apply_function", function)
     with Run(A, "apply_function", options, total=ncv, ncv=ncv, tol=tol) as run:
         run.until = None
-        require_ncv(ncv, run.dim)
-        start = torch.as_tensor(v).detach().to(run.operand.device, run.operand.dtype)
-        if start.shape != (run.dim,):
-            raise ValueError(f"v has shape ({run.dim},), got {tuple(start.shape)}.")
-        if not start.any():
-            return run.result(start, torch.zeros(()), 1)
+        vector = torch.as_tensor(v).detach().to(run.operand.device)
+        if vector.shape != (run.dim,):
+            raise ValueError(f"v has shape ({run.dim},), got {tuple(vector.shape)}.")
+        both = vector.is_complex() and not run.operand.dtype.is_complex
+        parts = torch.view_as_real(vector).unbind(1) if both else (vector,)
+        steps, found = min(ncv, run.dim), []
+        for start in (part.to(run.operand.dtype) for part in parts):
+            found.append(_applied(run, f, start, steps, tol))
+        results, errors, reached = zip(*found, strict=True)
+        result = results[0] + 1j * results[1] if both else results[0]
+        run.converged = all(reached)
+        return run.exact(result, float(np.linalg.norm(errors)))
 
-        def coefficients(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
-            nodes, vectors = eigh_tridiagonal(alpha[0], beta[0, :-1])
-            with np.errstate(all="ignore"):
-                values = np.asarray(function(nodes))
-            # Nodes without weight come from the steps after an invariant subspace.
-            seen = np.abs(vectors[0]) > 0
-            _check_values("apply_function", nodes[seen], values[seen])
-            return vectors[:, seen] @ (values[seen] * vectors[0, seen])
 
-        def change(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, float]:
-            new, steps = coefficients(alpha, beta), alpha.shape[1]
-            if steps == 1:
-                return new, np.nan
-            fewer = steps - -(-steps // 10)
-            old = coefficients(alpha[:, :fewer], beta[:, :fewer])
-            difference = new - np.pad(old, (0, steps - fewer))
-            return new, float(np.linalg.norm(difference))
+def _applied(
+    run: Run, function: Function, start: Tensor, ncv: int, tol: float
+) -> tuple[Tensor, float, bool]:
+    """Return the function times a vector, the error, and if it is as small as asked."""
+    if not start.any():
+        return start, 0.0, True
 
-        def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
-            if not tol or alpha.shape[1] not in (10 * 2**i for i in range(20)):
-                return False
-            new, error = change(alpha, beta)
-            return bool(error <= tol * np.linalg.norm(new))
+    def coefficients(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+        nodes, S = eigh_tridiagonal(alpha[0], beta[0, :-1])
+        # Nodes without weight come from the steps after an invariant subspace.
+        seen = np.abs(S[0]) > 0
+        return S[:, seen] @ (function(nodes[seen]) * S[0, seen])
 
-        found = lanczos(run.multiply, start[:, None], ncv, "full", stop)
-        new, error = change(found.alpha, found.beta)
-        assert found.basis is not None
-        basis, norm = found.basis[0, : len(new)], float(found.norms[0])
-        result = torch.as_tensor(norm * new).to(basis.device, basis.dtype) @ basis
-        run.converged = not tol or error <= tol * float(np.linalg.norm(new))
-        return run.result(result, torch.zeros(()), 1, norm * error)
+    def change(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, float]:
+        new, m = coefficients(alpha, beta), alpha.shape[1]
+        if beta[0, -1] == 0 or m == run.dim:
+            return new, 0.0
+        if m == 1:
+            return new, np.nan
+        half = coefficients(alpha[:, : m // 2], beta[:, : m // 2])
+        return new, float(np.linalg.norm(new - np.pad(half, (0, m - m // 2))))
+
+    last, look = np.inf, 8
+
+    def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
+        nonlocal last, look
+        if beta[0, -1] == 0:
+            return True
+        if not tol or alpha.shape[1] < look:
+            return False
+        look += look // 4
+        new, error = change(alpha, beta)
+        before, last = last, error / float(np.linalg.norm(new))
+        return max(before, last) <= tol
+
+    found = lanczos(run.multiply, start[:, None], ncv, True, stop, eps=run.operand.eps)
+    assert found.basis is not None
+    (new, error), norm = change(found.alpha, found.beta), float(found.norms[0])
+    basis = found.basis[0, : len(new)]
+    weights = torch.as_tensor(norm * new).to(basis.device)
+    wide = (
+        torch.promote_types(basis.dtype, weights.dtype)
+        if weights.is_complex()
+        else basis.dtype
+    )
+    result = weights.to(wide) @ basis.to(wide)
+    return result, norm * error, not tol or error <= tol * float(np.linalg.norm(new))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal
-from torch import Tensor
 
-from curvlinops._random import Probes
-from curvlinops.estimators._base import Operand, require_tolerance
-from curvlinops.estimators._run import Options, Run, require_num_matvecs
+from curvlinops._operand import Operand
+from curvlinops.estimators._base import require_tolerance
+from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators._sketch import coldot, double
-from curvlinops.estimators.eigenpairs import SciPyView, solve_eigenpairs
-from curvlinops.estimators.lanczos import BASIS_BYTES, lanczos
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from curvlinops.estimators.lanczos import (
+    Multiply,
+    below,
+    block_size,
+    hermitian_or_not,
+    lanczos,
+)
 
 #: An eigenvalue counts as zero below so many times ``eps sqrt(N)``, relative to the
 #: largest. Of singular matrices, up to 1.6 were observed.
@@ -42,7 +42,8 @@ def hutchinson_squared_fro(
     A : LinearOperator, array, sparse matrix, or Tensor
         Matrix of shape ``(M, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
@@ -72,44 +73,66 @@ def hutchinson_squared_fro(
     """
     task = "hutchinson_squared_fro"
     with Run(A, task, options, distribution, num_matvecs, square=False) as run:
-        m = require_num_matvecs(run, num_matvecs)
-
-        def integrand(V: Tensor) -> Tensor:
-            Y = double(run.multiply(V, record=False))
-            return coldot(Y, Y).real
-
-        return run.mean(integrand, m)
+        return run.mean(lambda V, Y: coldot(double(Y), double(Y)).real, num_matvecs)
 
 
-def find_hermitian(A: Any) -> tuple[bool, int]:
-    r"""Whether :math:`u^{\mathrm{H}} A v` and :math:`v^{\mathrm{H}} A u` are conjugate.
-
-    A matrix that is not Hermitian passes only by a coincidence of probability zero, up
-    to rounding.
-
-    Returns
-    -------
-    tuple of bool and int
-        The answer, and the products spent: two, with fixed pseudo-random vectors, or
-        none if the matrix is not square.
-    """
+def tall(A: Any) -> Any:
+    """Return the matrix, or its adjoint if that has fewer columns."""
     operand = Operand(A)
-    M, N = operand.shape
-    if M != N:
-        return False, 0
-    U = Probes(N, "normal", 0, operand.dtype, operand.device).block(0, 2)
-    AU = operand.multiply(U)
-    forms = double(U.mH @ AU)
-    scale = torch.linalg.vector_norm(AU) * torch.linalg.vector_norm(U)
-    tolerance = 10 * torch.finfo(AU.dtype).eps * float(scale)
-    return bool((forms[0, 1] - forms[1, 0].conj()).abs() <= tolerance), 2
+    return A if operand.shape[0] >= operand.dim else operand.adjoint()
+
+
+def _singular_ends(
+    A: Any, tol: float, task: str, options: Options, ratio: bool
+) -> tuple[Run, float, float]:
+    """Return the run, the largest singular value, and with ``ratio`` the least.
+
+    By one Lanczos run: until residuals are small relative to the values, or to rounding
+    errors. The least of an indefinite matrix is inside the spectrum, known with the
+    last product.
+    """
+    require_tolerance("tol", tol)
+    least = largest = 0.0
+
+    def attempt(multiply: Multiply, zeros: int) -> bool:
+        limit = 2 * run.dim if zeros else run.dim
+
+        def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
+            nonlocal least, largest
+            m, rest = alpha.shape[1], beta[0, -1]
+            over = rest == 0 or m == limit
+            # Odd steps of the augmented matrix have a node at zero of their own.
+            if not over and (m % 2 or int((m // 2) ** 0.5) ** 2 != m // 2):
+                return False
+            values, S = eigh_tridiagonal(alpha[0], beta[0, :-1])
+            sizes, residuals = np.abs(values), rest * np.abs(S[-1])
+            least, largest = float(sizes.min()), float(sizes.max())
+            if not over and ratio and not zeros and values[0] < 0 < values[-1]:
+                return False
+            wanted = [sizes.argmax(), sizes.argmin()][: 1 + ratio]
+            rounding = 10 * run.operand.eps * largest
+            allowed = np.maximum(tol * sizes[wanted], rounding)
+            return over or bool((residuals[wanted] <= allowed).all())
+
+        start, steps = below(zeros, run.probes.block(0, 1)), block_size(run, 1, zeros)
+        steps, eps = min(limit, steps), run.operand.eps
+        found = lanczos(multiply, start, steps, True, stop, eps=eps)
+        return stop(found.alpha, found.beta)
+
+    with Run(tall(A), task, options, "normal", square=False, tol=tol) as run:
+        if not hermitian_or_not(run, attempt):
+            raise RuntimeError(
+                f"{task} did not converge to tol={tol:.1e} in "
+                f"{run.operand.num_products} products, whose vectors fill 2 GiB. Add "
+                "damping, or allow a larger tol."
+            )
+    return run, largest, least
 
 
 def _exact(run: Run, value: float, tol: float) -> Any:
     """Return a number that is not random, with the solver's tolerance as its error."""
-    run.until = None
-    zero = torch.zeros((), dtype=torch.float64)
-    return run.result(zero + value, zero, 1, truncation_error=tol * value)
+    error = tol * value if np.isfinite(value) else 0.0
+    return run.exact(torch.tensor(value, dtype=torch.float64), error)
 
 
 def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> Any:
@@ -133,12 +156,12 @@ def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> A
     Raises
     ------
     RuntimeError
-        If the solver does not converge.
+        If it did not converge in as many steps as fit into 2 GiB.
 
     Notes
     -----
-    By :func:`scipy.sparse.linalg.eigsh`: on ``A`` if it is Hermitian (found out by two
-    products), else on the smaller Gram matrix, at two products a step.
+    By one Lanczos run if ``A`` turns out to be Hermitian, else by Golub-Kahan
+    bidiagonalisation, at two products a step.
 
     Examples
     --------
@@ -147,19 +170,8 @@ def spectral_norm(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> A
     >>> bool(np.isclose(spectral_norm(A, rng=0), np.linalg.norm(A, 2)))
     True
     """
-    require_tolerance("tol", tol)
-    hermitian, spent = find_hermitian(A)
-    settings: dict[str, Any] = {"tol": tol, "gram": not hermitian}
-    with Run(A, "spectral_norm", options, "normal", **settings) as run:
-        values, _ = solve_eigenpairs(run, 1, "LM", view=SciPyView(run), tol=tol)
-        run.operand.num_products += spent
-        if not len(values):
-            raise RuntimeError(
-                f"spectral_norm did not converge to tol={tol:.1e} in "
-                f"{run.operand.num_products} products. Allow a larger tol."
-            )
-        value = float(np.abs(values[0]))
-        return _exact(run, value if hermitian else value**0.5, tol)
+    run, largest, _ = _singular_ends(A, tol, "spectral_norm", options, ratio=False)
+    return _exact(run, largest, tol)
 
 
 def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -> Any:
@@ -173,8 +185,7 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
         Relative accuracy wanted.
     **options : Options
         See :class:`~curvlinops.estimators.Options`; ``rng`` draws the start vector,
-        ``until`` has no effect. The Gram matrix has a checkpoint of its own, with
-        ``.gram`` appended to the name.
+        ``until`` has no effect.
 
     Returns
     -------
@@ -189,11 +200,11 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
 
     Notes
     -----
-    From both ends of the spectrum of a definite matrix, which resolves numbers up to
-    the inverse of rounding error; for other matrices from the smaller Gram matrix,
-    which resolves only the square root of that (about 1e7 in float64, a few hundred in
-    float32). Costs one Lanczos run, at most ``N`` products (twice that for a Gram
-    matrix), which a badly conditioned matrix takes, and as many vectors.
+    Resolves numbers up to the inverse of rounding error. A definite matrix takes one
+    Lanczos run until both ends of its spectrum are found, an indefinite one, whose
+    least eigenvalue in magnitude is inside, ``N`` products. Matrices that are not
+    Hermitian are bidiagonalised (Golub, Kahan), at two products a step and at most
+    ``min(M, N)`` steps. As many vectors are kept.
 
     Examples
     --------
@@ -202,58 +213,9 @@ def condition_number(A: Any, *, tol: float = 1e-4, **options: Unpack[Options]) -
     >>> bool(np.isclose(condition_number(A, rng=0), 5.0))
     True
     """
-    require_tolerance("tol", tol)
-    hermitian, spent = find_hermitian(A)
-    if hermitian:
-        low, high, run = _ends(A, tol, False, options)
-        spent += run.operand.num_products
-    if not hermitian or low * high <= 0:
-        hermitian = False
-        path = options.get("checkpoint")
-        path = None if path is None else f"{os.fspath(path)}.gram"
-        low, high, run = _ends(A, tol, True, {**options, "checkpoint": path})
-        spent += run.operand.num_products
-    near, far = sorted([abs(low), abs(high)])
-    rounding = ROUNDING * torch.finfo(run.operand.dtype).eps * run.dim**0.5
-    ratio = far / near if near > rounding * far else np.inf
-    run.operand.num_products = spent
-    return _exact(run, ratio if hermitian else ratio**0.5, tol)
-
-
-def _ends(A: Any, tol: float, gram: bool, options: Options) -> tuple[float, float, Run]:
-    """Return the smallest and largest eigenvalue, or any two of different sign.
-
-    One Lanczos run, without the restarts of ARPACK: those hardly get anywhere with an
-    end that is small relative to the other.
-    """
-
-    def ends(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        nodes, vectors = eigh_tridiagonal(alpha[0], beta[0, :-1])
-        return nodes[[0, -1]], beta[0, -1] * np.abs(vectors[-1, [0, -1]])
-
-    def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
-        steps = alpha.shape[1]
-        if beta[0, -1] == 0 or steps == N:
-            return True
-        if int(steps**0.5) ** 2 != steps or steps == 1:
-            return False
-        nodes, errors = ends(alpha, beta)
-        rounding = torch.finfo(run.operand.dtype).eps * np.abs(nodes).max()
-        enough = errors <= np.maximum(tol * np.abs(nodes), rounding)
-        return bool(enough.all() or nodes[0] < 0 < nodes[1])
-
-    with Run(A, "condition_number", options, "normal", gram=gram) as run:
-        N = run.dim
-        steps = min(N, BASIS_BYTES // (N * run.operand.dtype.itemsize))
-        start = run.probes.block(0, 1)
-        found = lanczos(run.multiply, start, max(steps, 2), "full", stop)
-        if not stop(found.alpha, found.beta):
-            raise RuntimeError(
-                f"The condition number did not converge in {steps} steps, whose basis "
-                "takes up 2 GiB. Add damping, or allow a larger tol."
-            )
-        nodes, _ = ends(found.alpha, found.beta)
-        return float(nodes[0]), float(nodes[1]), run
+    run, largest, least = _singular_ends(A, tol, "condition_number", options, True)
+    rounding = ROUNDING * run.operand.eps * run.dim**0.5
+    return _exact(run, largest / least if least > rounding * largest else np.inf, tol)
 
 
 def stable_rank(
@@ -271,8 +233,8 @@ def stable_rank(
     A : LinearOperator, array, sparse matrix, or Tensor
         Matrix of shape ``(M, N)``.
     num_matvecs : int
-        Products for the Frobenius norm, below ``N``; with ``until`` the limit. The
-        spectral norm takes its own.
+        Products for the Frobenius norm; with ``until`` the limit. As many as ``N`` give
+        its exact value. The spectral norm takes its own.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     tol : float, optional
@@ -297,15 +259,16 @@ def stable_rank(
     full: Options = {**options, "return_estimate": True}
     estimate = hutchinson_squared_fro(A, num_matvecs, distribution, **full)
     bar = options.get("progressbar", False)
-    norm = spectral_norm(
-        A, tol=tol, rng=estimate.seed, progressbar=bar, return_estimate=True
-    )
+    rng = options.get("rng") if estimate.seed is None else estimate.seed
+    norm = spectral_norm(A, tol=tol, rng=rng, progressbar=bar, return_estimate=True)
     square = float(norm) ** 2
+    if not square:
+        raise ValueError("The zero matrix has no stable rank.")
     result = replace(
         estimate,
         value=estimate.value / square,
         standard_error=estimate.standard_error / square,
         num_products=estimate.num_products + norm.num_products,
-        truncation_error=2 * tol * float(estimate.value) / square,
+        krylov_error=2 * tol * float(estimate.value) / square,
     )
     return result if options.get("return_estimate") else result.value

@@ -3,76 +3,45 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from curvlinops._random import as_seed
-from curvlinops.estimators._base import require_positive_int, require_tolerance
-from curvlinops.estimators._run import Options, Run
-from curvlinops.estimators.checkpoint import (
+from curvlinops._journal import (
     VERSIONS,
     matrix_fingerprint,
     parameters_fingerprint,
 )
+from curvlinops._operand import to_numpy
+from curvlinops._random import as_seed
+from curvlinops.estimators._base import (
+    require_positive_int,
+    require_tolerance,
+)
+from curvlinops.estimators._run import Options, Run
 from curvlinops.estimators.density import SpectralDensity, check_settings
-from curvlinops.estimators.eigenpairs import (
-    SciPyView,
-    extreme_eigenvalues,
-    project_out,
-    solve_eigenpairs,
-)
-from curvlinops.estimators.lanczos import (
-    BASIS_BYTES,
-    GaussRules,
-    Tridiagonal,
-    choose_reorthogonalization,
-    lanczos,
-    require_ncv,
-)
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from curvlinops.estimators.lanczos import Recurrence, Runs, block_size, lanczos
+from curvlinops.estimators.ritz import eigenpairs
 
 Boundaries = tuple[float | None, float | None] | None
 
 
-def run_lanczos(
-    run: Run,
-    rules: GaussRules,
-    ncv: int,
-    num_repeats: int,
-    reorthogonalization: str = "auto",
-    deflated: Tensor | None = None,
-) -> None:
-    """Feed Lanczos runs with random start vectors to Gauss rules, to the limit.
+class RunOptions(Options, total=False):
+    """Keywords of Lanczos runs, see :func:`lanczos_approximate_spectrum`."""
 
-    Several runs go through one product if their bases fit into the memory of one.
-    """
-    require_ncv(ncv, run.dim)
-    require_positive_int("num_repeats", num_repeats)
-    choice = choose_reorthogonalization(reorthogonalization, run.operand, ncv)
-    if choice != "none":
-        basis = run.dim * ncv * run.operand.dtype.itemsize
-        run.block_size = max(1, min(run.block_size, BASIS_BYTES // basis))
-
-    def multiply(V: Tensor) -> Tensor:
-        return project_out(run.multiply(V), deflated)
-
-    def integrand(V: Tensor) -> Tridiagonal:
-        return lanczos(multiply, project_out(V, deflated), ncv, choice)
-
-    run.accumulate(rules, integrand, num_repeats, section="runs")
+    deflate: int
 
 
-def _distribution(
-    nodes: np.ndarray, weights: np.ndarray, norms: np.ndarray
-) -> np.ndarray:
-    """Return every run's cumulative distribution at 64 points: what ``until`` sees."""
-    points = np.linspace(nodes.min(), nodes.max(), 64)
-    return ((nodes[None] <= points[:, None, None]) * weights[None]).sum(2)
+class _Distributions(Runs):
+    """Runs, and their cumulative distributions at 64 points: what ``until`` sees."""
+
+    def samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the distribution of every run; no Krylov error is known of it."""
+        nodes, weights = self.rules()
+        points = np.linspace(nodes.min(), nodes.max(), 64)[:, None, None]
+        return ((nodes <= points) * weights).sum(2), np.zeros(self.count)
 
 
 class _CachedRuns:
@@ -89,7 +58,6 @@ class _CachedRuns:
         boundaries_tol: float = 0.01,
         *,
         deflate: int = 0,
-        reorthogonalization: str = "auto",
         **options: Unpack[Options],
     ) -> None:
         given: Any = (None, None) if boundaries is None else boundaries
@@ -100,11 +68,10 @@ class _CachedRuns:
         self._boundaries = [None if end is None else float(end) for end in given]
         self._boundaries_tol = boundaries_tol
         self._deflate = require_positive_int("deflate", deflate) if deflate else 0
-        self._reorthogonalization = reorthogonalization
         if options.get("checkpoint") is None:
             options["rng"] = as_seed(options.get("rng"))
         self._options = options
-        self._rules = GaussRules(_distribution)
+        self._rules = _Distributions()
         self._found: dict[str, np.ndarray] = {}
         self._fingerprint: list[float] | None = None
         self.num_products = 0
@@ -114,28 +81,19 @@ class _CachedRuns:
         settings: dict[str, Any] = {
             "ncv": self._ncv,
             "deflate": self._deflate,
-            "reorthogonalization": self._reorthogonalization,
             "boundaries": self._boundaries,
         }
         total = self._ncv * (num_repeats - self._rules.count)
         task = "lanczos_approximate_spectrum"
         with Run(self._A, task, self._options, "sphere", total, **settings) as run:
-            require_ncv(self._ncv, run.dim)
+            self._ncv = min(self._ncv, run.dim)
             self._options["rng"] = run.seed
             self._deflated(run)
             vectors = self._found.get("vectors")
             basis = None if vectors is None else torch.from_numpy(vectors)
             basis = None if basis is None else basis.to(run.operand.device)
             if self._rules.count < num_repeats:
-                run_lanczos(
-                    run,
-                    self._rules,
-                    self._ncv,
-                    num_repeats,
-                    self._reorthogonalization,
-                    basis,
-                )
-                run.check(*self._rules.mean_and_sem(), self._rules.count)
+                self._accumulate(run, num_repeats, basis)
             self._bounded(run, basis)
             nodes, weights = self._rules.rules()
             spikes = self._found.get("spikes", np.zeros(0))
@@ -148,6 +106,32 @@ class _CachedRuns:
                 "provenance": settings | counted | self._provenance(run),
                 "convert": run.operand.result,
             }
+
+    def _accumulate(self, run: Run, num_repeats: int, basis: Tensor | None) -> None:
+        """Have Lanczos runs; several go through one product if their bases fit."""
+        size = block_size(run, self._ncv)
+        keep = size > 0
+        if keep:
+            run.block_size = max(1, min(run.block_size, size))
+        norm = float(np.abs(self._found.get("spikes", np.zeros(1))).max())
+
+        def projected(V: Tensor) -> Tensor:
+            return V if basis is None else V - basis @ (basis.mH @ V)
+
+        def krylov(V: Tensor) -> Recurrence:
+            return lanczos(
+                lambda X: projected(run.multiply(X)),
+                projected(V),
+                self._ncv,
+                keep,
+                eps=run.operand.eps,
+                norm=norm,
+            )
+
+        run.accumulate(self._rules, krylov, num_repeats, section="runs")
+        if run.until is not None:
+            moments = self._rules.moments()
+            run.check(*moments.mean_and_sem(), self._rules.count)
 
     def _provenance(self, run: Run) -> dict[str, Any]:
         """Return what is known of the matrix, and count the products."""
@@ -185,19 +169,19 @@ class _CachedRuns:
             return
         if self._deflate >= run.dim:
             raise ValueError(f"deflate ({self._deflate}) must be below {run.dim}.")
-        tol = torch.finfo(run.operand.dtype).eps ** (2 / 3)
+        tol = run.operand.eps ** (2 / 3)
 
         def compute() -> dict[str, np.ndarray]:
-            values, vectors = solve_eigenpairs(
-                run, self._deflate, "LM", view=SciPyView(run), tol=tol
-            )
-            if len(values) < self._deflate:
+            found = eigenpairs(run, self._deflate, "LM", tol)
+            good = found.residuals <= tol * found.norm
+            if not good.all():
                 warnings.warn(
-                    f"{len(values)} of {self._deflate} eigenvalues converged and are "
+                    f"{good.sum()} of {self._deflate} eigenvalues converged and are "
                     "removed; the others stay in the density.",
                     stacklevel=6,
                 )
-            return {"spikes": values, "vectors": vectors}
+            vectors = to_numpy(found.vectors[:, torch.from_numpy(good)])
+            return {"spikes": found.values[good], "vectors": vectors}
 
         self._section(run, "deflation", compute)
 
@@ -210,42 +194,39 @@ class _CachedRuns:
             seen = nodes[weights > 1e-12]
             if np.ptp(seen) <= 1e-6 * np.abs(seen).max():  # a multiple of the identity
                 return {"ends": np.full(2, seen.mean())}
-            tol = self._boundaries_tol
-            return {"ends": np.array(extreme_eigenvalues(run, tol, deflated=basis))}
+            found = eigenpairs(
+                run, 2, "BE", self._boundaries_tol, deflated=basis, certify=False
+            )
+            return {"ends": found.values}
 
         self._section(run, "boundaries", compute)
 
-    def _result(self, num_repeats: int, scale: str, settings: Any) -> SpectralDensity:
-        given = self._boundaries
-        check = {"epsilon": None, "boundaries": given, **settings}
-        check_settings("log" if scale == "log" else "linear", check)
+    def _result(self, scale: str, num_repeats: int, *settings: Any) -> SpectralDensity:
+        names = ("num_points", "kappa", "margin", "min_width", "epsilon")
+        named = dict(zip(names, settings, strict=False))
+        check_settings(scale, {"boundaries": self._boundaries, **named})
         common = self._run(require_positive_int("num_repeats", num_repeats))
-        found = [float(end) for end in self._found.get("ends", np.zeros(2))]
-        signed = [f if g is None else g for g, f in zip(given, found, strict=True)]
-        ends = signed if scale == "linear" else self._absolute(signed, common["nodes"])
+        low, high = self._found.get("ends", np.zeros(2)).tolist()
         if scale == "log":  # what was given are the ends of |A|
-            found = self._absolute(found, common["nodes"])
-            ends = [f if g is None else g for g, f in zip(given, found, strict=True)]
-        if ends[0] == ends[1]:  # a multiple of the identity
-            width = abs(ends[0]) / 1e3 or 1e-3
-            ends = [ends[0] - width, ends[1] + width]
-            ends[0] = ends[0] if scale == "linear" else max(ends[0], 0.0)
-        return SpectralDensity(
-            boundaries=(float(ends[0]), float(ends[1])),
-            scale=scale,
-            **settings,
-            **common,
-        )
+            low, high = self._absolute((low, high), common["nodes"])
+        first, last = self._boundaries
+        low, high = low if first is None else first, high if last is None else last
+        if low == high:  # a multiple of the identity
+            width = abs(low) / 1e3 or 1e-3
+            low, high = low - width, high + width
+            low = low if scale == "linear" else max(low, 0.0)
+        ends = (low, high)
+        return SpectralDensity(boundaries=ends, scale=scale, **named, **common)
 
     @staticmethod
-    def _absolute(ends: list[float], nodes: np.ndarray) -> list[float]:
+    def _absolute(ends: tuple[float, float], nodes: np.ndarray) -> tuple[float, float]:
         """Return the ends of ``|A|``: the nodes tell how near to zero it comes.
 
         Unless the matrix is definite, and by so much that its end is accurate.
         """
         low, high = sorted(abs(end) for end in ends)
         definite = ends[0] * ends[1] > 0 and low > 0.03 * high
-        return [low if definite else float(np.abs(nodes).min()), high]
+        return low if definite else float(np.abs(nodes).min()), high
 
 
 class LanczosApproximateSpectrumCached(_CachedRuns):
@@ -255,7 +236,7 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
     ----------
     A : LinearOperator, array, sparse matrix, or Tensor
         Hermitian matrix of shape ``(N, N)``.
-    ncv, boundaries, boundaries_tol, deflate, reorthogonalization, **options
+    ncv, boundaries, boundaries_tol, deflate, **options
         See :func:`lanczos_approximate_spectrum`.
 
     Examples
@@ -276,6 +257,8 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         num_points: int = 1024,
         kappa: float = 3.0,
         margin: float = 0.05,
+        *,
+        min_width: str | float = "spacing",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues.
 
@@ -283,7 +266,7 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         ----------
         num_repeats : int, optional
             Lanczos runs; those already made are reused.
-        num_points, kappa, margin : int, float, optional
+        num_points, kappa, margin, min_width : int, float, optional
             See :class:`~curvlinops.estimators.SpectralDensity`.
 
         Returns
@@ -291,22 +274,18 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         SpectralDensity
             Unpacks as ``(grid, density)``.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "linear", settings)
+        settings = (num_points, kappa, margin, min_width)
+        return self._result("linear", num_repeats, *settings)
 
-    def approximate_abs_spectrum(
-        self,
-        num_repeats: int = 1,
-        num_points: int = 1024,
-        kappa: float = 3.0,
-        margin: float = 0.05,
-    ) -> SpectralDensity:
+    def approximate_abs_spectrum(self, *args: Any, **settings: Any) -> SpectralDensity:
         """Return the density of the eigenvalues' absolute values.
 
         Takes and returns what :meth:`approximate_spectrum` does.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "abs", settings)
+        signed = self.approximate_spectrum(*args, **settings)
+        nodes = self._rules.rules()[0][: len(signed.nodes)]
+        ends = self._absolute(signed.boundaries, nodes)
+        return signed.smooth(scale="abs", boundaries=ends)
 
 
 class LanczosApproximateLogSpectrumCached(_CachedRuns):
@@ -316,7 +295,7 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
     ----------
     A : LinearOperator, array, sparse matrix, or Tensor
         Hermitian matrix of shape ``(N, N)``.
-    ncv, boundaries, boundaries_tol, deflate, reorthogonalization, **options
+    ncv, boundaries, boundaries_tol, deflate, **options
         See :func:`lanczos_approximate_log_spectrum`.
 
     Examples
@@ -337,6 +316,8 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         kappa: float = 1.04,
         margin: float = 0.05,
         epsilon: float = 1e-5,
+        *,
+        min_width: str | float = "spacing",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues of ``|A| + epsilon I``.
 
@@ -347,7 +328,7 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         ----------
         num_repeats : int, optional
             Lanczos runs; those already made are reused.
-        num_points, kappa, margin, epsilon : int, float, optional
+        num_points, kappa, margin, epsilon, min_width : int, float, optional
             See :class:`~curvlinops.estimators.SpectralDensity`.
 
         Returns
@@ -355,8 +336,8 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         SpectralDensity
             Unpacks as ``(grid, density)``.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "log", settings | {"epsilon": epsilon})
+        settings = (num_points, kappa, margin, min_width, epsilon)
+        return self._result("log", num_repeats, *settings)
 
 
 def lanczos_approximate_spectrum(
@@ -369,9 +350,8 @@ def lanczos_approximate_spectrum(
     margin: float = 0.05,
     boundaries_tol: float = 0.01,
     *,
-    deflate: int = 0,
-    reorthogonalization: str = "auto",
-    **options: Unpack[Options],
+    min_width: str | float = "spacing",
+    **options: Unpack[RunOptions],
 ) -> SpectralDensity:
     r"""Approximate the density of a Hermitian matrix's eigenvalues.
 
@@ -393,22 +373,22 @@ def lanczos_approximate_spectrum(
     num_repeats : int, optional
         Lanczos runs that are averaged; with ``until`` the limit.
     kappa : float, optional
-        Width of the kernel, above 1; nearer to 1 is wider.
+        Width of the kernel, above 1; nearer to 1 is wider. See ``min_width``.
     boundaries : tuple, optional
         Smallest and largest eigenvalue; ``None`` entries are computed by
-        :func:`scipy.sparse.linalg.eigsh`.
+        a Lanczos run of their own.
     margin : float, optional
         How far the grid goes beyond them, relative to their distance.
     boundaries_tol : float, optional
-        Accuracy asked of ``eigsh``, relative to the largest magnitude, and for the
-        other end to the distance between both.
+        Residual norm that they may have, relative to the largest magnitude.
+    min_width : str or float, optional
+        ``"spacing"``: kernels are not narrower than the distance between the nodes
+        where they are, which a Gauss rule does not resolve (and which is zero at
+        eigenvalues that the runs have found). A number: nor than that, in the unit of
+        ``A``. 0: ``kappa`` alone, the published formula.
     deflate : int, optional
         Number of eigenvalues of largest magnitude that are computed, removed, and
         shown as spikes of their exact mass ``1 / N``.
-    reorthogonalization : str, optional
-        ``"full"``, ``"selective"``, ``"none"``, or ``"auto"``: full if the basis,
-        ``ncv`` vectors, fits into 2 GiB, else none. Without, eigenvalues may repeat;
-        their weights add up rightly, so that the density hardly changes.
     **options : Options
         See :class:`~curvlinops.estimators.Options`. ``until`` bounds the relative
         standard error of the cumulative distribution; ``return_estimate`` has no
@@ -425,8 +405,6 @@ def lanczos_approximate_spectrum(
     ValueError
         If an argument breaks its rule, a product is not finite, or the matrix turns out
         not to be Hermitian.
-    RuntimeError
-        If ``eigsh`` does not find a boundary.
 
     See Also
     --------
@@ -435,9 +413,10 @@ def lanczos_approximate_spectrum(
 
     Notes
     -----
-    Costs ``ncv * num_repeats`` products, those of ``eigsh`` (20 to 60), and
-    one for the fingerprint. Memory: the basis of one run, or 5 vectors without
-    reorthogonalisation, and the 20 vectors of ``eigsh`` unless boundaries are given.
+    Costs ``ncv * num_repeats`` products, those for the boundaries (10 to 60), and one
+    for the fingerprint. Memory: the basis of one run, ``ncv`` vectors, which is kept
+    for full orthogonalisation if it fits into 2 GiB; else 5 vectors, and eigenvalues
+    may repeat, with weights that add up rightly.
 
     1-Wasserstein distance of nodes and weights from the exact spectrum, relative to its
     range, for N = 1000 and 10 repeats (``benchmarks/density_wasserstein.py``):
@@ -475,15 +454,11 @@ def lanczos_approximate_spectrum(
     True
     """
     cached = LanczosApproximateSpectrumCached(
-        A,
-        ncv,
-        boundaries,
-        boundaries_tol,
-        deflate=deflate,
-        reorthogonalization=reorthogonalization,
-        **options,
+        A, ncv, boundaries, boundaries_tol, **options
     )
-    return cached.approximate_spectrum(num_repeats, num_points, kappa, margin)
+    return cached.approximate_spectrum(
+        num_repeats, num_points, kappa, margin, min_width=min_width
+    )
 
 
 def lanczos_approximate_log_spectrum(
@@ -497,9 +472,8 @@ def lanczos_approximate_log_spectrum(
     boundaries_tol: float = 0.01,
     epsilon: float = 1e-5,
     *,
-    deflate: int = 0,
-    reorthogonalization: str = "auto",
-    **options: Unpack[Options],
+    min_width: str | float = "spacing",
+    **options: Unpack[RunOptions],
 ) -> SpectralDensity:
     r"""Approximate the density of :math:`|A| + \epsilon I` on a logarithmic scale.
 
@@ -519,7 +493,11 @@ def lanczos_approximate_log_spectrum(
         smallest of an indefinite matrix is that of the Gauss rules' nodes.
     epsilon : float, optional
         Shift of the logarithm, above 0, in the unit of ``A``.
-    deflate, reorthogonalization, **options
+    min_width : str or float, optional
+        As there; a number is in the unit of the logarithm. The distance between the
+        nodes at zero, about ``|A| / ncv**2`` to ``|A| / ncv``, is the smallest
+        eigenvalue that can be told from zero: below it the density is flat.
+    deflate, **options
         See :func:`lanczos_approximate_spectrum`.
 
     Returns
@@ -547,14 +525,8 @@ def lanczos_approximate_log_spectrum(
     True
     """
     cached = LanczosApproximateLogSpectrumCached(
-        A,
-        ncv,
-        boundaries,
-        boundaries_tol,
-        deflate=deflate,
-        reorthogonalization=reorthogonalization,
-        **options,
+        A, ncv, boundaries, boundaries_tol, **options
     )
     return cached.approximate_log_spectrum(
-        num_repeats, num_points, kappa, margin, epsilon
+        num_repeats, num_points, kappa, margin, epsilon, min_width=min_width
     )

@@ -3,30 +3,24 @@ r"""Estimators of :math:`\mathrm{tr}(A)` from products with random vectors."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from curvlinops.estimators._run import (
-    Moments,
-    Options,
-    Run,
-    require_num_matvecs,
-)
+from curvlinops.estimators._run import Moments, Options, Run
 from curvlinops.estimators._sketch import (
     RangeSketch,
+    by_blocks,
     coldot,
     complement,
     directions,
     double,
     exchangeable_error,
-    multiply_blocks,
+    products,
+    refine,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def hutchinson_trace(
@@ -46,7 +40,8 @@ def hutchinson_trace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
@@ -56,7 +51,8 @@ def hutchinson_trace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The unbiased estimate, in the unit of ``A``.
+        The unbiased estimate, in the unit of ``A``; complex if ``A`` is, with an
+        imaginary part of rounding where that is Hermitian.
 
     Raises
     ------
@@ -85,8 +81,7 @@ def hutchinson_trace(
     (True, 90)
     """
     with Run(A, "hutchinson_trace", options, distribution, num_matvecs) as run:
-        m = require_num_matvecs(run, num_matvecs)
-        return run.mean(lambda V: coldot(V, run.multiply(V, record=False)), m)
+        return run.mean(coldot, num_matvecs)
 
 
 def hutchpp_trace(
@@ -110,18 +105,20 @@ def hutchpp_trace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`: a multiple of 3, below ``N``; with ``until`` the limit.
+        Products :math:`m`, rounded down to a multiple of 3 (``num_products`` says how
+        many were made); with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``.
     **options : Options
-        See :class:`~curvlinops.estimators.Options`. With ``until`` the subspace is
-        doubled, and the rest sampled anew, until the error is reached.
+        See :class:`~curvlinops.estimators.Options`. With ``until`` the subspace grows
+        by half, and the rest is sampled anew, until the error is reached twice.
 
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The unbiased estimate, in the unit of ``A``. The standard error is that of the
-        second term, given the subspace.
+        The unbiased estimate, in the unit of ``A``; complex if ``A`` is. The standard
+        error is that of the second term, given the subspace.
 
     Raises
     ------
@@ -147,29 +144,23 @@ def hutchpp_trace(
     >>> bool(abs(hutchpp_trace(A, 60, rng=0) - np.trace(A)) < 5e-3)
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "hutchpp_trace", options, distribution, num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs, multiple_of=3)
-        sketch, exact, spent = RangeSketch(run), torch.zeros(()), 0
+    with Run(A, "hutchpp_trace", options, distribution, num_matvecs) as run:
+        sketch = RangeSketch(run)
+        drawn = 0
 
-        def residual(V: Tensor) -> Tensor:
-            V = V - Q @ (Q.mH @ V)
-            return coldot(V, run.multiply(V))
-
-        for stage in run.stages(limit):
-            k, old = min(stage, (num_matvecs - spent) // 3), sketch.size
-            if k <= old:
-                break
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
+            nonlocal drawn
             sketch.grow(k)
-            Q = sketch.Q
-            for a, b in run.blocks(old, k):
-                exact = exact + double(coldot(Q[:, a:b], run.multiply(Q[:, a:b]))).sum()
-            moments = Moments(offset=exact)
-            run.accumulate(moments, residual, k, start=limit + spent)
-            spent += moments.count
-            if run.enough(moments):
-                break
-        return run.result(*moments.mean_and_sem(), moments.count)
+            Q, start = sketch.Q, num_matvecs // 3 + drawn  # beyond what Q knows of
+            moments = Moments(offset=double(coldot(Q, sketch.images())).sum())
+            for a, b in run.blocks(start, start + k):
+                V = run.probes.block(a, b)
+                V = V - Q @ (Q.mH @ V)
+                moments.add(coldot(V, run.multiply(V)))
+            drawn += k
+            return moments.mean_and_sem()
+
+        return refine(run, num_matvecs, estimate, coldot, grow=2, fresh=1)
 
 
 def xtrace(
@@ -194,7 +185,9 @@ def xtrace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Square matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`: a multiple of 2, below ``N``; with ``until`` the limit.
+        Products :math:`m`, rounded down to a multiple of 2 (``num_products`` says how
+        many were made); with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``. With the last two
         the residuals :math:`P_{(i)} v_i` are scaled to their expected norm, which
@@ -205,8 +198,8 @@ def xtrace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The unbiased estimate, in the unit of ``A``. The standard error accounts for
-        the dependence of the samples, which share vectors.
+        The unbiased estimate, in the unit of ``A``; complex if ``A`` is. The standard
+        error accounts for the dependence of the samples, which share vectors.
 
     Raises
     ------
@@ -230,74 +223,67 @@ def xtrace(
     >>> bool(abs(xtrace(A, 60, rng=0) - np.trace(A)) < 2e-3)
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "xtrace", options, distribution, num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs, multiple_of=2)
-        sketch, Z = RangeSketch(run), None
-        for k in run.stages(limit):
-            start = sketch.size
+    with Run(A, "xtrace", options, distribution, num_matvecs) as run:
+        sketch = RangeSketch(run)
+
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
             sketch.grow(k)
-            new = sketch.multiply_basis(start)
-            Z = new if Z is None else torch.cat([Z, new], dim=1)
-            core = _XTraceCore.of(run, sketch, Z)
-            mean, sem = exchangeable_error(run, core.samples, k)
-            if run.reached(mean, sem):
-                break
-        return run.result(mean, sem, k)
+            return _mean_and_sem(run, _xtrace_samples(run, sketch, sketch.images()), k)
+
+        return refine(run, num_matvecs, estimate, coldot, grow=2)
 
 
-@dataclass(frozen=True)
-class _XTraceCore:
-    """Inner products of the test vectors ``V``, ``A V = Q R``, and ``Z = A Q``."""
+def _mean_and_sem(
+    run: Run, samples: Callable[[int | None], Tensor], size: int
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error of leave-one-out samples.
 
-    H: Tensor  # Q^H A Q
-    R: Tensor
-    W: Tensor  # Q^H V
-    VZ: Tensor  # V^H A Q
-    norms: Tensor | None  # of the columns of V, squared, if residuals are rescaled
-    dim: int
+    For an argument ``j`` they are the samples had vector ``j`` never been drawn. The
+    covariance is averaged over at most 32 vectors.
+    """
+    terms, without, moments = samples(None), cache(samples), Moments()
+    moments.add(terms)
+    mean, sem = moments.mean_and_sem()
 
-    @classmethod
-    def of(cls, run: Run, sketch: RangeSketch, Z: Tensor) -> _XTraceCore:
-        """Compute the inner products, block by block."""
-        Q, W, VZ, norms = sketch.Q, [], [], []
-        for a, b in run.blocks(0, sketch.size):
-            V = run.probes.block(a, b)
-            W.append(double(Q.mH @ V))
-            VZ.append(double(V.mH @ Z))
-            norms.append(double(torch.linalg.vector_norm(V, dim=0)) ** 2)
-        scaled = torch.cat(norms) if run.rotation_invariant else None
-        H = double(Q.mH @ Z)
-        return cls(H, sketch.R, torch.cat(W, 1), torch.cat(VZ), scaled, run.dim)
+    def change(i: int, j: int) -> Tensor:
+        return terms[i] - without(j)[i - (i > j)]
 
-    def samples(self, left_out: int | None) -> Tensor:
-        """Return the leave-one-out samples, without one of the vectors if asked.
+    return mean, exchangeable_error(run, sem, change, min(size, 32))
 
-        With ``P_(i) = I - Q (I - s_i s_i^H) Q^H``, ``w_i = Q^H v_i`` and
-        ``x_i = (I - s_i s_i^H) w_i``, the residual is ``P_(i) v_i = v_i - Q x_i``.
-        """
+
+def _xtrace_samples(
+    run: Run, sketch: RangeSketch, Z: Tensor
+) -> Callable[[int | None], Tensor]:
+    """Return the samples from ``A V = Q R`` and ``Z = A Q``.
+
+    With ``P_(i) = I - Q (I - s_i s_i^H) Q^H``, ``w_i = Q^H v_i`` and
+    ``x_i = (I - s_i s_i^H) w_i``, the residual is ``P_(i) v_i = v_i - Q x_i``.
+    """
+    Q, k = sketch.Q, sketch.size
+
+    def inner(a: int, b: int) -> Tensor:
+        V = run.probes.block(a, b)
+        return double(torch.cat([Q.mH @ V, Z.mH @ V, (V * V).sum(0, keepdim=True)]))
+
+    all_W, all_ZV, squares = by_blocks(run, 0, k, inner).split([k, k, 1])
+    all_H = double(Q.mH @ Z)
+
+    def samples(left_out: int | None) -> Tensor:
+        keep = [i for i in range(k) if i != left_out]
+        H, R, W, ZV = all_H, sketch.R, all_W[:, keep], all_ZV[:, keep]
         if left_out is not None:
-            return self._without(left_out).samples(None)
-        H, R, W, S = self.H, self.R, self.W, directions(self.R)
-        k, SW = len(H), coldot(S, W)
+            N = complement(R, left_out)
+            H, R, W, ZV = N.mH @ H @ N, N.mH @ R[:, keep], N.mH @ W, N.mH @ ZV
+        S = directions(R)
+        SW = coldot(S, W)
         X = W - S * SW
-        residual = SW.conj() * coldot(S, R) + coldot(X, H @ X) - (self.VZ.T * X).sum(0)
-        if self.norms is not None:
-            rest = self.norms - torch.linalg.vector_norm(X, dim=0) ** 2
-            residual = residual * ((self.dim - k + 1) / rest)
+        residual = SW.conj() * coldot(S, R) + coldot(X, H @ X) - coldot(ZV, X)
+        if run.rotation_invariant:
+            rest = squares[0, keep].real - torch.linalg.vector_norm(X, dim=0) ** 2
+            residual = residual * ((run.dim - len(H) + 1) / rest)
         return H.trace() + residual - coldot(S, H @ S)
 
-    def _without(self, j: int) -> _XTraceCore:
-        N = complement(self.R, j)
-        keep = torch.arange(len(self.R), device=self.R.device) != j
-        return _XTraceCore(
-            N.mH @ self.H @ N,
-            N.mH @ self.R[:, keep],
-            N.mH @ self.W[:, keep],
-            self.VZ[keep] @ N,
-            None if self.norms is None else self.norms[keep],
-            self.dim,
-        )
+    return samples
 
 
 def xnystrace(
@@ -322,7 +308,8 @@ def xnystrace(
     A : LinearOperator, array, sparse matrix, or Tensor
         Positive semi-definite matrix of shape ``(N, N)``.
     num_matvecs : int
-        Products :math:`m`, below ``N``; with ``until`` the limit.
+        Products :math:`m`; with ``until`` the limit. As many as ``N`` give the exact
+        value, with error 0.
     distribution : str, optional
         ``"rademacher"`` (entries ±1), ``"normal"``, or ``"sphere"``. With the last two
         residuals are scaled to their expected norm, which lowers the variance.
@@ -332,19 +319,20 @@ def xnystrace(
     Returns
     -------
     Tensor, numpy scalar, or Estimate
-        The estimate, in the unit of ``A``; unbiased up to rounding. The standard error
-        accounts for the dependence of the samples, which share vectors.
+        The estimate, real, in the unit of ``A``; unbiased up to rounding. The standard
+        error accounts for the dependence of the samples, which share vectors.
 
     Raises
     ------
     ValueError
         If an argument breaks its rule, a product is not finite, or the matrix turns
-        out not to be positive semi-definite.
+        out not to be Hermitian or positive semi-definite, beyond rounding.
 
     Notes
     -----
-    Costs ``m`` products and the memory of ``4 m`` vectors. A shift by rounding error
-    times :math:`\|A\Omega\|_F` makes the inverse safe, and is taken off again.
+    Costs ``m`` products and the memory of ``3 m`` vectors. Sign vectors that repeat, as
+    they do in few dimensions, and matrices of rank below ``m`` make the inverse
+    singular: eigenvalues below rounding error are raised to it.
 
     References
     ----------
@@ -358,54 +346,54 @@ def xnystrace(
     >>> bool(abs(xnystrace(A, 60, rng=0) - np.trace(A)) < 1e-3)
     True
     """
-    size: dict[str, Any] = {"num_matvecs": num_matvecs}
-    with Run(A, "xnystrace", options, distribution, num_matvecs, **size) as run:
-        limit = require_num_matvecs(run, num_matvecs)
-        Y: Tensor | None = None
-        for k in run.stages(limit):
-            start = 0 if Y is None else Y.shape[1]
-            new = multiply_blocks(run, run.probes.block, start, k)
-            Y = new if Y is None else torch.cat([Y, new], dim=1)
-            mean, sem = exchangeable_error(run, _xnystrace_samples(run, Y), k)
-            if run.reached(mean, sem):
-                break
-        return run.result(mean, sem, k)
+    with Run(A, "xnystrace", options, distribution, num_matvecs) as run:
+        Y = run.probes.block(0, 0)
+
+        def estimate(k: int) -> tuple[Tensor, Tensor]:
+            nonlocal Y
+            Y = torch.cat([Y, products(run, Y.shape[1], k)], dim=1)
+            return _mean_and_sem(run, _xnystrace_samples(run, Y), k)
+
+        return refine(run, num_matvecs, estimate, coldot, grow=1)
 
 
 def _xnystrace_samples(run: Run, Y: Tensor) -> Callable[[int | None], Tensor]:
     """Return the samples from ``Y = A V`` as function of a vector never drawn.
 
-    With ``C^H C = V^H Y`` the approximation is ``B B^H``, ``B = Y C^-1``. Leaving out
-    ``v_i`` lowers it by ``u u^H`` with ``u = B t / |t|``, ``t = C^-H e_i``. It
-    reproduces ``Y``, so that ``v_i`` sees ``1 / |t|^2`` of the rest.
+    With the inverse ``P`` of ``V^H Y`` the approximation is ``Y P Y^H``. Leaving out
+    ``v_i`` lowers it by ``u u^H`` with ``u = Y P e_i / sqrt(P_ii)``, and ``v_i`` sees
+    ``1 / P_ii`` of the rest: next to nothing if the other vectors span it, as they do
+    where the matrix has low rank or sign vectors repeat, whence ``P`` is all but
+    infinite. Eigenvalues of ``V^H Y`` below rounding are raised to it.
     """
-    k, dim = Y.shape[1], run.dim
-    shift = float(torch.linalg.matrix_norm(Y)) * torch.finfo(Y.dtype).eps
-    V = torch.cat([run.probes.block(a, b) for a, b in run.blocks(0, k)], dim=1)
-    shifted = Y + shift * V
-    VY, VV = double(V.mH @ shifted), double(V.mH @ V)
-    R = double(torch.linalg.qr(shifted, mode="r")[1])
+    k, eps = Y.shape[1], run.operand.eps
+    V = by_blocks(run, 0, k, run.probes.block)
+    core, VV = double(V.mH @ Y), double(V.mH @ V)
+    R = double(torch.linalg.qr(Y, mode="r")[1])
+    norm = torch.linalg.matrix_norm
+    rounding = 10 * eps * float(norm(V) * norm(Y)) / k**0.5
+    hermitian = norm(core - core.mH, 2) <= rounding
+    if not hermitian or torch.linalg.eigvalsh(core)[0] < -rounding:
+        reason = "has negative quadratic forms" if hermitian else "is not Hermitian"
+        raise ValueError(
+            f"xnystrace needs a positive semi-definite matrix; this one {reason}. Use "
+            "xtrace, which takes any matrix."
+        )
 
     def samples(left_out: int | None) -> Tensor:
-        keep = torch.arange(k, device=Y.device) != (
-            -1 if left_out is None else left_out
-        )
-        core, size = VY[keep][:, keep], int(keep.sum())
-        C, info = torch.linalg.cholesky_ex((core + core.mH) / 2, upper=True)
-        if int(info):
-            raise ValueError(
-                "xnystrace needs a positive semi-definite matrix; this one has "
-                "negative quadratic forms. Use xtrace, which takes any matrix."
-            )
-        B = torch.linalg.solve_triangular(C, R[:, keep], upper=True, left=False)
-        T = torch.linalg.inv(C).mH
-        norms = coldot(T, T).real
-        BT = B @ T
-        residual = 1 / norms
+        keep = [i for i in range(k) if i != left_out]
+        values, U = torch.linalg.eigh(core[keep][:, keep])
+        if values[-1] <= 0:  # the zero matrix
+            return torch.zeros_like(values)
+        values = values.clamp(min=eps * float(values[-1]))
+        RU = R[:, keep] @ U
+        RP = RU @ (U / values).mH
+        diagonal = (U.abs() ** 2 / values).sum(1)
+        residual = 1 / diagonal
         if run.rotation_invariant:
             rest = 1 / torch.linalg.inv(VV[keep][:, keep]).diagonal().real
-            residual = residual * (dim - size + 1) / rest
-        removed = coldot(BT, BT).real / norms
-        return coldot(B, B).real.sum() + residual - removed - shift * dim
+            residual = residual * (run.dim - len(U) + 1) / rest
+        removed = coldot(RP, RP).real / diagonal
+        return (coldot(RU, RU).real / values).sum() + residual - removed
 
     return samples

@@ -6,14 +6,16 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from curvlinops._operand import to_numpy
 from curvlinops._random import Rng, as_seed
-from curvlinops.estimators._base import Estimate, to_numpy
+from curvlinops.estimators._base import Estimate
 from curvlinops.estimators.eigenpairs import Eigenpairs, top_eigenpairs
 from curvlinops.estimators.norm import hutchinson_squared_fro
 from curvlinops.estimators.trace import hutchinson_trace, hutchpp_trace
@@ -35,10 +37,12 @@ class Track:
     Attributes
     ----------
     columns : dict
-        NumPy arrays of one length by name. ``"trace_error"`` is the standard error of
+        NumPy arrays of one length by name. ``"trace_error"`` is the error of
         ``"trace"``, ``"eigenvalue_0"`` the leading eigenvalue, ``"residual_0"`` the
         norm of its residual, ``"overlap"`` that of the leading subspace with the step
-        before: :math:`\|U_t^{\mathrm{H}} U_{t-1}\|_F^2 / k`, from 0 to 1.
+        before: :math:`\|U_t^{\mathrm{H}} U_{t-1}\|_F^2 / k`, from 0 to 1. Numbers are
+        real but where an imaginary part exceeds rounding, as in traces of complex
+        matrices that are not Hermitian.
     eigenpairs : Eigenpairs or None
         Those of the last step, to go on with.
     """
@@ -65,10 +69,8 @@ class Track:
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns)
-            rows = zip(
-                *(column.tolist() for column in self.columns.values()), strict=True
-            )
-            writer.writerows(rows)
+            columns = (column.tolist() for column in self.columns.values())
+            writer.writerows(zip(*columns, strict=True))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the columns to an npz file.
@@ -122,9 +124,11 @@ def track(
     build : callable, optional
         From a checkpoint to the matrix.
     k, which : int, str, optional
-        Number and end of the eigenvalues, see :func:`top_eigenpairs`.
+        Number (all, of smaller matrices) and end of the eigenvalues, see
+        :func:`top_eigenpairs`.
     num_matvecs : int, optional
-        Products for each quantity given by name, see its function.
+        Products for each quantity given by name, see its function; matrices with no
+        more columns are evaluated exactly.
     steps : iterable, optional
         Numbers that name the rows; default 0, 1, 2, ...
     start : Eigenpairs, optional
@@ -174,8 +178,9 @@ def track(
         for name, function in functions.items():
             if name == EIGENVALUES:
                 before = pairs
-                pairs = top_eigenpairs(A, k, which, start=before, rng=seed)
-                row |= _eigenvalue_columns(pairs, before, k)
+                count = min(k, A.shape[0])
+                pairs = top_eigenpairs(A, count, which, start=before, rng=seed)
+                row |= _eigenvalue_columns(pairs, before, count)
             elif function is not None:
                 row |= _columns(name, function(A))
         rows.append(row)
@@ -186,31 +191,21 @@ def track(
 
 
 def _functions(
-    quantities: Quantities,
-    num_matvecs: int,
-    seed: int,
+    quantities: Quantities, num_matvecs: int, seed: int
 ) -> dict[str, Callable[[Any], Any] | None]:
     """Return the functions behind the quantities; ``None`` for the eigenvalues."""
     if isinstance(quantities, Mapping):
         return dict(quantities)
-    functions: dict[str, Callable[[Any], Any] | None] = {}
-    for name in [quantities] if isinstance(quantities, str) else quantities:
-        if name not in (EIGENVALUES, *QUANTITIES):
-            raise ValueError(
-                f"A quantity is one of {', '.join((EIGENVALUES, *QUANTITIES))}, or a "
-                f"mapping from a name to a function; got {name!r}."
-            )
-        functions[name] = (
-            None if name == EIGENVALUES else _bind(name, num_matvecs, seed)
+    options = {"num_matvecs": num_matvecs, "rng": seed, "return_estimate": True}
+    functions: dict[str, Callable[[Any], Any] | None] = {EIGENVALUES: None}
+    functions |= {name: partial(f, **options) for name, f in QUANTITIES.items()}
+    names = [quantities] if isinstance(quantities, str) else list(quantities)
+    if unknown := [name for name in names if name not in functions]:
+        raise ValueError(
+            f"A quantity is one of {', '.join(functions)}, or a mapping from a name to "
+            f"a function; got {unknown[0]!r}."
         )
-    return functions
-
-
-def _bind(name: str, num_matvecs: int, seed: int) -> Callable[[Any], Any]:
-    def quantity(A: Any) -> Any:
-        return QUANTITIES[name](A, num_matvecs, rng=seed, return_estimate=True)
-
-    return quantity
+    return {name: functions[name] for name in names}
 
 
 def _matrix(item: Any, build: Callable[[Any], Any] | None) -> Any:
@@ -225,22 +220,23 @@ def _matrix(item: Any, build: Callable[[Any], Any] | None) -> Any:
     return item
 
 
-def _columns(name: str, value: Any) -> dict[str, float]:
-    if isinstance(value, Estimate):
-        return {name: float(value), f"{name}_error": float(value.standard_error)}
-    return {name: float(value)}
+def _columns(name: str, result: Any) -> dict[str, complex]:
+    if isinstance(result, Estimate):
+        return _columns(name, result.value) | {f"{name}_error": float(result.error)}
+    value = to_numpy(result)
+    number = complex(value.item())
+    rounding = 1e3 * np.finfo(np.result_type(value, np.float32)).eps * abs(number)
+    return {name: number.real if abs(number.imag) <= rounding else number}
 
 
 def _eigenvalue_columns(
     pairs: Eigenpairs, before: Eigenpairs | None, k: int
 ) -> dict[str, float]:
-    missing = (0, k - len(pairs.numpy()))  # did not converge
-    values, residuals = (
-        np.pad(to_numpy(x).astype(float), missing, constant_values=np.nan)
-        for x in (pairs.values, pairs.residual_norms)
-    )
-    columns = {f"eigenvalue_{i}": float(value) for i, value in enumerate(values)}
-    columns |= {f"residual_{i}": float(norm) for i, norm in enumerate(residuals)}
+    columns: dict[str, float] = {}
+    named = {"eigenvalue": pairs.values, "residual": pairs.residual_norms}
+    for name, found in named.items():
+        columns |= {f"{name}_{i}": np.nan for i in range(k)}  # if not converged
+        columns |= {f"{name}_{i}": float(x) for i, x in enumerate(to_numpy(found))}
     columns["overlap"] = np.nan
     if before is not None:
         cosines = to_numpy(pairs.vectors).conj().T @ to_numpy(before.vectors)
