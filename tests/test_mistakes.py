@@ -1482,13 +1482,6 @@ ALGEBRA = (
     ("Hutch++, too few", lambda: hutchpp_trace(hard(), 2), V, "2.*3", "Ask for 3"),
     ("XTrace, too few", lambda: xtrace(hard(), 1), V, "1.*2 products", "Hutchinson"),
     (
-        "spectrum, Krylov dimension",
-        lambda: lanczos_approximate_spectrum(definite(), 9),
-        V,
-        "ncv.*9.*3",
-        "above the dimension",
-    ),
-    (
         "spectrum, option",
         lambda: lanczos_approximate_spectrum(hard(), 5, kapa=3),
         T,
