@@ -4,18 +4,8 @@ import warnings
 
 import pytest
 import torch
-from layouts import (
-    ATTENTION,
-    CASES,
-    PROJECTIONS,
-    WB,
-    Case,
-    W,
-    attend,
-    of_lengths,
-    padded,
-    raising,
-)
+from layouts import CASES, WB, Case, W
+from packing import ATTENTION, PROJECTIONS, attend, of_lengths, padded, raising
 from test_geometry import KNOWN, block_of, exact_blocks
 from test_ladder import blocks_only
 from torch import nn

@@ -144,7 +144,7 @@ def _batches(
         data = strided(tensors_in(batch.X))
         for use in recorder.uses:
             use.take_from(data)
-        key = size, recorder.form
+        key = size, recorder.form, tuple(_names(recorder.uses))
         findings = known.get(key) or found(risk, batch, recorder, size)
         if findings.lasts and not (recorder.selects or recorder.compares):
             known[key] = findings
@@ -170,19 +170,18 @@ def found(
         owners = torch.zeros(loss.num_rows, dtype=torch.long, device=device)
         return Findings(1, [None] * len(uses), owners)
     trial = Trial(risk, batch, recorder, size)
-    if not recorder.selects or loss.num_rows != size:
+    if not recorder.selects:  # some data say nothing of the others then
         trial.look()
-    if trial.owners is not None and all(trial.places) and not recorder.selects:
+    if trial.owners is not None and all(trial.places):
         return Findings(size, trial.places, trial.owners.to(device))
-    guesses, sure = trial.guesses()
-    best: tuple[list[Order | Tensor | None], Tensor] | None = None
-    for owners in guesses:
+    best: tuple[list[Order | Tensor | None], Tensor, bool] | None = None
+    for owners, sure in trial.guesses():
         places = places_in(batch, uses, owners.to(device), size, trial.places)
         if best is None or places.count(None) < best[0].count(None):
-            best = places, owners.to(device)
+            best = places, owners.to(device), sure
         if None not in places:
             break
-    if best is None or (None in best[0] and not sure):
+    if best is None or (None in best[0] and not best[2]):
         warnings.warn(
             "It was not found which rows of the model's output belong to which datum, "
             "or data have parts in each other's outputs: each row is sent back on its "
@@ -191,13 +190,14 @@ def found(
             stacklevel=2,
         )
         return Findings(1, [None] * len(uses), None, sure=False)
+    places, owners, sure = best
     reasons: dict[str, str] = {}
-    for use, place in zip(uses, best[0], strict=True):
+    for use, place in zip(uses, places, strict=True):
         if place is None:
             names = filter(None, (use.weight, use.bias))
             reason = _COUPLED if trial.owners is None else _SHARED
             reasons |= dict.fromkeys(names, reason)
-    return Findings(size, *best, reasons, sure)
+    return Findings(size, places, owners, reasons, sure)
 
 
 class Trial:
@@ -252,17 +252,17 @@ class Trial:
         if not self._compare(alone + rest) and N > 2:  # a model may need several
             self._compare([range(0, N - 1, N - 2), *rest])
 
-    def guesses(self) -> tuple[list[Tensor], bool]:
-        """Return owners that the output's rows may have, and whether they have some."""
+    def guesses(self) -> Iterator[tuple[Tensor, bool]]:
+        """Yield owners that the output's rows may have, and whether they are data."""
         N, shape = self._size, self._batch.loss.row_shape
         if self.owners is not None:
-            return [self.owners], True
-        if prod(shape) == N:
-            return [torch.arange(N)], True
-        if (owners := self._of_each()) is not None:
-            return [owners], True
-        some = [o.owners(shape, N).reshape(-1) for o in orders(shape, N)]
-        return some, N in shape
+            yield self.owners, True
+        elif prod(shape) == N:
+            yield torch.arange(N), True
+        if N not in shape and (owners := self._of_each()) is not None:
+            yield owners, True
+        for order in orders(shape, N):
+            yield order.owners(shape, N).reshape(-1), N in shape
 
     def _tables(self) -> list[list[int]]:
         """Return which tensors that are as long as the batch may be no data.
