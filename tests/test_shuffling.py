@@ -93,6 +93,17 @@ def test_it_is_said_once_with_the_cure(net: nn.Module, dataset: Any, place: int)
         assert part in message
 
 
+def test_it_is_said_without_a_check(net: nn.Module, dataset: Any):
+    loader = DataLoader(dataset, 3, shuffle=True)
+    params = dict(net.named_parameters())
+    A = GGNLinearOperator(net, LOSS, params, loader, check_deterministic=False)
+    assert "shuffle=False" in A.status().reason
+    with pytest.warns(UserWarning, match="shuffle=False") as caught:
+        for _ in range(3):
+            A @ np.ones(26)
+    assert len(caught) == 1
+
+
 def test_what_it_does_not_concern(net: nn.Module, dataset: Any):
     """Data that repeat, matrices that need no data, and what was asked for."""
     params = dict(net.named_parameters())
@@ -151,11 +162,12 @@ def test_plan_and_status_say_why(net: nn.Module, dataset: Any):
         return A
 
     loader = DataLoader(dataset, 3, shuffle=True)
+    unknown = make(DataLoader(dataset, 3), check_deterministic=False)
     cases = (
         (make(loader), "shuffle=True.*shuffle=False"),
-        (make(loader, check_deterministic=False), "check_deterministic.*list"),
-        (make([*loader], cache="off"), "`cache` is \"off\""),
-    )  # fmt: skip
+        (unknown, "check_deterministic.*list"),
+        (make([*loader], cache="off"), '`cache` is "off"'),
+    )
     for A, reason in cases:
         plan, status = A.plan(), A.status()
         for said in (plan.reason, status.reason, str(plan), str(status)):

@@ -25,6 +25,11 @@ def described(data: Any) -> str:
     return f"a `{type(data).__name__}`"
 
 
+def shuffles(data: Any) -> bool:
+    """Whether data are a loader that is known to give them in random order."""
+    return isinstance(_sampler(data), (RandomSampler, WeightedRandomSampler))
+
+
 def why_passes_differ(data: Any) -> str:
     """Say why passes over some data have other losses, and what to do about it."""
     sampler = _sampler(data)
@@ -67,7 +72,7 @@ def why_nothing_is_kept(data: Any, shuffled: bool, repeats: bool, cache: Any) ->
     """Say why products keep nothing for later ones; nothing if they may."""
     if cache == "off":
         return 'Nothing is kept, since `cache` is "off".'
-    if shuffled:
+    if shuffled or (not repeats and shuffles(data)):
         return (
             f"Nothing is kept, since the batches of {described(data)} differ from pass "
             f"to pass. {_CURE}."

@@ -84,7 +84,7 @@ from curvlinops._plan import (
 )
 from curvlinops._reach import CopyLeaksError, Reach
 from curvlinops._reading import PLAIN, ClassesElsewhereError
-from curvlinops._shuffling import warn_about_shuffling, why_nothing_is_kept
+from curvlinops._shuffling import shuffles, warn_about_shuffling, why_nothing_is_kept
 from curvlinops._spaces import TensorSpace, numeric_array, to_numpy
 from curvlinops._status import Status, status_of
 from curvlinops._structure import own_names, require_same_parameters
@@ -1105,8 +1105,7 @@ class EmpiricalRisk:
     def _session(self, run: Callable[[], T], key: Hashable = None) -> T:
         if self._replays(key):
             return run()  # needs neither the model nor the data
-        loses = self._shuffled and self.cache != "off" and key is not None
-        if loses and not self._rehearses:
+        if key is not None and self._loses_by_shuffling():
             warn_about_shuffling(self.data)
         loss = self.loss_function
         known = loss is None or not loss.loss.opaque  # and not called
@@ -1510,6 +1509,12 @@ class EmpiricalRisk:
             return None
 
     # -- determinism ------------------------------------------------------------
+
+    def _loses_by_shuffling(self) -> bool:
+        """Whether something would be kept if the data came in a fixed order."""
+        if self._repeats or self._rehearses or self.cache == "off":
+            return False
+        return self._shuffled or shuffles(self.data)
 
     def why_nothing_is_kept(self) -> str:
         """Say why products keep nothing for later ones; nothing if they may."""
