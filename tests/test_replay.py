@@ -338,8 +338,8 @@ def test_a_jacobian_that_cannot_be_vectorised_is_not_kept(monkeypatch):
             raise RuntimeError("no batching rule")
         return grad(*args, **options)
 
-    grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    grad = _linearization.grad
+    monkeypatch.setattr(_linearization, "grad", refuse)
     args = find("mlp-tanh-ce").build()
     A, plain = GGNLinearOperator(*args), GGNLinearOperator(*args, cache="off")
     A.risk.model.by_datum = False
