@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
-from scipy.stats import t as student_t
 
 from curvlinops.estimators._base import (
     ArrayResult,
@@ -20,6 +19,7 @@ from curvlinops.estimators._base import (
     to_json,
     to_numpy,
 )
+from curvlinops.estimators.smoothing import beta_means, node_spacing
 
 SCALES = ("linear", "log", "abs")
 
@@ -37,16 +37,20 @@ def check_settings(scale: str, settings: dict[str, Any]) -> None:
     scale : str
         See :class:`SpectralDensity`, like all others.
     settings : dict
-        Values of ``num_points``, ``kappa``, ``margin``, ``epsilon``, ``boundaries``.
+        Values of ``num_points``, ``kappa``, ``margin``, ``epsilon``, ``boundaries``,
+        ``min_width``.
     """
     require_choice("scale", scale, SCALES)
     require_positive_int("num_points", settings["num_points"])
     low, high = settings["boundaries"]
+    width = settings["min_width"]
     known = [end for end in (low, high) if end is not None]
     rules = {
         "num_points is at least 2": settings["num_points"] > 1,
         "kappa is above 1": settings["kappa"] > 1,
         "margin is not negative": settings["margin"] >= 0,
+        "min_width is 'spacing' or a number that is not negative": width == "spacing"
+        or (not isinstance(width, str) and 0 <= width < np.inf),
         "epsilon is above 0": scale != "log" or settings["epsilon"] > 0,
         "boundaries are finite": all(np.isfinite(known)),
         "boundaries are a pair (low, high), low < high": len(known) < 2 or low < high,
@@ -66,20 +70,28 @@ class SpectralDensity(ArrayResult):
     .. math::
         \phi(\lambda) = \frac{1}{R} \sum_{r=1}^{R} \sum_{j=1}^{m} w_{rj}
         \frac{1}{\sigma} \varphi\left(\frac{\lambda - \theta_{rj}}{\sigma}\right),
-        \quad \sigma = \frac{b - a}{(m - 1) \sqrt{8 \log \kappa}}
+        \quad \sigma^2 = \left(\frac{b - a}{(m - 1) \sqrt{8 \log \kappa}}\right)^2
+        + s(\theta_{rj})^2
 
-    with the ends :math:`a, b` of the grid (boundaries and margin).
+    with the ends :math:`a, b` of the grid (boundaries and margin) and the
+    :meth:`spacing` :math:`s` of the nodes, which depends on the position. Of ``|A|`` it
+    is folded at zero. In the logarithm the nodes are first smoothed by :math:`s` and
+    folded, then smoothed by the rest on the logarithmic axis.
+
+    What is estimated is the spectrum, smoothed with the same kernels
+    (:meth:`smoothed`). Nodes see it as if all eigenvalues within their spacing were at
+    one place, hence kernels that are narrower show the nodes' places instead.
 
     Attributes
     ----------
-    nodes, weights : numpy.ndarray
+    nodes, weights : Tensor or numpy.ndarray
         Gauss rules of the runs, of shape ``(R, m)``; the weights of a run sum to the
         share of eigenvalues that are not in :attr:`spikes`.
     boundaries : tuple of float
         Smallest and largest eigenvalue (of ``|A|`` if ``scale`` is not ``"linear"``).
     dim : int
         Number of eigenvalues.
-    spikes : numpy.ndarray
+    spikes : Tensor or numpy.ndarray
         Eigenvalues taken out beforehand, each of the mass ``1 / dim``.
     scale : str
         ``"linear"``; ``"abs"`` for the density of ``|A|``; ``"log"`` for that of
@@ -92,7 +104,19 @@ class SpectralDensity(ArrayResult):
         other matrices), fingerprint of the matrix (norm and inner products of a product
         with a fixed vector), seed, settings, products, versions.
     convert : callable
-        From NumPy arrays to what grid, density and bands are given as.
+        From NumPy arrays to what all arrays are given as.
+    min_width : str or float
+        ``"spacing"``: the formula above. A number: instead of adding :math:`s`, kernels
+        are at least that wide, in the unit of ``A`` or of its logarithm; 0 leaves the
+        width to ``kappa``, as it was published, and then the band does not know how far
+        nodes are from the eigenvalues for which they stand.
+
+    References
+    ----------
+    Golub, Meurant, "Matrices, Moments and Quadrature with Applications", Princeton
+    (2010), on Christoffel functions and the mass that nodes stand for. Lin, Saad, Yang,
+    "Approximating spectral densities of large matrices", SIAM Review 58 (2016),
+    arXiv:1308.5467.
 
     Examples
     --------
@@ -100,19 +124,21 @@ class SpectralDensity(ArrayResult):
     >>> from scipy.integrate import trapezoid
     >>> from curvlinops.estimators import lanczos_approximate_spectrum
     >>> A = np.diag(np.linspace(-1.0, 1.0, 500))
-    >>> result = lanczos_approximate_spectrum(A, 40, kappa=1.1, rng=0)
+    >>> result = lanczos_approximate_spectrum(A, 40, rng=0)
     >>> grid, density = result
     >>> bool(np.isclose(trapezoid(density, grid), 1.0))
     True
-    >>> bool(abs(density[512] - 0.5) < 0.1)  # uniform on [-1, 1]
+    >>> truth = result.smoothed(np.linspace(-1.0, 1.0, 500))
+    >>> low, high = result.band()
+    >>> bool(np.mean((low <= truth) & (truth <= high)) > 0.9)
     True
     """
 
-    nodes: np.ndarray
-    weights: np.ndarray
+    nodes: Any
+    weights: Any
     boundaries: tuple[float, float]
     dim: int
-    spikes: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    spikes: Any = ()
     scale: str = "linear"
     num_points: int = 1024
     kappa: float = 3.0
@@ -120,11 +146,17 @@ class SpectralDensity(ArrayResult):
     epsilon: float = 1e-5
     provenance: dict[str, Any] = field(default_factory=dict)
     convert: Callable[[Any], Any] = field(default=_identity, repr=False)
+    min_width: Any = field(default="spacing", kw_only=True)
+    _exact: dict[str, np.ndarray] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
-        names = ("num_points", "kappa", "margin", "epsilon", "boundaries")
-        check_settings(self.scale, {name: getattr(self, name) for name in names})
+        """Check the arguments; arrays are shown in the matrix's kind and precision."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        check_settings(self.scale, settings)
+        arrays = ("nodes", "weights", "spikes")
+        exact = {name: np.float64(to_numpy(settings[name])) for name in arrays}
+        shown = {name: self.convert(array) for name, array in exact.items()}
+        vars(self).update(shown, _exact=exact)
 
     def smooth(self, **settings: Any) -> SpectralDensity:
         """Return the density of the same runs, seen differently.
@@ -132,14 +164,15 @@ class SpectralDensity(ArrayResult):
         Parameters
         ----------
         **settings
-            Any of ``num_points``, ``kappa``, ``margin``, ``boundaries``, ``epsilon``.
+            Any of ``num_points``, ``kappa``, ``margin``, ``boundaries``, ``epsilon``,
+            ``min_width``.
 
         Returns
         -------
         SpectralDensity
             Costs no products.
         """
-        return replace(self, **settings)
+        return replace(self, **self._exact | settings)
 
     def _coordinate(self, x: np.ndarray) -> np.ndarray:
         """Map eigenvalues of ``A``, ``|A|`` (or grid points) to the kernel's axis."""
@@ -147,78 +180,188 @@ class SpectralDensity(ArrayResult):
             return x
         return np.abs(x) if self.scale == "abs" else np.log(np.abs(x) + self.epsilon)
 
+    @property
+    def _spaced(self) -> bool:
+        return isinstance(self.min_width, str)
+
     @cached_property
     def _ends(self) -> tuple[float, float]:
         low, high = self._coordinate(np.array(self.boundaries, dtype=np.float64))
         pad = self.margin * (high - low)
-        return float(low - pad), float(high + pad)
+        start = low - pad if self.scale != "abs" else max(low - pad, 0.0)
+        return float(start), float(high + pad)
 
     @cached_property
-    def _points(self) -> np.ndarray:
+    def _cells(self) -> tuple[np.ndarray, np.ndarray]:
+        """Points of the grid, and the ends of the cells around them."""
         points = np.linspace(*self._ends, self.num_points)
-        return np.exp(points) if self.scale == "log" else points
+        points = np.exp(points) if self.scale == "log" else points
+        return points, np.r_[points[:1], (points[1:] + points[:-1]) / 2, points[-1:]]
 
     @cached_property
-    def samples(self) -> np.ndarray:
-        """Density of every run, of shape ``(R, num_points)``.
+    def _width(self) -> float:
+        """Standard deviation of all kernels, in their axis."""
+        low, high = self._ends
+        steps = max(self._exact["nodes"].shape[1] - 1, 1)
+        width = (high - low) / steps / np.sqrt(8 * np.log(self.kappa))
+        return float(width if self._spaced else max(width, self.min_width))
+
+    @cached_property
+    def _spacings(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        rules = zip(self._exact["nodes"], self._exact["weights"], strict=True)
+        return [node_spacing(*rule) for rule in rules if self._spaced]
+
+    def spacing(self, eigenvalues: Any) -> np.ndarray:
+        """Return by how much kernels are widened, in the unit of the matrix.
+
+        Parameters
+        ----------
+        eigenvalues : array-like
+            Where, of any shape.
+
+        Returns
+        -------
+        numpy.ndarray
+            Mean of the runs' spacing of nodes (:func:`node_spacing`), which is linear
+            between nodes, of the same shape; zero unless ``min_width="spacing"``.
+        """
+        x, total = np.asarray(to_numpy(eigenvalues), dtype=np.float64), 0.0
+        for known in self._spacings:
+            total += np.interp(x, *known)
+        return total / max(len(self._spacings), 1) + np.zeros_like(x)
+
+    def _normal(self, centers: np.ndarray, widths: Any) -> np.ndarray:
+        """Return the mass of normal kernels in cells, of shape ``(n, num_points)``."""
+        _, axis = self._cells
+        axis = np.log(axis) if self.scale == "log" else axis
+        c, w = centers[:, None], np.broadcast_to(widths, centers.shape)[:, None]
+        below = ndtr((axis - c) / w)
+        if self.scale == "abs":
+            below -= ndtr((-axis - c) / w)
+        return np.diff(below, axis=1)
+
+    def _kernels(self, x: np.ndarray, blur: np.ndarray) -> np.ndarray:
+        """Return the density of one eigenvalue each, of shape ``(n, num_points)``.
 
         Averages over the cells around the grid points, so that the trapezoidal rule
-        integrates every kernel to its weight whatever its width. Kernels at the end
-        of the grid are cut off there and scaled up.
+        integrates every kernel to one whatever its width. Kernels at the end of the
+        grid are cut off there and scaled up.
         """
+        centers = self._coordinate(x)
+        slope = 1 / (np.abs(x) + self.epsilon) if self.scale == "log" else 1.0
+        kernels = self._normal(centers, np.hypot(self._width, slope * blur))
+        bent = slope * blur > self._width / 4
+        if self.scale == "log" and bent.any():
+            # Their image is not normal in the logarithm: smoothed cell by cell.
+            c, s = x[bent, None], blur[bent, None]
+            top = np.log((np.abs(c) + 8 * s).max() + self.epsilon)
+            axis = np.arange(np.log(self.epsilon), top, self._width / 8)
+            size = np.append(np.exp(axis) - self.epsilon, np.inf)
+            mass = np.diff(ndtr((size - c) / s) - ndtr((-size - c) / s))
+            kernels[bent] = mass @ self._normal(axis + self._width / 16, self._width)
         low, high = self._ends
-        steps = max(self.nodes.shape[1] - 1, 1)
-        sigma = (high - low) / steps / np.sqrt(8 * np.log(self.kappa))
-        points = self._points
-        edges = np.concatenate(
-            [points[:1], (points[1:] + points[:-1]) / 2, points[-1:]]
-        )
-        axis = np.log(edges) if self.scale == "log" else edges
-        densities = []
-        for nodes, weights in zip(self.nodes, self.weights, strict=True):
-            centers = self._coordinate(nodes)[:, None]
-            cumulative = ndtr((axis - centers) / sigma)
-            mass = cumulative[:, -1] - cumulative[:, 0]
-            inside = ((centers >= axis[0]) & (centers <= axis[-1]))[:, 0]
-            scaled = weights / np.where(inside, mass, 1.0)
-            densities.append(scaled @ np.diff(cumulative, axis=1) / np.diff(edges))
-        return np.array(densities)
+        inside = (centers >= low) & (centers <= high)
+        scale = np.where(inside, kernels.sum(1), 1.0)
+        return kernels / scale[:, None] / np.diff(self._cells[1])
+
+    def smoothed(self, eigenvalues: Any) -> Any:
+        """Return the density of given eigenvalues through the kernels of this one.
+
+        Parameters
+        ----------
+        eigenvalues : array-like
+            Of ``A``, without those in :attr:`spikes`.
+
+        Returns
+        -------
+        Tensor or numpy.ndarray
+            Like :attr:`density`, which estimates it if these are all eigenvalues.
+        """
+        x = np.asarray(to_numpy(eigenvalues), dtype=np.float64)
+        return self.convert(self._kernels(x, self.spacing(x)).sum(0) / self.dim)
+
+    @cached_property
+    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Integrals of the kernels by every rule, and of their squares by all."""
+        nodes, weights = self._exact["nodes"], self._exact["weights"]
+        runs = zip(weights, map(self._kernels, nodes, self.spacing(nodes)), strict=True)
+        moments = [(w @ kernels, w @ kernels**2) for w, kernels in runs]
+        first, second = zip(*moments, strict=True)
+        return np.array(first), np.mean(second, axis=0)
+
+    @property
+    def _seen(self) -> float:
+        """Number of eigenvalues that the start vectors see."""
+        return float(self._exact["weights"].sum(1).mean()) * self.dim
+
+    @cached_property
+    def samples(self) -> Any:
+        """Density of every run, of shape ``(R, num_points)``."""
+        return self.convert(self._moments[0])
 
     @cached_property
     def grid(self) -> Any:
         """Points at which the density is given, of shape ``(num_points,)``."""
-        return self.convert(self._points)
+        return self.convert(self._cells[0])
 
     @cached_property
     def density(self) -> Any:
         """Share of the eigenvalues per unit of the grid, without the spikes."""
-        return self.convert(self.samples.mean(0))
+        return self.convert(self._moments[0].mean(0))
 
     @cached_property
     def standard_error(self) -> Any:
-        """Standard error of :attr:`density` over the runs; NaN for one run."""
-        R = len(self.nodes)
-        if R < 2:
-            return self.convert(np.full(self.num_points, np.nan))
-        return self.convert(self.samples.std(0, ddof=1) / np.sqrt(R))
+        r"""Standard deviation of :attr:`density` over start vectors on the sphere.
+
+        .. math::
+            \sqrt{\frac{2}{R (N + 2)} \left(\int k^2 \, \mathrm{d} \mu -
+            \left(\int k \, \mathrm{d} \mu\right)^2\right)}
+
+        for the kernel :math:`k` at a point and the mean :math:`\mu` of the Gauss rules,
+        so that it exists for one run. For complex matrices it is too large, at most by
+        the square root of two.
+        """
+        (samples, second), seen = self._moments, self._seen
+        spread = seen / self.dim * second - samples.mean(0) ** 2
+        variance = 2 / len(samples) / (seen + 2) * np.maximum(spread, 0.0)
+        return self.convert(np.sqrt(variance))
 
     def band(self, level: float = 0.95) -> tuple[Any, Any]:
-        """Return the pointwise confidence band, cut off at zero.
+        r"""Return the pointwise confidence band of the smoothed density.
+
+        At a point, a run's density is a mean of kernels with the squared entries of a
+        vector on the sphere as weights. Where kernels are equal or zero, this has a
+        beta distribution. The one with the same mean and variance stands for it
+        elsewhere (Satterthwaite), and the band holds the means for which the density is
+        not in its tails: exactly right for eigenvalues far from all others.
 
         Parameters
         ----------
         level : float, optional
-            Probability that the band covers the smoothed density, at one point.
+            Probability that the band covers :meth:`smoothed` of all eigenvalues, at one
+            point.
 
         Returns
         -------
         tuple
             Lower and upper end, like :attr:`density`.
+
+        Raises
+        ------
+        ValueError
+            If the level is not between 0 and 1.
         """
-        quantile = student_t.ppf((1 + level) / 2, max(len(self.nodes) - 1, 1))
-        width = quantile * to_numpy(self.standard_error)
-        mean = self.samples.mean(0)
-        return self.convert(np.maximum(mean - width, 0)), self.convert(mean + width)
+        if not 0 < level < 1:
+            raise ValueError(f"level is between 0 and 1, got {level!r}.")
+        (samples, second), seen = self._moments, self._seen
+        mean = samples.mean(0)
+        tiny = np.finfo(mean.dtype).tiny
+        height = seen / self.dim * second / np.maximum(mean, tiny)
+        part = mean / np.maximum(height, tiny)
+        count = len(samples) * (seen / 2 + 1) - 1
+        ends = beta_means(part, count, ((1 + level) / 2, (1 - level) / 2))
+        low, high = (self.convert(end * height) for end in ends)
+        return low, high
 
     def __iter__(self) -> Iterator[Any]:
         """Yield grid and density."""
@@ -226,7 +369,7 @@ class SpectralDensity(ArrayResult):
 
     def numpy(self) -> np.ndarray:
         """Return grid and density as rows of a NumPy array."""
-        return np.stack([self._points, self.samples.mean(0)])
+        return np.stack([self._cells[0], self._moments[0].mean(0)])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything, provenance included, to an npz file.
@@ -236,8 +379,8 @@ class SpectralDensity(ArrayResult):
         path : str or path-like
             File to write. Grid and density are in it for other programs to read.
         """
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        del plain["convert"]
+        plain = {f.name: getattr(self, f.name) for f in fields(self)} | self._exact
+        del plain["convert"], plain["_exact"]
         plain["provenance"] = to_json(self.provenance)
         grid, density = self.numpy()
         error = to_numpy(self.standard_error)
@@ -253,12 +396,13 @@ class SpectralDensity(ArrayResult):
         path : str or path-like
             The file.
         """
+        names = {f.name for f in fields(cls) if f.init}
         with np.load(path) as file:
-            plain = {f.name: file[f.name] for f in fields(cls) if f.name != "convert"}
+            plain = {name: file[name] for name in names.intersection(file.files)}
         values = {name: x if x.ndim else x.item() for name, x in plain.items()}
         values["boundaries"] = tuple(values["boundaries"].tolist())
         values["provenance"] = json.loads(values["provenance"])
-        return cls(**values)
+        return cls(**{"min_width": 0.0} | values)  # files of old have none
 
     def plot(self, ax: Any = None, level: float = 0.95, **style: Any) -> Any:
         """Draw density, confidence band, and spikes.
@@ -268,7 +412,7 @@ class SpectralDensity(ArrayResult):
         ax : matplotlib.axes.Axes, optional
             Where to; default: the current axes.
         level : float, optional
-            Of the band, which takes two runs.
+            Of the band.
         **style
             Passed on to ``ax.plot``.
 
@@ -283,11 +427,10 @@ class SpectralDensity(ArrayResult):
         grid, density = self.numpy()
         (line,) = ax.plot(grid, density, **style)
         color = line.get_color()
-        if len(self.nodes) > 1:
-            low, high = (to_numpy(end) for end in self.band(level))
-            ax.fill_between(grid, low, high, color=color, alpha=0.3, linewidth=0)
-        if len(self.spikes):
-            ax.vlines(self.spikes, 0, density.max() / 10, color=color)
+        low, high = (to_numpy(end) for end in self.band(level))
+        ax.fill_between(grid, low, high, color=color, alpha=0.3, linewidth=0)
+        if len(self._exact["spikes"]):
+            ax.vlines(self._exact["spikes"], 0, density.max() / 10, color=color)
         if self.scale == "log":
             ax.set_xscale("log")
         ax.set_yscale("log")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,25 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Boundaries = tuple[float | None, float | None] | None
+Width = Literal["spacing"] | float
+
+
+class Runs(Options, total=False):
+    """Keywords of spectral densities, beside those of every estimator.
+
+    Attributes
+    ----------
+    deflate : int
+        Number of eigenvalues of largest magnitude that are computed, removed, and
+        shown as spikes of their exact mass ``1 / N``.
+    reorthogonalization : str
+        ``"full"``, ``"selective"``, ``"none"``, or ``"auto"``: full if the basis,
+        ``ncv`` vectors, fits into 2 GiB, else none. Without, eigenvalues may repeat;
+        their weights add up rightly, so that the density hardly changes.
+    """
+
+    deflate: int
+    reorthogonalization: str
 
 
 def run_lanczos(
@@ -215,27 +234,25 @@ class _CachedRuns:
 
         self._section(run, "boundaries", compute)
 
-    def _result(self, num_repeats: int, scale: str, settings: Any) -> SpectralDensity:
-        given = self._boundaries
-        check = {"epsilon": None, "boundaries": given, **settings}
-        check_settings("log" if scale == "log" else "linear", check)
+    def _result(self, num_repeats: int, scale: str, *settings: Any) -> SpectralDensity:
+        given, names = self._boundaries, ("num_points", "kappa", "margin", "min_width")
+        named = dict(zip((*names, "epsilon"), settings, strict=False))
+        check = {"boundaries": given, **named}
+        check_settings("linear" if scale == "abs" else scale, check)
         common = self._run(require_positive_int("num_repeats", num_repeats))
-        found = [float(end) for end in self._found.get("ends", np.zeros(2))]
-        signed = [f if g is None else g for g, f in zip(given, found, strict=True)]
-        ends = signed if scale == "linear" else self._absolute(signed, common["nodes"])
+        ends = [float(end) for end in self._found.get("ends", np.zeros(2))]
         if scale == "log":  # what was given are the ends of |A|
-            found = self._absolute(found, common["nodes"])
-            ends = [f if g is None else g for g, f in zip(given, found, strict=True)]
-        if ends[0] == ends[1]:  # a multiple of the identity
-            width = abs(ends[0]) / 1e3 or 1e-3
-            ends = [ends[0] - width, ends[1] + width]
-            ends[0] = ends[0] if scale == "linear" else max(ends[0], 0.0)
-        return SpectralDensity(
-            boundaries=(float(ends[0]), float(ends[1])),
-            scale=scale,
-            **settings,
-            **common,
-        )
+            ends = self._absolute(ends, common["nodes"])
+        ends = [f if g is None else g for g, f in zip(given, ends, strict=True)]
+        if scale == "abs":
+            ends = self._absolute(ends, common["nodes"])
+        low, high = ends
+        if low == high:  # a multiple of the identity
+            width = abs(low) / 1e3 or 1e-3
+            low, high = low - width, high + width
+            low = low if scale == "linear" else max(low, 0.0)
+        boundaries = (float(low), float(high))
+        return SpectralDensity(boundaries=boundaries, scale=scale, **named, **common)
 
     @staticmethod
     def _absolute(ends: list[float], nodes: np.ndarray) -> list[float]:
@@ -276,6 +293,9 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         num_points: int = 1024,
         kappa: float = 3.0,
         margin: float = 0.05,
+        *,
+        min_width: Width = "spacing",
+        scale: str = "linear",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues.
 
@@ -283,30 +303,24 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         ----------
         num_repeats : int, optional
             Lanczos runs; those already made are reused.
-        num_points, kappa, margin : int, float, optional
+        num_points, kappa, margin, min_width : int, float, optional
             See :class:`~curvlinops.estimators.SpectralDensity`.
+        scale : str, optional
+            ``"linear"``, or ``"abs"`` for the absolute values.
 
         Returns
         -------
         SpectralDensity
             Unpacks as ``(grid, density)``.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "linear", settings)
+        return self._result(num_repeats, scale, num_points, kappa, margin, min_width)
 
-    def approximate_abs_spectrum(
-        self,
-        num_repeats: int = 1,
-        num_points: int = 1024,
-        kappa: float = 3.0,
-        margin: float = 0.05,
-    ) -> SpectralDensity:
+    def approximate_abs_spectrum(self, *args: Any, **settings: Any) -> SpectralDensity:
         """Return the density of the eigenvalues' absolute values.
 
         Takes and returns what :meth:`approximate_spectrum` does.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "abs", settings)
+        return self.approximate_spectrum(*args, **settings, scale="abs")
 
 
 class LanczosApproximateLogSpectrumCached(_CachedRuns):
@@ -337,6 +351,8 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         kappa: float = 1.04,
         margin: float = 0.05,
         epsilon: float = 1e-5,
+        *,
+        min_width: Width = "spacing",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues of ``|A| + epsilon I``.
 
@@ -347,7 +363,7 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         ----------
         num_repeats : int, optional
             Lanczos runs; those already made are reused.
-        num_points, kappa, margin, epsilon : int, float, optional
+        num_points, kappa, margin, epsilon, min_width : int, float, optional
             See :class:`~curvlinops.estimators.SpectralDensity`.
 
         Returns
@@ -355,8 +371,8 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         SpectralDensity
             Unpacks as ``(grid, density)``.
         """
-        settings = {"num_points": num_points, "kappa": kappa, "margin": margin}
-        return self._result(num_repeats, "log", settings | {"epsilon": epsilon})
+        settings = (num_points, kappa, margin, min_width, epsilon)
+        return self._result(num_repeats, "log", *settings)
 
 
 def lanczos_approximate_spectrum(
@@ -369,9 +385,8 @@ def lanczos_approximate_spectrum(
     margin: float = 0.05,
     boundaries_tol: float = 0.01,
     *,
-    deflate: int = 0,
-    reorthogonalization: str = "auto",
-    **options: Unpack[Options],
+    min_width: Width = "spacing",
+    **options: Unpack[Runs],
 ) -> SpectralDensity:
     r"""Approximate the density of a Hermitian matrix's eigenvalues.
 
@@ -393,7 +408,7 @@ def lanczos_approximate_spectrum(
     num_repeats : int, optional
         Lanczos runs that are averaged; with ``until`` the limit.
     kappa : float, optional
-        Width of the kernel, above 1; nearer to 1 is wider.
+        Width of the kernel, above 1; nearer to 1 is wider. See ``min_width``.
     boundaries : tuple, optional
         Smallest and largest eigenvalue; ``None`` entries are computed by
         :func:`scipy.sparse.linalg.eigsh`.
@@ -402,15 +417,14 @@ def lanczos_approximate_spectrum(
     boundaries_tol : float, optional
         Accuracy asked of ``eigsh``, relative to the largest magnitude, and for the
         other end to the distance between both.
-    deflate : int, optional
-        Number of eigenvalues of largest magnitude that are computed, removed, and
-        shown as spikes of their exact mass ``1 / N``.
-    reorthogonalization : str, optional
-        ``"full"``, ``"selective"``, ``"none"``, or ``"auto"``: full if the basis,
-        ``ncv`` vectors, fits into 2 GiB, else none. Without, eigenvalues may repeat;
-        their weights add up rightly, so that the density hardly changes.
-    **options : Options
-        See :class:`~curvlinops.estimators.Options`. ``until`` bounds the relative
+    min_width : str or float, optional
+        ``"spacing"``: kernels are not narrower than the distance between the nodes
+        where they are, which a Gauss rule does not resolve (and which is zero at
+        eigenvalues that the runs have found). A number: nor than that, in the unit of
+        ``A``. 0: ``kappa`` alone, the published formula.
+    **options : Runs
+        ``deflate``, ``reorthogonalization``, and those of every estimator, see
+        :class:`~curvlinops.estimators.Options`. ``until`` bounds the relative
         standard error of the cumulative distribution; ``return_estimate`` has no
         effect: the result holds its errors.
 
@@ -475,15 +489,11 @@ def lanczos_approximate_spectrum(
     True
     """
     cached = LanczosApproximateSpectrumCached(
-        A,
-        ncv,
-        boundaries,
-        boundaries_tol,
-        deflate=deflate,
-        reorthogonalization=reorthogonalization,
-        **options,
+        A, ncv, boundaries, boundaries_tol, **options
     )
-    return cached.approximate_spectrum(num_repeats, num_points, kappa, margin)
+    return cached.approximate_spectrum(
+        num_repeats, num_points, kappa, margin, min_width=min_width
+    )
 
 
 def lanczos_approximate_log_spectrum(
@@ -497,9 +507,8 @@ def lanczos_approximate_log_spectrum(
     boundaries_tol: float = 0.01,
     epsilon: float = 1e-5,
     *,
-    deflate: int = 0,
-    reorthogonalization: str = "auto",
-    **options: Unpack[Options],
+    min_width: Width = "spacing",
+    **options: Unpack[Runs],
 ) -> SpectralDensity:
     r"""Approximate the density of :math:`|A| + \epsilon I` on a logarithmic scale.
 
@@ -519,7 +528,11 @@ def lanczos_approximate_log_spectrum(
         smallest of an indefinite matrix is that of the Gauss rules' nodes.
     epsilon : float, optional
         Shift of the logarithm, above 0, in the unit of ``A``.
-    deflate, reorthogonalization, **options
+    min_width : str or float, optional
+        As there; a number is in the unit of the logarithm. The distance between the
+        nodes at zero, about ``|A| / ncv**2`` to ``|A| / ncv``, is the smallest
+        eigenvalue that can be told from zero: below it the density is flat.
+    **options : Runs
         See :func:`lanczos_approximate_spectrum`.
 
     Returns
@@ -547,14 +560,8 @@ def lanczos_approximate_log_spectrum(
     True
     """
     cached = LanczosApproximateLogSpectrumCached(
-        A,
-        ncv,
-        boundaries,
-        boundaries_tol,
-        deflate=deflate,
-        reorthogonalization=reorthogonalization,
-        **options,
+        A, ncv, boundaries, boundaries_tol, **options
     )
     return cached.approximate_log_spectrum(
-        num_repeats, num_points, kappa, margin, epsilon
+        num_repeats, num_points, kappa, margin, epsilon, min_width=min_width
     )
