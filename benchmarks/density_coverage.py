@@ -2,10 +2,11 @@
 
 Seven spectra, by the density of the exact eigenvalues through the kernels of each
 result (``smoothed``), where that is above a thousandth of its maximum. Prints the mean
-over these points and 64 seeds, for one run and for 30, and the median width of the band
+over these points and 64 seeds, for 1 to 30 runs, and the median width of the band
 relative to the density.
 
-Run: ``python benchmarks/density_coverage.py [--seeds 64]``. Takes some minutes.
+Run: ``python benchmarks/density_coverage.py [--seeds 64] [SPECTRUM ...]``. Takes some
+minutes.
 """
 
 import argparse
@@ -56,11 +57,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=64)
-    seeds = parser.parse_args().seeds
-    for name, eigenvalues in SPECTRA.items():
+    parser.add_argument("spectra", nargs="*", default=list(SPECTRA))
+    arguments = parser.parse_args()
+    for name in arguments.spectra:
+        eigenvalues = SPECTRA[name]
         for ncv in (20, 60):
             covered, widths = {}, {}
-            for seed in range(seeds):
+            for seed in range(arguments.seeds):
                 for key, result in densities(eigenvalues, ncv, seed).items():
                     truth, (low, high) = result.smoothed(eigenvalues), result.band()
                     seen = truth > 1e-3 * truth.max()

@@ -180,10 +180,6 @@ class SpectralDensity(ArrayResult):
             return x
         return np.abs(x) if self.scale == "abs" else np.log(np.abs(x) + self.epsilon)
 
-    @property
-    def _spaced(self) -> bool:
-        return isinstance(self.min_width, str)
-
     @cached_property
     def _ends(self) -> tuple[float, float]:
         low, high = self._coordinate(np.array(self.boundaries, dtype=np.float64))
@@ -204,12 +200,13 @@ class SpectralDensity(ArrayResult):
         low, high = self._ends
         steps = max(self._exact["nodes"].shape[1] - 1, 1)
         width = (high - low) / steps / np.sqrt(8 * np.log(self.kappa))
-        return float(width if self._spaced else max(width, self.min_width))
+        least = 0.0 if isinstance(self.min_width, str) else self.min_width
+        return float(max(width, least))
 
     @cached_property
     def _spacings(self) -> list[tuple[np.ndarray, np.ndarray]]:
         rules = zip(self._exact["nodes"], self._exact["weights"], strict=True)
-        return [node_spacing(*rule) for rule in rules if self._spaced]
+        return [node_spacing(*r) for r in rules if isinstance(self.min_width, str)]
 
     def spacing(self, eigenvalues: Any) -> np.ndarray:
         """Return by how much kernels are widened, in the unit of the matrix.
@@ -225,10 +222,9 @@ class SpectralDensity(ArrayResult):
             Mean of the runs' spacing of nodes (:func:`node_spacing`), which is linear
             between nodes, of the same shape; zero unless ``min_width="spacing"``.
         """
-        x, total = np.asarray(to_numpy(eigenvalues), dtype=np.float64), 0.0
-        for known in self._spacings:
-            total += np.interp(x, *known)
-        return total / max(len(self._spacings), 1) + np.zeros_like(x)
+        x = np.asarray(to_numpy(eigenvalues), dtype=np.float64)
+        runs = (np.interp(x, *known) for known in self._spacings)
+        return sum(runs, np.zeros_like(x)) / max(len(self._spacings), 1)
 
     def _normal(self, centers: np.ndarray, widths: Any) -> np.ndarray:
         """Return the mass of normal kernels in cells, of shape ``(n, num_points)``."""
@@ -249,8 +245,9 @@ class SpectralDensity(ArrayResult):
         """
         centers = self._coordinate(x)
         slope = 1 / (np.abs(x) + self.epsilon) if self.scale == "log" else 1.0
-        kernels = self._normal(centers, np.hypot(self._width, slope * blur))
-        bent = slope * blur > self._width / 4
+        reach = slope * blur
+        kernels = self._normal(centers, np.hypot(self._width, reach))
+        bent = reach > self._width / 4
         if self.scale == "log" and bent.any():
             # Their image is not normal in the logarithm: smoothed cell by cell.
             c, s = x[bent, None], blur[bent, None]
@@ -260,7 +257,7 @@ class SpectralDensity(ArrayResult):
             mass = np.diff(ndtr((size - c) / s) - ndtr((-size - c) / s))
             kernels[bent] = mass @ self._normal(axis + self._width / 16, self._width)
         low, high = self._ends
-        inside = (centers >= low) & (centers <= high)
+        inside = (centers + reach >= low) & (centers - reach <= high)
         scale = np.where(inside, kernels.sum(1), 1.0)
         return kernels / scale[:, None] / np.diff(self._cells[1])
 
@@ -278,7 +275,9 @@ class SpectralDensity(ArrayResult):
             Like :attr:`density`, which estimates it if these are all eigenvalues.
         """
         x = np.asarray(to_numpy(eigenvalues), dtype=np.float64)
-        return self.convert(self._kernels(x, self.spacing(x)).sum(0) / self.dim)
+        parts = np.array_split(x, len(x) // 1000 + 1)
+        total = sum(self._kernels(part, self.spacing(part)).sum(0) for part in parts)
+        return self.convert(total / self.dim)
 
     @cached_property
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:

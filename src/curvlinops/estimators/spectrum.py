@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,22 +37,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Boundaries = tuple[float | None, float | None] | None
-Width = Literal["spacing"] | float
 
 
 class Runs(Options, total=False):
-    """Keywords of spectral densities, beside those of every estimator.
-
-    Attributes
-    ----------
-    deflate : int
-        Number of eigenvalues of largest magnitude that are computed, removed, and
-        shown as spikes of their exact mass ``1 / N``.
-    reorthogonalization : str
-        ``"full"``, ``"selective"``, ``"none"``, or ``"auto"``: full if the basis,
-        ``ncv`` vectors, fits into 2 GiB, else none. Without, eigenvalues may repeat;
-        their weights add up rightly, so that the density hardly changes.
-    """
+    """Keywords of Lanczos runs, see :func:`lanczos_approximate_spectrum`."""
 
     deflate: int
     reorthogonalization: str
@@ -234,35 +222,32 @@ class _CachedRuns:
 
         self._section(run, "boundaries", compute)
 
-    def _result(self, num_repeats: int, scale: str, *settings: Any) -> SpectralDensity:
-        given, names = self._boundaries, ("num_points", "kappa", "margin", "min_width")
-        named = dict(zip((*names, "epsilon"), settings, strict=False))
-        check = {"boundaries": given, **named}
-        check_settings("linear" if scale == "abs" else scale, check)
+    def _result(self, scale: str, num_repeats: int, *settings: Any) -> SpectralDensity:
+        names = ("num_points", "kappa", "margin", "min_width", "epsilon")
+        named = dict(zip(names, settings, strict=False))
+        check_settings(scale, {"boundaries": self._boundaries, **named})
         common = self._run(require_positive_int("num_repeats", num_repeats))
-        ends = [float(end) for end in self._found.get("ends", np.zeros(2))]
+        low, high = self._found.get("ends", np.zeros(2)).tolist()
         if scale == "log":  # what was given are the ends of |A|
-            ends = self._absolute(ends, common["nodes"])
-        ends = [f if g is None else g for g, f in zip(given, ends, strict=True)]
-        if scale == "abs":
-            ends = self._absolute(ends, common["nodes"])
-        low, high = ends
+            low, high = self._absolute((low, high), common["nodes"])
+        first, last = self._boundaries
+        low, high = low if first is None else first, high if last is None else last
         if low == high:  # a multiple of the identity
             width = abs(low) / 1e3 or 1e-3
             low, high = low - width, high + width
             low = low if scale == "linear" else max(low, 0.0)
-        boundaries = (float(low), float(high))
-        return SpectralDensity(boundaries=boundaries, scale=scale, **named, **common)
+        ends = (low, high)
+        return SpectralDensity(boundaries=ends, scale=scale, **named, **common)
 
     @staticmethod
-    def _absolute(ends: list[float], nodes: np.ndarray) -> list[float]:
+    def _absolute(ends: tuple[float, float], nodes: np.ndarray) -> tuple[float, float]:
         """Return the ends of ``|A|``: the nodes tell how near to zero it comes.
 
         Unless the matrix is definite, and by so much that its end is accurate.
         """
         low, high = sorted(abs(end) for end in ends)
         definite = ends[0] * ends[1] > 0 and low > 0.03 * high
-        return [low if definite else float(np.abs(nodes).min()), high]
+        return low if definite else float(np.abs(nodes).min()), high
 
 
 class LanczosApproximateSpectrumCached(_CachedRuns):
@@ -294,8 +279,7 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         kappa: float = 3.0,
         margin: float = 0.05,
         *,
-        min_width: Width = "spacing",
-        scale: str = "linear",
+        min_width: str | float = "spacing",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues.
 
@@ -305,22 +289,24 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
             Lanczos runs; those already made are reused.
         num_points, kappa, margin, min_width : int, float, optional
             See :class:`~curvlinops.estimators.SpectralDensity`.
-        scale : str, optional
-            ``"linear"``, or ``"abs"`` for the absolute values.
 
         Returns
         -------
         SpectralDensity
             Unpacks as ``(grid, density)``.
         """
-        return self._result(num_repeats, scale, num_points, kappa, margin, min_width)
+        settings = (num_points, kappa, margin, min_width)
+        return self._result("linear", num_repeats, *settings)
 
     def approximate_abs_spectrum(self, *args: Any, **settings: Any) -> SpectralDensity:
         """Return the density of the eigenvalues' absolute values.
 
         Takes and returns what :meth:`approximate_spectrum` does.
         """
-        return self.approximate_spectrum(*args, **settings, scale="abs")
+        signed = self.approximate_spectrum(*args, **settings)
+        nodes = self._rules.rules()[0][: len(signed.nodes)]
+        ends = self._absolute(signed.boundaries, nodes)
+        return signed.smooth(scale="abs", boundaries=ends)
 
 
 class LanczosApproximateLogSpectrumCached(_CachedRuns):
@@ -352,7 +338,7 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
         margin: float = 0.05,
         epsilon: float = 1e-5,
         *,
-        min_width: Width = "spacing",
+        min_width: str | float = "spacing",
     ) -> SpectralDensity:
         """Return the density of the eigenvalues of ``|A| + epsilon I``.
 
@@ -372,7 +358,7 @@ class LanczosApproximateLogSpectrumCached(_CachedRuns):
             Unpacks as ``(grid, density)``.
         """
         settings = (num_points, kappa, margin, min_width, epsilon)
-        return self._result(num_repeats, "log", *settings)
+        return self._result("log", num_repeats, *settings)
 
 
 def lanczos_approximate_spectrum(
@@ -385,7 +371,7 @@ def lanczos_approximate_spectrum(
     margin: float = 0.05,
     boundaries_tol: float = 0.01,
     *,
-    min_width: Width = "spacing",
+    min_width: str | float = "spacing",
     **options: Unpack[Runs],
 ) -> SpectralDensity:
     r"""Approximate the density of a Hermitian matrix's eigenvalues.
@@ -422,9 +408,15 @@ def lanczos_approximate_spectrum(
         where they are, which a Gauss rule does not resolve (and which is zero at
         eigenvalues that the runs have found). A number: nor than that, in the unit of
         ``A``. 0: ``kappa`` alone, the published formula.
-    **options : Runs
-        ``deflate``, ``reorthogonalization``, and those of every estimator, see
-        :class:`~curvlinops.estimators.Options`. ``until`` bounds the relative
+    deflate : int, optional
+        Number of eigenvalues of largest magnitude that are computed, removed, and
+        shown as spikes of their exact mass ``1 / N``.
+    reorthogonalization : str, optional
+        ``"full"``, ``"selective"``, ``"none"``, or ``"auto"``: full if the basis,
+        ``ncv`` vectors, fits into 2 GiB, else none. Without, eigenvalues may repeat;
+        their weights add up rightly, so that the density hardly changes.
+    **options : Options
+        See :class:`~curvlinops.estimators.Options`. ``until`` bounds the relative
         standard error of the cumulative distribution; ``return_estimate`` has no
         effect: the result holds its errors.
 
@@ -507,7 +499,7 @@ def lanczos_approximate_log_spectrum(
     boundaries_tol: float = 0.01,
     epsilon: float = 1e-5,
     *,
-    min_width: Width = "spacing",
+    min_width: str | float = "spacing",
     **options: Unpack[Runs],
 ) -> SpectralDensity:
     r"""Approximate the density of :math:`|A| + \epsilon I` on a logarithmic scale.
@@ -532,7 +524,7 @@ def lanczos_approximate_log_spectrum(
         As there; a number is in the unit of the logarithm. The distance between the
         nodes at zero, about ``|A| / ncv**2`` to ``|A| / ncv``, is the smallest
         eigenvalue that can be told from zero: below it the density is flat.
-    **options : Runs
+    deflate, reorthogonalization, **options
         See :func:`lanczos_approximate_spectrum`.
 
     Returns
