@@ -500,3 +500,19 @@ def test_precision_of_what_is_kept():
     again = result.smooth(kappa=1.1).smooth(kappa=3.0)
     assert torch.equal(again.density, result.density)
     assert torch.equal(again.band()[0], result.band()[0])
+
+
+def test_repeated_nodes_count_once():
+    """Without reorthogonalisation nodes repeat, up to rounding."""
+    nodes, weights = np.array([0.0, 1.0, 3.0, 4.0, 6.0]), np.full(5, 0.2)
+    once = node_spacing(nodes, weights)
+    nodes = np.r_[nodes, 3.0, 3 + 1e-15]
+    twice = node_spacing(nodes, np.r_[weights[:2], 0.1, weights[3:], 0.05, 0.05])
+    assert np.allclose(once, twice)
+    x, spacing = node_spacing(np.full(3, 2.0), np.full(3, 1 / 3))
+    assert x == [2.0] and spacing == [0.0]
+    exact = np.r_[np.linspace(0, 1, 300), [5.0, 8.0, 20.0]]
+    A = torch.from_numpy(symmetric(exact)).float()
+    result = SPECTRUM(A, 120, 200, 3, rng=0, reorthogonalization="none")
+    assert (result.spacing([5.0, 8.0, 20.0]) < 1e-3).all()
+    assert coverage(replace(result, convert=np.asarray), exact) > 0.85
