@@ -451,6 +451,10 @@ def test_few_different_eigenvalues():
     runs = est.LanczosApproximateSpectrumCached(A, 10, rng=0)
     assert np.allclose(runs.approximate_abs_spectrum().boundaries, (1, 2))
     assert np.allclose(LOG_SPECTRUM(A, 10, rng=0).boundaries, (1, 2))
+    reflection = est.LanczosApproximateSpectrumCached(np.diag([1.0, -1.0] * 9), 5)
+    result = reflection.approximate_abs_spectrum(num_points=101)
+    assert np.isclose(trapezoid(result.density, result.grid), 1)
+    assert result.boundaries[0] < 1 < result.boundaries[1]
     for function in (SPECTRUM, LOG_SPECTRUM):
         result = function(np.zeros((30, 30)), 10, rng=0)
         assert np.isclose(trapezoid(result.density, result.grid), 1)
