@@ -204,8 +204,11 @@ class SpectralDensity(ArrayResult):
 
     @cached_property
     def _spacings(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        rules = zip(self._exact["nodes"], self._exact["weights"], strict=True)
-        return [node_spacing(*r) for r in rules if isinstance(self.min_width, str)]
+        nodes, weights = self._exact["nodes"], self._exact["weights"]
+        # As many nodes as eigenvalues are the eigenvalues.
+        if not isinstance(self.min_width, str) or nodes.shape[1] > self._seen - 0.5:
+            return []
+        return [node_spacing(*rule) for rule in zip(nodes, weights, strict=True)]
 
     def spacing(self, eigenvalues: Any) -> np.ndarray:
         """Return by how much kernels are widened, in the unit of the matrix.
@@ -219,7 +222,8 @@ class SpectralDensity(ArrayResult):
         -------
         numpy.ndarray
             Mean of the runs' spacing of nodes (:func:`node_spacing`), which is linear
-            between nodes, of the same shape; zero unless ``min_width="spacing"``.
+            between nodes, of the same shape. Zero unless ``min_width="spacing"``, and
+            if there are as many nodes as eigenvalues.
         """
         x = np.asarray(to_numpy(eigenvalues), dtype=np.float64)
         runs = (np.interp(x, *known) for known in self._spacings)

@@ -31,25 +31,25 @@ def node_spacing(
     Returns
     -------
     tuple of numpy.ndarray
-        Nodes that have weight, ascending, and the spacing there. It is zero where the
-        rule ended in an invariant subspace, as weightless nodes show: that is exact.
+        Different nodes, ascending, and the spacing there. It is zero where the rule
+        ended in an invariant subspace, as weightless nodes show: that is exact.
     """
     order = np.argsort(nodes)
-    order = order[weights[order] > 0]
-    x = nodes[order]
-    if len(x) < max(len(nodes), 2):
+    x, w = nodes[order], weights[order]
+    first = np.append(True, np.diff(x) > 1e-13 * np.abs(x).max())
+    w = np.add.reduceat(w, np.flatnonzero(first))
+    x, w = x[first][w > 0], w[w > 0]
+    if len(x) < 2 or weights[-1] == 0:
         return x, np.zeros(len(x))
     distances = np.abs(x[:, None] - x)
-    logs = np.log(np.maximum(distances, 1e-15 * distances.max()))
-    np.fill_diagonal(logs, 0.0)
-    # Weights below are rounding.
-    last = -2 * logs.sum(1) - np.log(np.maximum(weights[order], 1e-30))
+    logs = np.log(distances + np.eye(len(x)))
+    last = -2 * logs.sum(1) - np.log(np.maximum(w, 1e-30))  # below is rounding
     terms = last - last[:, None] - 2 * logs
     np.fill_diagonal(terms, -np.inf)
     gaps = np.diff(x)
     gap = np.maximum(np.append(gaps, 0.0), np.append(0.0, gaps))
     spread = np.log(np.pi / np.sqrt(3)) - logsumexp(terms, axis=1) / 2
-    spacing = np.minimum(np.exp(np.minimum(spread, np.log(gap))), gap)
+    spacing = np.exp(np.minimum(spread, np.log(gap)))
     return x, np.max(spacing - distances / 4, axis=1)
 
 

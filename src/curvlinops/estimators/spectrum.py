@@ -44,6 +44,14 @@ class _Distributions(Runs):
         return ((nodes <= points) * weights).sum(2), np.zeros(self.count)
 
 
+def _apart(low: float, high: float, least: float) -> tuple[float, float]:
+    """Return the ends of a grid, which differ where all eigenvalues are the same."""
+    if abs(high - low) > 1e-6 * abs(high):
+        return low, high
+    width = abs(low) / 1e3 or 1e-3
+    return max(low - width, least), high + width
+
+
 class _CachedRuns:
     r"""Lanczos runs of one Hermitian matrix, and the densities they give.
 
@@ -211,11 +219,7 @@ class _CachedRuns:
             low, high = self._absolute((low, high), common["nodes"])
         first, last = self._boundaries
         low, high = low if first is None else first, high if last is None else last
-        if low == high:  # a multiple of the identity
-            width = abs(low) / 1e3 or 1e-3
-            low, high = low - width, high + width
-            low = low if scale == "linear" else max(low, 0.0)
-        ends = (low, high)
+        ends = _apart(low, high, -np.inf if scale == "linear" else 0.0)
         return SpectralDensity(boundaries=ends, scale=scale, **named, **common)
 
     @staticmethod
@@ -284,7 +288,7 @@ class LanczosApproximateSpectrumCached(_CachedRuns):
         """
         signed = self.approximate_spectrum(*args, **settings)
         nodes = self._rules.rules()[0][: len(signed.nodes)]
-        ends = self._absolute(signed.boundaries, nodes)
+        ends = _apart(*self._absolute(signed.boundaries, nodes), 0.0)
         return signed.smooth(scale="abs", boundaries=ends)
 
 
