@@ -50,9 +50,10 @@ class Options(TypedDict, total=False):
         factor for few samples) is at most ``until`` times the estimate (for arrays: in
         Euclidean norm), twice in a row and with eight samples at least. The number of
         products (or repeats) asked for then is the limit; reaching it first warns, or,
-        if it leaves products enough, has the matrix multiplied out. Krylov spaces
-        are deepened where they limit the error; once as many products are spent as the
-        matrix has columns, it is multiplied out, and the result exact.
+        if it leaves products enough, has the matrix multiplied out. Krylov spaces are
+        deepened where they limit the error, up to ``ncv * num_repeats`` steps; once as
+        many products are spent as the matrix has columns, it is multiplied out, and the
+        result exact.
     return_estimate : bool
         Return an :class:`~curvlinops.estimators.Estimate` (value, standard error,
         products, seed) instead of the bare value.

@@ -149,7 +149,7 @@ class _Trace:
 
     def estimate(self, ncv: int, num_repeats: int, transform: Any = None) -> Any:
         """Return the result; deepen the Krylov spaces if ``until`` asks for it."""
-        run, depth = self._run, min(ncv, self._run.dim)
+        run, depth, deepest = self._run, min(ncv, self._run.dim), ncv * num_repeats
         while depth < run.dim and not run.dense_is_due(FEWEST_SAMPLES * depth):
             runs = self._runs(depth, num_repeats)
             moments = runs.moments()
@@ -159,7 +159,7 @@ class _Trace:
             if krylov > 0:
                 needed = min(depth * krylov / allowed, run.dim) if allowed else run.dim
                 run.advice = f"Have ncv={needed:.0f} steps or so ({run.dim} is exact)"
-            if run.limited(mean, krylov):
+            if run.limited(mean, krylov) and depth < deepest:
                 depth *= 2
             elif run.enough(runs) or not run.dense_is_due():
                 return run.result(mean, sem, runs.count, krylov, transform)
@@ -181,10 +181,12 @@ class _Trace:
 
         run.block_size = max(1, min(run.block_size, size or run.block_size))
         runs = _Quadrature(self._integrand)
-        step = FEWEST_SAMPLES if run.until else num_repeats
+        step, reached = (FEWEST_SAMPLES if run.until else num_repeats), False
         for count in [*range(step, num_repeats, step), num_repeats]:
             run.accumulate(runs, krylov, count, section=f"runs of {depth}")
-            if run.enough(runs) or run.dense_is_due():
+            before, reached = reached, run.enough(runs)
+            limited = run.limited(runs.moments().mean, runs.moments().krylov_error)
+            if limited or run.dense_is_due() or (before and reached):
                 break
         runs.keep(num_repeats)
         return runs
