@@ -113,8 +113,8 @@ class SpectralDensity(ArrayResult):
     References
     ----------
     Golub, Meurant, "Matrices, Moments and Quadrature with Applications", Princeton
-    (2010), on Christoffel functions and the mass that nodes stand for. Lin, Saad, Yang,
-    "Approximating spectral densities of large matrices", SIAM Review 58 (2016),
+    (2010), doi:10.1515/9781400833887, on the mass that nodes stand for. Lin, Saad,
+    Yang, "Approximating spectral densities of large matrices", SIAM Review 58 (2016),
     arXiv:1308.5467.
 
     Examples
@@ -150,10 +150,10 @@ class SpectralDensity(ArrayResult):
 
     def __post_init__(self) -> None:
         """Check the arguments; arrays are shown in the matrix's kind and precision."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        check_settings(self.scale, settings)
-        arrays = ("nodes", "weights", "spikes")
-        exact = {name: np.float64(to_numpy(settings[name])) for name in arrays}
+        names = ("num_points", "kappa", "margin", "min_width", "epsilon", "boundaries")
+        check_settings(self.scale, {name: getattr(self, name) for name in names})
+        arrays = {name: getattr(self, name) for name in ("nodes", "weights", "spikes")}
+        exact = {name: np.float64(to_numpy(array)) for name, array in arrays.items()}
         shown = {name: self.convert(array) for name, array in exact.items()}
         vars(self).update(shown, _exact=exact)
 
@@ -352,6 +352,11 @@ class SpectralDensity(ArrayResult):
         ------
         ValueError
             If the level is not between 0 and 1.
+
+        References
+        ----------
+        Satterthwaite, "An approximate distribution of estimates of variance
+        components", Biometrics Bulletin 2 (1946), doi:10.2307/3002019.
         """
         if not 0 < level < 1:
             raise ValueError(f"level is between 0 and 1, got {level!r}.")
