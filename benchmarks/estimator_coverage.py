@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
     "hutchpp_trace, until=0.1": _case(est.hutchpp_trace, np.trace, most=150, until=0.1),
     "xtrace, until=0.1": _case(est.xtrace, np.trace, most=150, until=0.1),
     "xnystrace, until=0.1": _case(est.xnystrace, np.trace, most=150, until=0.1),
-    "xdiag, until=0.3": _case(est.xdiag, np.diag, most=150, until=0.3),
+    "xdiag, until=0.3": _case(est.xdiag, np.diag, most=40, until=0.3),
 }
 
 
