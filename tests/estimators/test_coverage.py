@@ -12,13 +12,14 @@ SEEDS = 100
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("spectrum", TABLE["SPECTRA"])
 @pytest.mark.parametrize("case", TABLE["CASES"])
-def test_intervals_cover(case, spectrum):
+def test_intervals_cover(case, spectrum, rotated):
     """Three seeds in a hundred are the spread of a hundred seeds; exact is exact."""
     if case.startswith("xnystrace") and spectrum in ("bulk and outliers", "indefinite"):
         pytest.skip("needs a positive semi-definite matrix")
-    A = TABLE["matrix"](TABLE["SPECTRA"][spectrum], True, "float64")
+    A = TABLE["matrix"](TABLE["SPECTRA"][spectrum], rotated, "float64")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # until is not always reached
         found = TABLE["coverage"](TABLE["CASES"][case], A, SEEDS)
