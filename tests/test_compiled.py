@@ -207,7 +207,7 @@ def test_functions_and_losses():
 def test_a_compiled_loss_is_known_in_closed_form():
     plain, _, data = problem(wrapped)
     risk = EmpiricalRisk(plain, compiled(LOSS), list(plain.parameters()), data)
-    assert not risk.loss.loss.opaque
+    assert not risk.loss_function.loss.opaque
 
 
 def test_the_users_model_stays_compiled():
