@@ -108,9 +108,8 @@ class Generic(Loss):
             if not gradient.requires_grad:
                 return True
             u = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device)
-            (product,) = torch.autograd.grad(
-                gradient, leaf, u.sin().view_as(leaf), materialize_grads=True
-            )
+            u = u.sin().view_as(leaf)
+            (product,) = grad(gradient, leaf, u, materialize_grads=True)
         except Exception as error:  # whatever a loss raises for an output without graph
             raise_if_out_of_memory(error)
             return False
