@@ -253,7 +253,8 @@ def test_plan_as_table():
         r"batch +data +kept +peak +route\n"
         r" +0    12   0 B +[\d.e+]+ kB  recomputed\n"
         r" +1     8   0 B +[\d.e+]+ kB  recomputed\n"
-        r" +all +0 B +[\d.e+]+ kB",
+        r" +all +0 B +[\d.e+]+ kB\n"
+        r'Nothing is kept, since `cache` is "off"\.',
         str(A.plan()),
     )
 
