@@ -36,6 +36,14 @@ ALL = {
     est.hutchinson_squared_fro: 1,
 }
 
+#: Estimators and what they estimate.
+EXACT = {
+    **dict.fromkeys(TRACES.values(), np.trace),
+    **dict.fromkeys(DIAGONALS.values(), np.diag),
+    est.hutchinson_squared_fro: lambda A: np.linalg.norm(A) ** 2,
+    est.stable_rank: lambda A: (np.linalg.norm(A) / np.linalg.norm(A, 2)) ** 2,
+}
+
 
 CASES = [
     (name, kind, distribution)
@@ -96,6 +104,17 @@ def test_exact_for_low_rank(estimator):
     for options in ({}, {"until": 1e-9}):
         value = estimator(A, 24, rng=0, **options)
         assert np.allclose(value, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["hutch++", "xtrace", "xnystrace", "xdiag"])
+@pytest.mark.parametrize("dtype", [np.float64, np.complex64])
+def test_sketches_may_grow_where_nothing_is_left(name, dtype):
+    A = np.diag(np.r_[np.arange(1.0, 9), np.zeros(92)]).astype(dtype)  # exact zeros
+    function = {**TRACES, "xdiag": est.xdiag}[name]
+    exact = EXACT[function](A)
+    for seed in range(20):
+        result = function(A, 99, rng=seed, until=1e-5, return_estimate=True)
+        assert np.allclose(result.value, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ALL)
@@ -249,15 +268,6 @@ def test_errors_of_the_matrix_name_the_product():
     with pytest.raises(RuntimeError, match="no") as caught:
         est.hutchinson_trace(A, 12, block_size=1)
     assert caught.value.__notes__ == ["This was product 7."]
-
-
-#: Estimators and what they estimate.
-EXACT = {
-    **dict.fromkeys(TRACES.values(), np.trace),
-    **dict.fromkeys(DIAGONALS.values(), np.diag),
-    est.hutchinson_squared_fro: lambda A: np.linalg.norm(A) ** 2,
-    est.stable_rank: lambda A: (np.linalg.norm(A) / np.linalg.norm(A, 2)) ** 2,
-}
 
 
 @pytest.mark.parametrize("estimator", EXACT)

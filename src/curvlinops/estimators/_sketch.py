@@ -99,19 +99,13 @@ class RangeSketch:
         """Take in the test vectors up to ``size``."""
         Q, old = self.Q, self.size
         new = products(self._run, old, size)
-        overlap = new.new_zeros(old, size - old)
-        for _ in range(2):  # twice is enough
-            coefficients = Q.mH @ new
-            new -= Q @ coefficients
-            overlap += coefficients
-        new, triangle = torch.linalg.qr(new)
-        if old:
-            # Columns of a low-rank matrix are noise by now, not yet orthogonal to Q.
-            new = torch.linalg.qr(new - Q @ (Q.mH @ new))[0]
-        self.Q = torch.cat([Q, new], dim=1)
-        corner = self.R.new_zeros(size - old, old)
-        upper = torch.cat([self.R, double(overlap)], dim=1)
-        self.R = torch.cat([upper, torch.cat([corner, double(triangle)], dim=1)])
+        # Of both at once: columns of a low-rank matrix may leave nothing beyond Q.
+        basis, triangle = torch.linalg.qr(torch.cat([Q, new], dim=1))
+        self.Q = torch.cat([Q, basis[:, old:]], dim=1)
+        triangle = double(triangle)
+        triangle[:old] *= triangle.diagonal()[:old, None].conj()  # signs of Q
+        triangle[:old, :old] = self.R
+        self.R = triangle
 
     def images(self, adjoint: bool = False) -> Tensor:
         """Return ``A @ Q`` (or with the adjoint), of which only the rest is made."""
