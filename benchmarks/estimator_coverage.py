@@ -108,7 +108,7 @@ CASES: dict[str, Case] = {
     "hutchpp_trace, until=0.1": _case(est.hutchpp_trace, np.trace, most=150, until=0.1),
     "xtrace, until=0.1": _case(est.xtrace, np.trace, most=150, until=0.1),
     "xnystrace, until=0.1": _case(est.xnystrace, np.trace, most=150, until=0.1),
-    "xdiag, until=0.3": _case(est.xdiag, np.diag, most=150, until=0.3),
+    "xdiag, until=0.3": _case(est.xdiag, np.diag, most=40, until=0.3),
     "trace_of_function, exp": _krylov(est.trace_of_function, np.exp, np.exp),
     "logdet": _krylov(est.logdet, np.log),
     "logdet, damping=1e-6": _krylov(est.logdet, lambda x: np.log(x + 1e-6), 1e-6),
