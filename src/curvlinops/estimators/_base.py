@@ -33,10 +33,12 @@ FEWEST_SAMPLES = 8
 def student(num_samples: int, level: float = 0.95) -> float:
     """Return how many standard errors a two-sided interval takes to either side.
 
-    Fewer than three samples have no standard error: then nothing is random, and the
-    normal distribution's number is returned.
+    Student's, with half the degrees of freedom: quadratic forms are skewed, and with
+    all of them intervals of few samples cover 89 % instead of 95. Fewer than three
+    samples have no standard error: then nothing is random, and the normal
+    distribution's number is returned.
     """
-    freedom = num_samples - 1 if num_samples > 2 else np.inf
+    freedom = (num_samples - 1) / 2 if num_samples > 2 else np.inf
     return float(stdtrit(freedom, (1 + level) / 2))
 
 

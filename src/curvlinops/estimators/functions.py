@@ -75,21 +75,25 @@ def _compared(function: Function) -> Integrand:
     return integrand
 
 
-def _bracketed(function: Function, eps: float) -> Integrand:
+def _bracketed(function: Function, eps: float, bounded: bool = True) -> Integrand:
     r"""Return the middle between Gauss's and Radau's rule with a node at zero.
 
     They enclose :math:`v^{\mathrm{H}} f(A) v` if no eigenvalue is negative, and
     derivatives of even order have one sign and those of odd order the other, from some
-    order on: as of the logarithm, of powers, and of resolvents. A node that is negative
-    beyond rounding shows that zero is no bound; then half the steps are compared.
+    order on: as of the logarithm, of powers, and of resolvents. If zero is not a bound,
+    as a node shows that is negative beyond rounding, half the steps are compared. What
+    rounding errors of the nodes may do is added.
     """
 
     def integrand(rule: Rule) -> tuple[Any, float]:
-        lowest = float(rule.nodes[0])
-        if rule.indefinite(eps):
-            return _compared(function)(rule)
-        other = rule.radau(min(0.0, lowest - 2 * rule.rounding))
-        return _middle(rule(function), other(function))
+        doubt = 4 * eps * float(np.abs(rule.nodes).max())
+        doubt = rule(lambda x: np.abs(function(x + doubt) - function(x)))
+        if rule.indefinite(eps) or not bounded:
+            value, error = _compared(function)(rule)
+        else:
+            other = rule.radau(min(0.0, float(rule.nodes[0]) - 2 * rule.rounding))
+            value, error = _middle(rule(function), other(function))
+        return value, error + doubt
 
     return integrand
 
@@ -308,8 +312,7 @@ def logdet(
     """
     log = _checked("logdet", lambda nodes: np.log(nodes + damping))
     with _start(A, "logdet", ncv, num_repeats, options) as run:
-        bounded = damping > 0
-        integrand = _bracketed(log, run.operand.eps) if bounded else _compared(log)
+        integrand = _bracketed(log, run.operand.eps, bounded=damping > 0)
         return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
