@@ -169,6 +169,7 @@ class _Trace:
                 return run.result(mean, sem, runs.count, krylov, transform)
         values = (singular_values if self._zeros else eigenvalues)(run)
         value, error = self._integrand(Rule(values, np.ones(len(values))))
+        error = 0.0 if error <= 100 * run.operand.eps * abs(value) else error
         if transform is not None:
             value, error = transform(torch.as_tensor(value), error)
         return run.exact(value, float(error))
