@@ -132,10 +132,8 @@ def filled(owners: Tensor, shape: Sequence[int], size: int) -> Tensor:
 
     That has to have a datum, equally often each, at all its places.
     """
-    for axis, length in enumerate(shape):
+    for axis, length in enumerate(shape if owners.numel() else ()):
         here = owners.reshape(shape).movedim(axis, 0).reshape(length, -1)
-        if not here.numel():
-            continue
         most = here.amax(1, keepdim=True)
         alike = bool(((here == most) | (here < 0)).all()) and bool((most >= 0).all())
         if alike and len({*most[:, 0].bincount(minlength=size).tolist()}) == 1:

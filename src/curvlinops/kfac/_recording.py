@@ -117,6 +117,8 @@ class Recorder(TorchFunctionMode):
         Whether some function picks or sorts entries by the content of a tensor, or
         compares it, which may become a matrix that does so; or makes Python's numbers
         of it.
+    shapes : list of torch.Size
+        Those of the strided tensors that functions were given, in order.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Recorder(TorchFunctionMode):
         #: By ``id``, what is computed of parameters and numbers alone.
         self._made: dict[int, Tensor] = {}
         self.form, self.selects, self.compares, self.reads = 0, False, False, False
+        self.shapes: list[torch.Size] = []
         self._transposed: dict[int, tuple[Tensor, str]] = {}
         #: By the nodes of uses, those of their operands; those of the present call's.
         self._operands: dict[Any, set[Any]] = {}
@@ -149,6 +152,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         self._look(func, args, kwargs)
         tensors = [*_tensors((args, *kwargs.values()))]
+        self.shapes += [t.shape for t in tensors if t.layout is torch.strided]
         touched = [t for t in tensors if self.owner(t)]
         if not (touched or self._made) or not torch.is_grad_enabled():
             return func(*args, **kwargs)

@@ -86,6 +86,8 @@ class Findings:
         The parameters whose layers are not understood after all.
     sure : bool
         Whether the output's rows are known to be these data's.
+    content : bool
+        Whether data may meet in other batches, because of their content.
     """
 
     size: int
@@ -94,10 +96,12 @@ class Findings:
     reasons: dict[str, str] = field(default_factory=dict)
     sure: bool = True
 
+    content: bool = False
+
     @property
     def lasts(self) -> bool:
         """Whether it holds for all batches with the same functions and shapes."""
-        return not any(isinstance(place, Tensor) for place in self.places)
+        return not (self.content or any(isinstance(p, Tensor) for p in self.places))
 
     def apply(self, uses: list[Use]) -> None:
         """Tell a batch's uses."""
@@ -172,7 +176,7 @@ def found(
     trial = Trial(risk, batch, recorder, size)
     if not recorder.selects:  # some data say nothing of the others then
         trial.look()
-    if trial.owners is not None and all(trial.places):
+    if trial.owners is not None and all(trial.places) and not trial.meet:
         return Findings(size, trial.places, trial.owners.to(device))
     best: tuple[list[Order | Tensor | None], Tensor, bool] | None = None
     for owners, sure in trial.guesses():
@@ -195,9 +199,10 @@ def found(
     for use, place in zip(uses, places, strict=True):
         if place is None:
             names = filter(None, (use.weight, use.bias))
-            reason = _COUPLED if trial.owners is None else _SHARED
+            coupled = trial.owners is None or trial.meet
+            reason = _COUPLED if coupled else _SHARED
             reasons |= dict.fromkeys(names, reason)
-    return Findings(size, places, owners, reasons, sure)
+    return Findings(size, places, owners, reasons, sure, trial.meet)
 
 
 class Trial:
@@ -220,6 +225,9 @@ class Trial:
         How rows are sorted, for every use; ``None`` where that was not found.
     owners : Tensor or None
         The datum of every row of the output, if that was found.
+    meet : bool
+        Whether a tensor has two axes for the data, as similarities of them have: what
+        some data show says nothing of the others then.
     """
 
     def __init__(
@@ -234,6 +242,7 @@ class Trial:
         self._f = f
         self.places: list[Any] = [None] * len(recorder.uses)
         self.owners: Tensor | None = None
+        self.meet = False
 
     def look(self) -> None:
         """Evaluate some data without the others."""
@@ -286,7 +295,12 @@ class Trial:
             evaluated = self._evaluated(picked, tables)
             if evaluated is None or evaluated[0].ndim != self._f.ndim:
                 return False
-            f, uses = evaluated
+            f, seen = evaluated
+            uses = seen.uses
+            pairs_of_shapes = zip(self._seen.shapes, seen.shapes, strict=False)
+            self.meet |= any(
+                _shrinks_twice(a, b, N, len(picked)) for a, b in pairs_of_shapes
+            )
             pairs = [(self._f, f)]
             if _names(uses) == _names(self._seen.uses):
                 pairs += zip(map(_seen, self._seen.uses), map(_seen, uses), strict=True)
@@ -306,7 +320,7 @@ class Trial:
 
     def _evaluated(
         self, picked: range, tables: Collection[int]
-    ) -> tuple[Tensor, list[Use]] | None:
+    ) -> tuple[Tensor, Recorder] | None:
         """Evaluate some of the data; ``None`` if the model raises."""
         model, recorder = self._risk.model, Recorder(self._risk.model.aliases, HANDLERS)
         try:
@@ -316,7 +330,7 @@ class Trial:
         except Exception as error:  # whatever a model raises on some of the data
             raise_if_out_of_memory(error)
             return None
-        return f.detach(), recorder.uses
+        return f.detach(), recorder
 
     def _cut(self, picked: range, tables: Collection[int] = ()) -> Any:
         start, stop, step = picked.start, picked.stop, picked.step
@@ -340,6 +354,14 @@ class Trial:
             return None
         owners = torch.arange(self._size).repeat_interleave(torch.tensor(lengths))
         return owners.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).reshape(-1)
+
+
+def _shrinks_twice(whole: torch.Size, part: torch.Size, size: int, few: int) -> bool:
+    """Whether two axes of a tensor have as many entries per datum, for few data too."""
+    if whole == part or len(whole) != len(part) or few == size:
+        return False
+    pairs = zip(whole, part, strict=True)
+    return sum(a != b and a * few == b * size for a, b in pairs) > 1
 
 
 def _names(uses: list[Use]) -> list[tuple[str, str]]:
