@@ -114,7 +114,8 @@ def as_order(
 ) -> Order | None:
     """Return the order of rows whose data are known.
 
-    Where they are not, -1, an order is taken only if it is the likely or the only one.
+    Where they are not, -1, an order is taken only if it is the likely one, or the only
+    one, and the others are rows of several data: a datum alone tells of no order.
     """
     found = []
     for order in orders(shape, size):
@@ -123,7 +124,9 @@ def as_order(
             found.append(order)
     if likely in found:
         return likely
-    sure = len(found) == 1 or bool((owners >= 0).all())
+    known = owners[owners >= 0]
+    several = bool((known != known[:1]).any())
+    sure = len(known) == len(owners) or (several and len(found) == 1)
     return found[0] if found and sure else None
 
 

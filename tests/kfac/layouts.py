@@ -25,6 +25,7 @@ from packing import (
     ragged,
     raising,
     rnn,
+    routed,
     sequence_of,
     sequences,
     summed,
@@ -280,10 +281,8 @@ CASES = {
         ),
         *(MOE, lambda: sequences(4)),
     ),
-    "experts for data": Case(
-        lambda p, X: experts(p, X, (X[:, 0] > 0).long()) @ p["v"],
-        *(MOE, lambda: [R(4) for _ in range(6)]),
-    ),
+    "experts for data": Case(routed(0), MOE, lambda: [R(4) for _ in range(6)]),
+    "an expert without rows": Case(routed(9), MOE, lambda: [R(4) for _ in range(4)]),
     "two experts each": Case(
         *(top2, {**MOE, "e2": (4, 3), "gate": (4, 3)}, lambda: sequences(5)), rows=len
     ),

@@ -216,6 +216,57 @@ def test_data_that_are_coupled(name, cls):
 
 
 @pytest.mark.parametrize("cls", FAMILY)
+@pytest.mark.parametrize(
+    "near",
+    [
+        lambda X: (torch.cdist(X, X) < 50).to(X),
+        lambda X: (1 - torch.cdist(X, X) / 50).relu(),
+    ],
+)
+def test_data_that_meet_some_others(cls, near):
+    """One datum that is far from the others says nothing of them, nor do batches."""
+
+    def model(p, X):
+        return near(X) @ (X @ p["w"]).tanh() @ p["v"]
+
+    params, y = random_parameters(W), torch.arange(6) % 2
+    X = 0.1 * torch.randn(6, 4).double()
+    X[:, 0] += 100 * torch.arange(6)
+    options = {"fisher_type": "type-2", **QUIET}
+    expected = reference(Case(model, W, list), params, (X, y), empirical=False).trace()
+    found = EKFACLinearOperator(model, LOSS, params, [(X, y)], **options).trace()
+    assert_close(found, expected, size=1000)
+    meeting = X.clone()
+    meeting[:4, 0] %= 100
+    for batches in ([(meeting, y)], [(X, y), (meeting, y)]):
+        A = cls(model, LOSS, params, batches, **options)
+        with pytest.raises(ValueError, match="does the model couple data"):
+            A.trace()
+
+
+def test_rows_without_a_datum_are_not_assigned():
+    """A mean over inputs needs to know whose they are: as many rows as data say not."""
+
+    def model(p, X):
+        h = torch.stack([(x @ p["w"] + p["b"]).tanh().sub(5 * x).relu() for x in X])
+        return h.mean(1) @ p["v"]
+
+    params = random_parameters({"w": (3, 3), "b": (3,), "v": (3, 2)})
+    X, y = -torch.rand(3, 3, 3).double(), torch.arange(3) % 2
+    options = {"fisher_type": "type-2", "kfac_approx": "reduce", **QUIET}
+    for dead in (False, True):
+        X[0] = 9 if dead else X[0]
+        A = KFACLinearOperator(model, LOSS, params, [(X, y)], **options)
+        if dead:
+            with pytest.raises(ValueError, match=r"No output depends on some of the r"):
+                A.trace()
+            continue
+        apart = [(X[i : i + 1], y[i : i + 1]) for i in range(3)]
+        other = KFACLinearOperator(model, LOSS, params, apart, **options)
+        assert_close(A.to_dense(), other.to_dense(), size=1000)
+
+
+@pytest.mark.parametrize("cls", FAMILY)
 def test_tables_as_long_as_the_batch(cls):
     """No axis of theirs counts data, and zeros hide nothing."""
 
