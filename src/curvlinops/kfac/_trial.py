@@ -11,8 +11,9 @@ tells a function which rows to pick or how to sort them:
    two are, one by one; where the model raises, two together; where it turns tensors
    into Python's numbers, the others are as well, a third of them at a time.)
 2. Where that does not settle it (the model goes over the data in a loop, packs rows of
-   several lengths, picks or sorts rows by content, or is given a tensor that is as long
-   as the batch, but no data), a random vector is sent back to the layers' results, and
+   several lengths, picks or sorts rows by content, has a matrix with rows and columns
+   for data, of which perhaps only some meet, or is given a tensor that is as long as
+   the batch, but no data), a random vector is sent back to the layers' results, and
    once more, or twice for more than 16 data, with every datum's part multiplied by a
    number of its own. What arrives tells for every row whose it is. Where the output's
    rows are not sorted either, every datum is evaluated alone before.
@@ -190,7 +191,8 @@ def found(
             "It was not found which rows of the model's output belong to which datum, "
             "or data have parts in each other's outputs: each row is sent back on its "
             f"own, which is right, but takes {loss.num_rows} backward passes in place "
-            "of one. If data are apart, return their outputs datum by datum.",
+            "of one. If data are apart, return their outputs datum by datum, and pass "
+            "`batch_size_fn` if the first axis of the inputs does not count them.",
             stacklevel=2,
         )
         return Findings(1, [None] * len(uses), None, sure=False)
@@ -297,9 +299,9 @@ class Trial:
                 return False
             f, seen = evaluated
             uses = seen.uses
-            pairs_of_shapes = zip(self._seen.shapes, seen.shapes, strict=False)
             self.meet |= any(
-                _shrinks_twice(a, b, N, len(picked)) for a, b in pairs_of_shapes
+                _shrinks_twice(*both, N, len(picked))
+                for both in zip(self._seen.shapes, seen.shapes, strict=False)
             )
             pairs = [(self._f, f)]
             if _names(uses) == _names(self._seen.uses):
