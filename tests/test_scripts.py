@@ -282,6 +282,19 @@ def _layer(P):
     return layer
 
 
+@pytest.mark.parametrize(
+    "make", [CGInverseLinearOperator, NeumannInverseLinearOperator]
+)
+def test_functions_that_are_no_preconditioners(make):
+    for function, error, message in (
+        (lambda V: None, ValueError, r"shape \(3, 1\) into NoneType of shape \(\)"),
+        (lambda V: V[:2], ValueError, r"into Tensor of shape \(2, 1\)"),
+        (lambda V: 1j * V, TypeError, r"into torch.complex.*must be real"),
+    ):
+        with pytest.raises(error, match=message):
+            make(SPD, preconditioner=function) @ np.ones(3)
+
+
 @pytest.mark.parametrize("name", PRECONDITIONERS)
 @pytest.mark.parametrize(
     "make",
