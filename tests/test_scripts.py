@@ -145,6 +145,9 @@ def test_the_number_of_dimensions_tells_rows_from_a_vector():
         assert torch.equal(result, t)
     with pytest.raises(ValueError, match=r"\(2,\).*leading dimension.*\(3, 3\)"):
         [torch.ones(3, 3)] @ A
+    two = IdentityLinearOperator([(2,), (2,)], "cpu", torch.float32)
+    with pytest.raises(ValueError, match=r"leading dimension.*\(2,\), \(3, 2\)"):
+        [torch.ones(2), torch.ones(3, 2)] @ two
 
 
 # Paths
