@@ -1,5 +1,6 @@
 """Batches that are mappings, and models that return objects, as some libraries have."""
 
+import re
 from collections import OrderedDict, UserDict
 from collections.abc import Iterator
 from copy import deepcopy
@@ -480,6 +481,25 @@ def test_mistakes():
     with pytest.raises(ValueError, match="'next_labels'"):
         make([named])
     JacobianLinearOperator(as_model(model), own, [without])  # needs no targets
+
+
+def test_mappings_without_a_keyword_of_the_model():
+    net, lines = nn.Linear(3, 2), r"(?s)\['x'\].*pairs = .*as_model"
+    batches = [({"x": torch.rand(4, 3)}, torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(TypeError, match="must be Tensor, not dict") as caught:
+        GGNLinearOperator(net, LOSS, list(net.parameters()), batches)
+    assert re.search(lines, "".join(caught.value.__notes__))
+
+
+def test_class_axes_that_are_none():
+    model, X = Classifier(), {"input_ids": batch(2)["input_ids"]}
+    for wrong in ("last", 1.5, True):
+        with pytest.raises(ValueError, match="`class_axis` must be a whole number"):
+            as_model(model, class_axis=wrong)
+    with pytest.raises(ValueError, match=r"no axis 7.*as_model"):
+        as_model(model, class_axis=7)(X)
+    moved = as_model(model, np.int64(1), class_axis=np.int64(-1))(X)
+    assert torch.equal(moved, model(**X).hidden_states.movedim(-1, 1))
 
 
 @pytest.mark.parametrize(

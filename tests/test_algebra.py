@@ -341,6 +341,12 @@ def test_multiples_keep_what_kroneckers_and_eigenvalues_know():
     twice = 2 * K.eigh()
     again = KroneckerProductLinearOperator(*twice.factors_decomposed(), grouped=True)
     assert_close(again.to_dense(), 2 * K.to_dense())
+    negative = (-3 * K).inverse()
+    assert isinstance(negative, KroneckerProductLinearOperator)
+    assert_close(dense_of(negative), torch.linalg.inv(-3 * dense_of(K)))
+    factors = torch.arange(1.0, 3)[None], spd(2).float()[None]
+    diagonal = -1 * KroneckerProductLinearOperator(*factors, grouped=True)
+    assert_close(diagonal.inverse().to_dense(), torch.linalg.inv(diagonal.to_dense()))
     named = 2 * KroneckerProductLinearOperator(spd(2), name="w", symmetric=True)
     assert named.name == "w" and named.symmetric
     singular = KroneckerProductLinearOperator(torch.ones(2, 2).double(), spd(3))

@@ -87,6 +87,11 @@ def test_numbers_name_the_cure(number):
         A.damped(1j)
     with pytest.raises(TypeError, match="a real number"):
         A.inverse("0.1")
+    for wrong in (np.nan, torch.tensor(torch.inf)):
+        with pytest.raises(ValueError, match=r"`delta` must be finite"):
+            A.damped(wrong)
+        with pytest.raises(ValueError, match=r"`damping` must be finite"):
+            A.inverse(wrong)
 
 
 def test_matrices_that_do_not_fit():
@@ -101,6 +106,8 @@ def test_matrices_that_do_not_fit():
             A + nothing
     with pytest.raises(TypeError, match=r"float64.*float32"):
         A + torch.ones(3, 4)
+    with pytest.raises(TypeError, match=r"complex128, the operator real.*`M\.real`"):
+        A + torch.ones(3, 4, dtype=torch.complex128)
     with pytest.raises(TypeError, match="multiplies numbers"):
         A + np.full((3, 4), "a")
 
@@ -130,7 +137,7 @@ def test_dot_and_matmul_of_numpy_are_products():
     if hasattr(np.linalg, "matmul"):
         assert_close(np.linalg.matmul(A, x), D @ x)
         assert_close(np.linalg.matmul(u, A), u @ D)
-    with pytest.raises(TypeError, match="out"):
+    with pytest.raises(TypeError, match=r"leave out `out`.*A @ x"):
         np.dot(A, x, out=np.empty(3))
     with pytest.raises(TypeError, match="does not support ufuncs"):
         np.matmul(A, x)  # loudly: no such function, but a universal one

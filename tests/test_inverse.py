@@ -721,7 +721,7 @@ def test_indefinite_preconditioner_is_an_error(solver, sign):
 
 
 def test_callable_preconditioner_must_keep_the_shape():
-    with pytest.raises(ValueError, match=r"\(12, 1\) into one of shape \(12,\)"):
+    with pytest.raises(ValueError, match=r"\(12, 1\) into Tensor of shape \(12,\)"):
         CGInverseLinearOperator(SPD, preconditioner=lambda V: V[:, 0]) @ B[:, 0]
 
 

@@ -132,6 +132,15 @@ def test_a_risk_without_loss_has_no_value():
     assert len(risk.parameters_vector()) == risk.space.dim
 
 
+def test_a_list_of_tensors_is_no_vector():
+    risk = EmpiricalRisk(*find("mlp-tanh-ce").build())
+    before = risk.parameters_vector()
+    with pytest.raises(TypeError, match=r"one vector.*torch\.cat\("):
+        risk.set_parameters([p.detach() for p in risk.params.values()])
+    risk.set_parameters([*(2 * before)])  # of numbers
+    assert torch.equal(risk.parameters_vector(), 2 * before)
+
+
 def test_a_loss_that_overflows_is_infinite():
     net = nn.Linear(1, 1, bias=False)
     risk = EmpiricalRisk(

@@ -145,6 +145,9 @@ def test_the_number_of_dimensions_tells_rows_from_a_vector():
         assert torch.equal(result, t)
     with pytest.raises(ValueError, match=r"\(2,\).*leading dimension.*\(3, 3\)"):
         [torch.ones(3, 3)] @ A
+    two = IdentityLinearOperator([(2,), (2,)], "cpu", torch.float32)
+    with pytest.raises(ValueError, match=r"leading dimension.*\(2,\), \(3, 2\)"):
+        [torch.ones(2), torch.ones(3, 2)] @ two
 
 
 # Paths
@@ -280,6 +283,19 @@ def _layer(P):
     layer = _Layer(len(P), len(P), bias=False).double()
     layer.weight.data = torch.from_numpy(P.copy())
     return layer
+
+
+@pytest.mark.parametrize(
+    "make", [CGInverseLinearOperator, NeumannInverseLinearOperator]
+)
+def test_functions_that_are_no_preconditioners(make):
+    for function, error, message in (
+        (lambda V: None, ValueError, r"shape \(3, 1\) into NoneType of shape \(\)"),
+        (lambda V: V[:2], ValueError, r"into Tensor of shape \(2, 1\)"),
+        (lambda V: 1j * V, TypeError, r"into torch.complex.*must be real"),
+    ):
+        with pytest.raises(error, match=message):
+            make(SPD, preconditioner=function) @ np.ones(3)
 
 
 @pytest.mark.parametrize("name", PRECONDITIONERS)

@@ -208,6 +208,22 @@ def test_status_follows(net: nn.Module, dataset: Any):
         K.status()
 
 
+def test_the_cure_of_loaders_that_leave_data_out(net: nn.Module, dataset: Any):
+    weighted = WeightedRandomSampler(torch.rand(7), 7)
+    drops = DataLoader(dataset, 3, shuffle=True, drop_last=True)
+    cases = (
+        (DataLoader(dataset, 3, sampler=weighted), "draws other data.*`list"),
+        (drops, "last 1 of 7 data are left out.*`drop_last=False`"),
+    )
+    for loader, cure in cases:
+        params = dict(net.named_parameters())
+        A = GGNLinearOperator(net, LOSS, params, loader, check_deterministic=False)
+        with pytest.warns(UserWarning, match=cure) as caught:
+            A @ np.ones(26)
+        assert "does not depend" not in str(caught[0].message)
+        assert re.search(cure, A.status().reason)
+
+
 # Passes whose losses differ
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from curvlinops._counts import as_count, count
 from curvlinops._reading import Caller, Reading
 
 
@@ -87,6 +88,9 @@ def as_model(
     TypeError
         When the model is evaluated, if there is no such tensor in its result; the
         message names those that there are.
+    ValueError
+        If ``class_axis`` is no whole number; when the model is evaluated, if the
+        prediction has no such axis.
 
     Notes
     -----
@@ -172,12 +176,12 @@ def as_model(
             "`as_model` takes a module or a callable `(params, X)`, got "
             f"{type(module).__name__}."
         )
-    if isinstance(output, bool) or not (
-        isinstance(output, (str, int)) or callable(output)
-    ):
+    place = as_count(output)
+    if place is None and not (isinstance(output, str) or callable(output)):
         raise TypeError(
             "`output` must be a name, a place in a tuple, or a function of the model's "
             f"result, got {output!r}."
         )
     labels = output == "loss" if with_labels is None else with_labels
-    return AsModel(module, Reading(output, class_axis, labels))
+    axis = None if class_axis is None else count("class_axis", class_axis, None)
+    return AsModel(module, Reading(output if place is None else place, axis, labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,21 @@ def absent(A: Any, what: str) -> LinAlgError:
 def require_square(A: Any, what: str) -> None:
     """Raise unless a matrix is square."""
     if A.shape[0] != A.shape[1]:
-        raise LinAlgError(f"Only a square matrix has a {what}, got {A!r}.")
+        raise LinAlgError(f"Only a square matrix has {with_article(what)}, got {A!r}.")
+
+
+def with_article(what: str) -> str:
+    """Return a noun with its indefinite article."""
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
+
+
+def _number(name: str, value: Any) -> float:
+    """Return an argument that is a finite real number, or raise naming it."""
+    if (number := real_scalar(value)) is None:
+        raise TypeError(f"`{name}` must be a real number, got {value!r}.")
+    if not isfinite(number):
+        raise ValueError(f"`{name}` must be finite, got {value!r}.")
+    return number
 
 
 class ClosedForms:
@@ -153,6 +168,8 @@ class ClosedForms:
         ------
         TypeError
             If ``delta`` is not a real number.
+        ValueError
+            If it is not finite.
         numpy.linalg.LinAlgError
             If the matrix is not square.
 
@@ -172,9 +189,7 @@ class ClosedForms:
         False
         """
         require_square(self, "multiple of the identity added to it")
-        if (number := real_scalar(delta)) is None:
-            raise TypeError(f"`delta` must be a real number, got {delta!r}.")
-        return self._damped(number)
+        return self._damped(_number("delta", delta))
 
     def inverse(self, damping: float = 0.0, **options: Any) -> Any:
         r"""Return :math:`(A + \delta I)^{-1}`.
@@ -200,10 +215,10 @@ class ClosedForms:
         ------
         TypeError
             If ``damping`` is not a real number.
+        ValueError
+            If it is not finite.
         numpy.linalg.LinAlgError
             If the matrix is not square, or a closed form says that it is singular.
         """
         require_square(self, "inverse")
-        if (number := real_scalar(damping)) is None:
-            raise TypeError(f"`damping` must be a real number, got {damping!r}.")
-        return self._inverse_of_damped(number, **options)
+        return self._inverse_of_damped(_number("damping", damping), **options)

@@ -162,12 +162,20 @@ class FunctionOperator(TorchOperator, LinearOperator):
         self._function = function
 
     def _apply(self, V: Tensor) -> Tensor:
-        result = torch.as_tensor(self._function(V.clone())).detach()
-        if result.shape != V.shape:
+        returned = self._function(V.clone())
+        array = returned if torch.is_tensor(returned) else np.asarray(returned)
+        if tuple(array.shape) != tuple(V.shape):
             raise ValueError(
                 f"The preconditioner {self._function!r} turned a tensor of shape "
-                f"{tuple(V.shape)} into one of shape {tuple(result.shape)}. It must "
-                "multiply blocks of columns and keep their shape."
+                f"{tuple(V.shape)} into {type(returned).__name__} of shape "
+                f"{tuple(array.shape)}. It must multiply blocks of columns and keep "
+                "their shape."
+            )
+        result = torch.as_tensor(array).detach()
+        if result.is_complex():
+            raise TypeError(
+                f"The preconditioner {self._function!r} turned real numbers into "
+                f"{result.dtype}. It must be real: take `.real` of what it returns."
             )
         return result.to(V.device, V.dtype)
 

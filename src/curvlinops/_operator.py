@@ -35,8 +35,13 @@ def _is_tensor_list(x: Any) -> bool:
     return isinstance(x, (list, tuple)) and bool(x) and all(map(torch.is_tensor, x))
 
 
-def _factors(a: Any, b: Any) -> tuple[Any, Any]:
-    """Take the arguments of ``numpy.dot``; there is no array to write a result to."""
+def _factors(a: Any, b: Any, out: Any = None) -> tuple[Any, Any]:
+    """Take the arguments of ``numpy.dot``."""
+    if out is not None:
+        raise TypeError(
+            "Products with an operator have their own memory: leave out `out`, and "
+            "write `out[...] = A @ x`."
+        )
     return a, b
 
 
@@ -280,8 +285,8 @@ class TorchOperator(ClosedForms):
     def __add__(self, other: Any) -> Any:
         """Return the lazy sum with an operator, an array, a tensor or a sparse matrix.
 
-        With a foreign SciPy operator it is SciPy's own. Matrices are converted to the
-        operator's dtype. A number names :meth:`damped`.
+        With a foreign SciPy operator it is SciPy's own. Arrays are converted to the
+        operator's dtype, tensors as operands are. A number names :meth:`damped`.
         """
         if isinstance(other, LinearOperator):
             if not isinstance(other, TorchOperator):
@@ -321,6 +326,11 @@ class TorchOperator(ClosedForms):
                 f"Cannot add a matrix of shape {tuple(M.shape)} to {self!r}."
             )
         if torch.is_tensor(M):
+            if M.is_complex():
+                raise TypeError(
+                    f"The matrix is {M.dtype}, the operator real: add `M.real`, or a "
+                    "NumPy array, with which SciPy's sum is complex."
+                )
             return self._makers["matrix"](self._in_space.adopt(M))
         if np.dtype(M.dtype).kind == "c":
             return aslinearoperator(M)  # SciPy's own sum

@@ -1126,10 +1126,6 @@ def _bytes(number: float) -> str:
 
 def plan(operator: RiskOperator, columns: int) -> Plan:
     """Predict what products of an operator take; see `RiskOperator.plan`."""
-    if isinstance(columns, bool) or not isinstance(columns, (int, np.integer)):
-        raise TypeError(f"`columns` must be an integer, got {columns!r}.")
-    if columns < 1:
-        raise ValueError(f"`columns` must be at least one, got {columns}.")
     risk = operator.risk
     risk._refresh_if_changed()
     with risk._alone():

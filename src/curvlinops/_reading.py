@@ -94,7 +94,14 @@ class Reading:
             found = logits if isinstance(logits, Tensor) else result
         if self.class_axis is None or not isinstance(found, Tensor):
             return found
-        return found if found.ndim < 2 else found.movedim(self.class_axis, 1)
+        if found.ndim < 2:
+            return found
+        if not -found.ndim <= self.class_axis < found.ndim:
+            raise ValueError(
+                f"The prediction of shape {tuple(found.shape)} has no axis "
+                f"{self.class_axis}. Pass another `class_axis` to `as_model`, e.g. -1."
+            )
+        return found.movedim(self.class_axis, 1)
 
     def check_classes(
         self, axes: tuple[int, ...], shape: torch.Size, taken: bool
@@ -149,8 +156,11 @@ class Reading:
                 + "Pass another `output` to `as_model`."
             )
         if isinstance(output, int):
-            if isinstance(result, (list, tuple)) and len(result) > output:
-                return result[output]
+            try:
+                if not isinstance(result, Tensor):  # whose rows are no parts
+                    return result[output]
+            except (TypeError, LookupError):  # neither a sequence nor a mapping
+                pass
             raise TypeError(
                 f"The model's result has no place {output}: it is "
                 f"{_described(result)}. Pass another `output` to `as_model`."
@@ -197,14 +207,21 @@ class Caller:
         by_keyword = self.known.get(keys)
         if by_keyword is None:
             by_keyword = _by_keyword(module, keys)
-        if by_keyword is not None:
-            self.known[keys] = by_keyword
+        if by_keyword or keys in self.known:
+            self.known[keys] = bool(by_keyword)
             return module(**X) if by_keyword else module(X)
-        try:  # both may be meant
+        try:
             result, self.known[keys] = module(X), False
         except Exception as error:  # whatever a model raises for such an argument
             raise_if_out_of_memory(error)
-            try:
+            if by_keyword is False:  # no keyword of it is among the keys
+                error.add_note(
+                    "The model's argument was the batch's mapping with the keys "
+                    f"{sorted(map(str, keys))}. If it takes something else, say what:"
+                    f"{_LINES}"
+                )
+                raise
+            try:  # both may be meant
                 result, self.known[keys] = module(**X), True
             except Exception as other:  # likewise
                 raise_if_out_of_memory(other)

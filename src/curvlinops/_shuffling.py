@@ -9,11 +9,6 @@ from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from curvlinops._once import told_before
 
-_CURE = (
-    "The matrix does not depend on their order, so pass `shuffle=False`, or "
-    "`list(loader)` if all batches fit into memory"
-)
-
 
 def described(data: Any) -> str:
     """Say what the data are, as far as that tells why their batches differ."""
@@ -33,10 +28,7 @@ def shuffles(data: Any) -> bool:
 def why_passes_differ(data: Any) -> str:
     """Say why passes over some data have other losses, and what to do about it."""
     sampler = _sampler(data)
-    draws = isinstance(sampler, WeightedRandomSampler) or (
-        isinstance(sampler, RandomSampler) and sampler.replacement
-    )
-    if draws:
+    if _draws(sampler):
         return (
             f"the data differs between the passes: its `{type(sampler).__name__}` draws"
             " other data in each. Pass `list(loader)`, or a loader without it."
@@ -62,8 +54,8 @@ def warn_about_shuffling(data: Any) -> None:
         f"The batches of {described(data)} differ from pass to pass, so nothing can be "
         "kept from one product to the next: each reads the data, evaluates the model "
         "and builds its graphs anew, which takes several times as long as a product "
-        f"that reuses them. {_CURE}; or larger batches, of which there are fewer to "
-        "start.",
+        f"that reuses them. {_cure(data)}; or larger batches, of which there are fewer "
+        "to start.",
         stacklevel=2,
     )
 
@@ -75,7 +67,7 @@ def why_nothing_is_kept(data: Any, shuffled: bool, repeats: bool, cache: Any) ->
     if shuffled or (not repeats and shuffles(data)):
         return (
             f"Nothing is kept, since the batches of {described(data)} differ from pass "
-            f"to pass. {_CURE}."
+            f"to pass. {_cure(data)}."
         )
     if not repeats:
         return (
@@ -84,6 +76,29 @@ def why_nothing_is_kept(data: Any, shuffled: bool, repeats: bool, cache: Any) ->
             "`list(loader)`."
         )
     return ""
+
+
+def _cure(data: Any) -> str:
+    """Say what gives the same batches in every pass."""
+    if _draws(sampler := _sampler(data)):
+        what = f"The `{type(sampler).__name__}` draws other data in each, of which the "
+        return what + "matrix is: pass `list(loader)`, or a loader without it"
+    if sampler is not None and (left := _left_out(data)):
+        return (
+            f"The last {left} data are left out, others in each, so the matrix differs,"
+            " too: pass `shuffle=False`, `drop_last=False`, or `list(loader)`"
+        )
+    return (
+        "The matrix does not depend on their order, so pass `shuffle=False`, or "
+        "`list(loader)` if all batches fit into memory"
+    )
+
+
+def _draws(sampler: Any) -> bool:
+    """Whether a sampler may give a datum several times, and another never."""
+    return isinstance(sampler, WeightedRandomSampler) or (
+        isinstance(sampler, RandomSampler) and sampler.replacement
+    )
 
 
 def _sampler(data: Any) -> Any:

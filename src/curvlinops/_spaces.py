@@ -158,16 +158,16 @@ class TensorSpace:
         Returns
         -------
         Tensor or None
-            ``None`` unless the first tensor has one dimension more than its shape.
+            ``None`` if all tensors have as many dimensions as their shapes: one vector.
 
         Raises
         ------
         ValueError
             If number or shapes of the tensors are not those of this space.
         """
-        if not self.shapes or tensors[0].ndim != len(self.shapes[0]) + 1:
+        if [t.ndim for t in tensors] == [len(shape) for shape in self.shapes]:
             return None
-        K = len(tensors[0])
+        K = len(tensors[0]) if tensors[0].ndim else 0
         given = [tuple(t.shape) for t in tensors]
         if given != [(K, *shape) for shape in self.shapes]:
             raise ValueError(

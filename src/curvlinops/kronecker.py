@@ -17,7 +17,7 @@ from numpy.linalg import LinAlgError
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlinops._closed_forms import absent
+from curvlinops._closed_forms import absent, with_article
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._operator import TorchOperator
 from curvlinops._spaces import TensorSpace, real_scalar
@@ -341,7 +341,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
     def _check_square(self, what: str) -> None:
         if self._rows != self._cols:
             raise LinAlgError(
-                f"Only square factors have a {what} here, got the shapes "
+                f"Only square factors have {with_article(what)} here, got the shapes "
                 f"{[tuple(f.shape[1:]) for f in self.factors]}."
             )
 
@@ -606,6 +606,8 @@ def _damped_inverse(
     the diagonal, by its eigenvalues it is seen what the matrix is.
     """
     damping = damping.reshape(-1, 1)
+    if not damping.any() and bool((_diagonal(factor) < 0).all()):  # a multiple by c < 0
+        return -_damped_inverse(-factor, damping, name, retry)
     if factor.ndim == 2:
         damped = factor + damping
         if bool((damped > 0).all()):

@@ -1061,6 +1061,13 @@ class EmpiricalRisk:
         >>> bool(found.fun < 1e-12)
         True
         """
+        if isinstance(x, (list, tuple)) and any(
+            torch.is_tensor(t) and t.ndim for t in x
+        ):
+            raise TypeError(
+                "The parameters are one vector, got a list with tensors. Pass "
+                "`torch.cat([t.flatten() for t in tensors])`."
+            )
         given = x if torch.is_tensor(x) else torch.from_numpy(numeric_array(x).copy())
         if given.is_complex():
             raise TypeError(

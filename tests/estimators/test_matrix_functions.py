@@ -339,3 +339,18 @@ def test_products_before_the_runs_are_counted():
     B = Counting(A)
     result = est.schatten_norm(B, 1, ncv=10, rng=0, return_estimate=True)
     assert B.count == result.num_products
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        lambda A, c: est.trace_of_function(A, np.log, c(50), c(20), rng=0),
+        lambda A, c: est.apply_function(A, np.log, np.ones(len(A)), c(200)),
+        lambda A, c: est.schatten_norm(A, c(1), c(200), c(20), rng=0),
+    ],
+    ids=["trace", "apply", "norm"],
+)
+def test_counts_of_few_bits_do_not_overflow(estimate):
+    A = np.diag(1 + np.arange(400) / 100)
+    np.testing.assert_allclose(estimate(A, np.uint8), estimate(A, int))
+    np.testing.assert_allclose(estimate(A, torch.tensor), estimate(A, int))

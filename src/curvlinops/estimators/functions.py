@@ -3,6 +3,7 @@ r"""Functions of a Hermitian matrix: :math:`\mathrm{tr}\, f(A)` and :math:`f(A) 
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import Any, Unpack
 
 import numpy as np
@@ -153,6 +154,7 @@ class _Trace:
 
     def estimate(self, ncv: int, num_repeats: int, transform: Any = None) -> Any:
         """Return the result; deepen the Krylov spaces if ``until`` asks for it."""
+        ncv, num_repeats = index(ncv), index(num_repeats)
         run, depth, deepest = self._run, min(ncv, self._run.dim), ncv * num_repeats
         while depth < run.dim and not run.dense_is_due(FEWEST_SAMPLES * depth):
             runs = self._runs(depth, num_repeats)
@@ -471,6 +473,7 @@ def schatten_norm(
         raise ValueError(
             f"p is above 0 and finite, got {p!r}. For infinity use spectral_norm."
         )
+    p = float(p)
 
     def integrand(rule: Rule, zeros: int) -> tuple[float, float]:
         scale = ROUNDING * run.operand.eps * run.dim**0.5
@@ -497,7 +500,7 @@ def schatten_norm(
         if ncv >= run.dim:  # exact, of whatever kind the matrix is
             zeros = run.operand.shape[0]
         elif not zeros:  # find out at little cost
-            start, steps = run.probes.block(0, 1), min(ncv, 30)
+            start, steps = run.probes.block(0, 1), min(index(ncv), 30)
             found = lanczos(multiply, start, steps, eps=run.operand.eps)
             integrand(Rule.gauss(found.alpha[0], found.beta[0]), zeros)
         trace = _Trace(run, lambda rule: integrand(rule, zeros), multiply, zeros)
@@ -572,7 +575,7 @@ def apply_function(
     True
     """
     require_tolerance("tol", tol)
-    require_positive_int("ncv", ncv)
+    ncv = require_positive_int("ncv", ncv)
     f = _checked("apply_function", function)
     with Run(A, "apply_function", options, total=ncv, ncv=ncv, tol=tol) as run:
         run.until = None
