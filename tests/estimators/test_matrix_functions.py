@@ -268,6 +268,16 @@ def test_singular_values_are_not_squared(shape, dtype):
     assert low <= np.sqrt(s[:5]).sum() ** 2 <= high
 
 
+def test_ends_beside_heavier_neighbours():
+    """Residuals are small before one eigenvalue beside a thousand others is seen."""
+    many = np.repeat([1.0, 2.0], 1000)
+    for seed in range(5):
+        upper, lower = np.diag(np.r_[many, 2.005]), np.diag(np.r_[many, 0.995])
+        assert np.isclose(est.spectral_norm(upper, rng=seed), 2.005, rtol=1e-4)
+        condition = est.condition_number(lower, rng=seed)
+        assert np.isclose(condition, 2 / 0.995, rtol=1e-4)
+
+
 def test_norms_of_indefinite_and_zero_matrices():
     eigenvalues = np.r_[-np.geomspace(1e-6, 5, 40), np.geomspace(1e-5, 1, 60)]
     counted = Counting(symmetric(eigenvalues))

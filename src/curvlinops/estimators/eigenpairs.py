@@ -135,11 +135,12 @@ def top_eigenpairs(
     Notes
     -----
     One Lanczos run with full orthogonalisation, and residuals that need no products.
-    Then about 20 products with a fresh random vector, orthogonal to all that is known,
-    certify that no eigenvalue was missed, such as a second copy of a multiple one; if
-    one was, the search goes on. A warm start that has a large part of the vectors found
-    is a certificate at ``k`` products. With ``N`` products everything is exact, so that
-    there are never more. Memory: a vector per product, 2 GiB or ``ncv`` at most.
+    Then 20 products, or a quarter of those before, with a fresh random vector,
+    orthogonal to all that is known, certify that no eigenvalue was missed, such as a
+    second copy of a multiple one; if one was, the search goes on. A warm start that has
+    a large part of the vectors found is a certificate at ``k`` products. With ``N``
+    products everything is exact, so that there are never more. Memory: a vector per
+    product, 2 GiB or ``ncv`` at most.
 
     References
     ----------
@@ -176,15 +177,16 @@ def top_eigenpairs(
         if require_positive_int("k", k) > run.dim:
             raise ValueError(f"k ({k}) must not be above the dimension ({run.dim}).")
         tol = operand.eps ** (2 / 3) if tol is None else tol
+        krylov = _krylov_dtype(operand.dtype, dtype)
         found = eigenpairs(
             run,
             k,
             which,
             tol,
-            start=_start_vectors(start, run.dim),
+            start=_start_vectors(start, run.dim, krylov),
             ncv=ncv,
             max_products=max_products,
-            dtype=_krylov_dtype(operand.dtype, dtype),
+            dtype=krylov,
         )
         if not found.converged:
             good = int((found.residuals <= tol * found.norm).sum())
@@ -218,13 +220,15 @@ def _krylov_dtype(own: torch.dtype, dtype: DTypeLike | None) -> torch.dtype:
     return wide
 
 
-def _start_vectors(start: Any, dim: int) -> Tensor | None:
-    """Return the user's start vectors as matrix."""
+def _start_vectors(start: Any, dim: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the user's start vectors as matrix, in the Krylov vectors' dtype."""
     if start is None:
         return None
     vectors = torch.as_tensor(start.vectors if isinstance(start, Eigenpairs) else start)
-    vectors = vectors.detach().reshape(len(vectors), -1)
-    norms = torch.linalg.vector_norm(vectors, dim=0) if len(vectors) == dim else vectors
+    if vectors.is_complex() and not dtype.is_complex:
+        raise ValueError("start is complex and the matrix real: give its real part.")
+    vectors = vectors.detach().reshape(len(vectors), -1).to(dtype)
+    norms = torch.linalg.vector_norm(vectors, dim=0)
     if len(vectors) != dim or not (norms > 0).all() or not torch.isfinite(norms).all():
         raise ValueError(
             f"start has {dim} rows and columns that are finite and not zero, got shape "

@@ -3,6 +3,7 @@ r"""Functions of a Hermitian matrix: :math:`\mathrm{tr}\, f(A)` and :math:`f(A) 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
@@ -186,9 +187,10 @@ class _Trace:
 
         run.block_size = max(1, min(run.block_size, size or run.block_size))
         runs = _Quadrature(self._integrand)
+        section = f"runs of {depth} below {self._zeros}"
         step, reached = (FEWEST_SAMPLES if run.until else num_repeats), False
         for count in [*range(step, num_repeats, step), num_repeats]:
-            run.accumulate(runs, krylov, count, section=f"runs of {depth}")
+            run.accumulate(runs, krylov, count, section=section)
             before, reached = reached, run.enough(runs)
             limited = run.limited(runs.moments().mean, runs.moments().krylov_error)
             if limited or run.dense_is_due() or (before and reached):
@@ -498,7 +500,9 @@ def schatten_norm(
             zeros = run.operand.shape[0]
         elif not zeros:  # find out at little cost
             start, steps = run.probes.block(0, 1), min(ncv, 30)
-            found = lanczos(multiply, start, steps, eps=run.operand.eps)
+            # Made again after an interruption: what is recorded are the runs.
+            probe = partial(run.multiply, record=False)
+            found = lanczos(probe, start, steps, eps=run.operand.eps)
             integrand(Rule.gauss(found.alpha[0], found.beta[0]), zeros)
         trace = _Trace(run, lambda rule: integrand(rule, zeros), multiply, zeros)
         return trace.estimate(ncv, num_repeats, root)
