@@ -216,6 +216,20 @@ def test_counts_are_intervals():
     assert clear.converged and abs(clear.value - 10) < 4 * clear.error
 
 
+def test_discontinuous_functions_say_how_far_they_are():
+    """Nodes hop over the step: half the steps may give the same by chance."""
+    eigenvalues = np.linspace(-1, 1, 300)
+    M, options = symmetric(eigenvalues), {"until": 0.1, "return_estimate": True}
+    covered = 0
+    for seed in range(20):
+        result = est.trace_of_function(
+            M, lambda x: (x > 0.05) * 1.0, 20, 20, rng=seed, **options
+        )
+        low, high = result.confidence_interval()
+        covered += result.converged and low <= (eigenvalues > 0.05).sum() <= high
+    assert covered >= 18
+
+
 def test_ends_on_an_eigenvalue_are_not_certain():
     """Within rounding of an end, nobody knows on which side an eigenvalue lies."""
     M = symmetric(np.r_[np.zeros(30), np.arange(1.0, 11)])
