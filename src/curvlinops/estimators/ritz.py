@@ -14,8 +14,7 @@ from curvlinops.estimators._run import Run
 from curvlinops.estimators._sketch import double
 from curvlinops.estimators.lanczos import BASIS_BYTES, project_out, require_symmetry
 
-#: Steps from a fresh vector that say whether a wanted eigenvalue was missed, or a
-#: quarter of the products before: where these were many, gaps are small.
+#: Steps from a fresh vector that say whether a wanted eigenvalue was missed.
 CERTIFICATE = 20
 
 #: How eigenvalues are ordered, the wanted ones first; "BE" is half "SA", half "LA".
@@ -255,9 +254,8 @@ def eigenpairs(
     -----
     A Krylov space sees one vector of an eigenspace only, and none of what its start
     vector has no part of. So once the wanted pairs have converged, a fresh random
-    vector, orthogonal to all there is, is multiplied ``CERTIFICATE`` times, or more:
-    where its Ritz values belong to the wanted ones, some were missed, and the search
-    goes on.
+    vector, orthogonal to all there is, is multiplied ``CERTIFICATE`` times: where its
+    Ritz values belong to the wanted ones, some were missed, and the search goes on.
     Vectors ``start`` that span the wanted ones roughly, found for another matrix, are
     as good, and need to be multiplied only once: of a second copy they have a part.
     """
@@ -326,8 +324,7 @@ class _Search:
 
     def missed(self, known: np.ndarray, start: Tensor | None) -> bool | None:
         """Whether new vectors change wanted values; ``None`` if products ran out."""
-        space = self.space
-        steps = max(CERTIFICATE, self.spent // 4) if start is None else 1
+        space, steps = self.space, CERTIFICATE if start is None else 1
         space.set_aside()
         space.add(self.fresh() if start is None else start.mT)
         while steps and space.size > space.done:
