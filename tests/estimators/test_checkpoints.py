@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +57,27 @@ class Killed(Exception):
     """What stops a computation in a test."""
 
 
+#: So slightly that the first Lanczos run does not show it.
+INDEFINITE = symmetric(np.r_[np.linspace(-1e-3, 1e-3, 390), np.geomspace(1, 50, 10)])
+
+
 def broken(at, matrix=A):
     B = Counting(matrix, break_at=at, error=Killed())
     B._adjoint = lambda: B
     return B
+
+
+@pytest.mark.filterwarnings("ignore:schatten_norm")
+@pytest.mark.parametrize("at", [5, 60, 205, 500, 10**6])
+def test_a_matrix_that_turns_out_indefinite(at, tmp_path):
+    """What was recorded of its eigenvalues is not taken for its singular values."""
+    for matrix, until in ((INDEFINITE, 0.05), (A, None)):
+        path, options = tmp_path / str(until), {"ncv": 10, "until": until, "rng": 0}
+        whole = est.schatten_norm(matrix, 1, **options)
+        with suppress(Killed):
+            est.schatten_norm(broken(at, matrix), 1, checkpoint=path, **options)
+        again = est.schatten_norm(broken(10**6, matrix), 1, checkpoint=path, **options)
+        assert again == whole
 
 
 @pytest.mark.parametrize("task", TASKS)

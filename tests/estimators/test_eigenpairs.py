@@ -118,6 +118,15 @@ def test_warm_starts_do_not_trap(which):
         assert pairs.converged and np.allclose(pairs.values, exact, atol=1e-6)
 
 
+def test_starts_of_other_dtypes():
+    start = np.eye(N, 4, dtype=int)
+    pairs = est.top_eigenpairs(A, 4, start=start, rng=0)
+    assert np.allclose(pairs.values, WANTED["LA"], atol=1e-8)
+    with pytest.raises(ValueError, match="give its real part"):
+        est.top_eigenpairs(A, 4, start=1j * start)
+    assert est.top_eigenpairs(A + 0j, 4, start=1j * start, rng=0).converged
+
+
 def test_a_small_end_takes_tens_of_products():
     rng = np.random.default_rng(1)
     hessian = np.r_[1e-3 * rng.standard_normal(290), np.geomspace(1, 50, 10)]

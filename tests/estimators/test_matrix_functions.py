@@ -216,6 +216,20 @@ def test_counts_are_intervals():
     assert clear.converged and abs(clear.value - 10) < 4 * clear.error
 
 
+def test_discontinuous_functions_say_how_far_they_are():
+    """Nodes hop over the step: half the steps may give the same by chance."""
+    eigenvalues = np.linspace(-1, 1, 300)
+    M, options = symmetric(eigenvalues), {"until": 0.1, "return_estimate": True}
+    covered = 0
+    for seed in range(20):
+        result = est.trace_of_function(
+            M, lambda x: (x > 0.05) * 1.0, 20, 20, rng=seed, **options
+        )
+        low, high = result.confidence_interval()
+        covered += result.converged and low <= (eigenvalues > 0.05).sum() <= high
+    assert covered >= 18
+
+
 def test_ends_on_an_eigenvalue_are_not_certain():
     """Within rounding of an end, nobody knows on which side an eigenvalue lies."""
     M = symmetric(np.r_[np.zeros(30), np.arange(1.0, 11)])
@@ -266,6 +280,16 @@ def test_singular_values_are_not_squared(shape, dtype):
     norm = est.schatten_norm(low_rank, 0.5, num_repeats=40, rng=0, return_estimate=True)
     low, high = norm.confidence_interval(0.999)
     assert low <= np.sqrt(s[:5]).sum() ** 2 <= high
+
+
+def test_ends_beside_heavier_neighbours():
+    """Residuals are small before one eigenvalue beside a thousand others is seen."""
+    many = np.repeat([1.0, 2.0], 1000)
+    for seed in range(5):
+        upper, lower = np.diag(np.r_[many, 2.005]), np.diag(np.r_[many, 0.995])
+        assert np.isclose(est.spectral_norm(upper, rng=seed), 2.005, rtol=1e-4)
+        condition = est.condition_number(lower, rng=seed)
+        assert np.isclose(condition, 2 / 0.995, rtol=1e-4)
 
 
 def test_norms_of_indefinite_and_zero_matrices():

@@ -176,15 +176,16 @@ def top_eigenpairs(
         if require_positive_int("k", k) > run.dim:
             raise ValueError(f"k ({k}) must not be above the dimension ({run.dim}).")
         tol = operand.eps ** (2 / 3) if tol is None else tol
+        krylov = _krylov_dtype(operand.dtype, dtype)
         found = eigenpairs(
             run,
             k,
             which,
             tol,
-            start=_start_vectors(start, run.dim),
+            start=_start_vectors(start, run.dim, krylov),
             ncv=ncv,
             max_products=max_products,
-            dtype=_krylov_dtype(operand.dtype, dtype),
+            dtype=krylov,
         )
         if not found.converged:
             good = int((found.residuals <= tol * found.norm).sum())
@@ -218,13 +219,15 @@ def _krylov_dtype(own: torch.dtype, dtype: DTypeLike | None) -> torch.dtype:
     return wide
 
 
-def _start_vectors(start: Any, dim: int) -> Tensor | None:
-    """Return the user's start vectors as matrix."""
+def _start_vectors(start: Any, dim: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the user's start vectors as matrix, in the Krylov vectors' dtype."""
     if start is None:
         return None
     vectors = torch.as_tensor(start.vectors if isinstance(start, Eigenpairs) else start)
-    vectors = vectors.detach().reshape(len(vectors), -1)
-    norms = torch.linalg.vector_norm(vectors, dim=0) if len(vectors) == dim else vectors
+    if vectors.is_complex() and not dtype.is_complex:
+        raise ValueError("start is complex and the matrix real: give its real part.")
+    vectors = vectors.detach().reshape(len(vectors), -1).to(dtype)
+    norms = torch.linalg.vector_norm(vectors, dim=0)
     if len(vectors) != dim or not (norms > 0).all() or not torch.isfinite(norms).all():
         raise ValueError(
             f"start has {dim} rows and columns that are finite and not zero, got shape "

@@ -259,12 +259,13 @@ class Rule:
         """Whether a node is negative, beyond rounding errors."""
         return bool(self.nodes[0] < -10 * eps * np.abs(self.nodes).max())
 
-    def halved(self) -> Rule | None:
-        """Return the rule of half the steps; ``None`` if there was only one."""
+    def shorter(self) -> list[Rule]:
+        """Return the rules of half the steps, and of one step less."""
         if self.alpha is None or self.beta is None:
-            return self
-        half = len(self.alpha) // 2
-        return Rule.gauss(self.alpha[:half], self.beta[:half]) if half else None
+            return [self]
+        m = len(self.alpha)
+        counts = (m // 2, m - 1) if m > 1 else ()
+        return [Rule.gauss(self.alpha[:n], self.beta[:n]) for n in counts]
 
     def radau(self, node: float) -> Rule:
         r"""Return the rule of one more node, the given one, which costs no product.
