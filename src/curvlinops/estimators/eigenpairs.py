@@ -135,11 +135,12 @@ def top_eigenpairs(
     Notes
     -----
     One Lanczos run with full orthogonalisation, and residuals that need no products.
-    Then about 20 products with a fresh random vector, orthogonal to all that is known,
-    certify that no eigenvalue was missed, such as a second copy of a multiple one; if
-    one was, the search goes on. A warm start that has a large part of the vectors found
-    is a certificate at ``k`` products. With ``N`` products everything is exact, so that
-    there are never more. Memory: a vector per product, 2 GiB or ``ncv`` at most.
+    Then about 20 products, after long runs 40, with a fresh random vector, orthogonal
+    to all that is known, certify that no eigenvalue was missed, such as a second copy
+    of a multiple one; if one was, the search goes on. A warm start that has a large
+    part of the vectors found is a certificate at ``k`` products. With ``N`` products
+    everything is exact, so that there are never more. Memory: a vector per product, 2
+    GiB or ``ncv`` at most.
 
     References
     ----------

@@ -325,7 +325,8 @@ class _Search:
     def missed(self, known: np.ndarray, start: Tensor | None) -> bool | None:
         """Whether new vectors change wanted values; ``None`` if products ran out."""
         space, steps = self.space, CERTIFICATE if start is None else 1
-        space.set_aside()
+        if self.spent < 3 * CERTIFICATE:
+            space.set_aside()  # else rounding has had time to find half of a copy there
         space.add(self.fresh() if start is None else start.mT)
         while steps and space.size > space.done:
             if self.spent >= self.products:
