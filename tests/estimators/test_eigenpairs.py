@@ -131,7 +131,7 @@ def test_a_small_end_takes_tens_of_products():
     rng = np.random.default_rng(1)
     hessian = np.r_[1e-3 * rng.standard_normal(290), np.geomspace(1, 50, 10)]
     X = rng.standard_normal((300, 100))
-    for M, k, limit in ((symmetric(hessian), 3, 90), (X @ X.T / 100, 1, 90)):
+    for M, k, limit in ((symmetric(hessian), 3, 110), (X @ X.T / 100, 1, 90)):
         pairs = est.top_eigenpairs(M, k, "SA", rng=0)
         exact = np.linalg.eigvalsh(M)[:k]
         assert pairs.converged and pairs.num_products <= limit
