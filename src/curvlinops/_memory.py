@@ -39,7 +39,10 @@ def raise_if_out_of_memory(error: BaseException) -> None:
         ):
             if _CURE not in getattr(error, "__notes__", ()):
                 error.add_note(_CURE)
-            raise error
+            try:
+                raise error
+            finally:  # or its traceback keeps it, and all that its frames hold
+                del error, cause
         hidden = cause.__suppress_context__
         cause = cause.__cause__ or (None if hidden else cause.__context__)
 
