@@ -252,6 +252,18 @@ def test_outliers_keep_their_exact_mass():
     assert distance < 0.02
 
 
+@pytest.mark.parametrize("name", SPECTRA)
+def test_deflation_beside_clusters(name):
+    """Small remainders of a step must not lead back to what was taken out."""
+    result = SPECTRUM(symmetric(SPECTRA[name]), 100, num_repeats=4, deflate=2, rng=0)
+    exact = SPECTRA[name][np.argsort(-np.abs(SPECTRA[name]))]
+    assert np.allclose(np.abs(result.spikes), np.abs(exact[:2]))
+    distance = wasserstein_distance(
+        result.nodes.ravel(), exact[2:], result.weights.ravel()
+    )
+    assert distance < 0.03 * np.ptp(exact)
+
+
 def test_no_ghosts_in_float32():
     """With orthogonality kept, an eigenvalue found is found once, also in 200 steps."""
     exact = np.r_[np.linspace(0, 1, 500), [5.0, 8.0, 20.0]]

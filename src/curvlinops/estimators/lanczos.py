@@ -119,6 +119,7 @@ def lanczos(
     *,
     eps: float | None = None,
     norm: float = 0.0,
+    deflated: Tensor | None = None,
 ) -> Recurrence:
     r"""Reduce a Hermitian matrix to tridiagonal form, :math:`V^{\mathrm{H}} A V = T`.
 
@@ -142,6 +143,9 @@ def lanczos(
         Rounding error of a product; default: that of the vectors' dtype.
     norm : float, optional
         Of the matrix, if it is known to be larger than what the vectors see.
+    deflated : Tensor, optional
+        Orthonormal columns, eigenvectors to which start vectors are orthogonal, and all
+        others are kept so.
 
     Raises
     ------
@@ -169,6 +173,8 @@ def lanczos(
         scale = torch.maximum(scale, product)
         known = basis[:, :seen]
         along = project_out(w, known).clone()
+        if deflated is not None:  # last: w may be small by now
+            project_out(w, deflated.mT.expand(K, -1, -1))
         alpha[:, j] = along[:, -1].real
         along[:, -1] -= alpha[:, j].to(along.dtype)
         if j:

@@ -120,8 +120,8 @@ class KrylovSpace:
         for j, row in enumerate(W):
             w = row[None].to(self.basis, copy=True)
             least = float(torch.linalg.vector_norm(w)) if norm is None else norm
-            project_out(w, self._deflated)
             along = project_out(w, self.basis[None, : self.size])
+            project_out(w, self._deflated)  # last: w may be small by now
             coefficients[: self.size, j] = to_numpy(along[0])
             rest = float(torch.linalg.vector_norm(w))
             if rest > 10 * torch.finfo(w.dtype).eps * least and self.size < self.limit:

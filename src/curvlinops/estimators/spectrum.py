@@ -123,17 +123,11 @@ class _CachedRuns:
             run.block_size = max(1, min(run.block_size, size))
         norm = float(np.abs(self._found.get("spikes", np.zeros(1))).max())
 
-        def projected(V: Tensor) -> Tensor:
-            return V if basis is None else V - basis @ (basis.mH @ V)
-
         def krylov(V: Tensor) -> Recurrence:
+            V = V if basis is None else V - basis @ (basis.mH @ V)
+            eps = run.operand.eps
             return lanczos(
-                lambda X: projected(run.multiply(X)),
-                projected(V),
-                self._ncv,
-                keep,
-                eps=run.operand.eps,
-                norm=norm,
+                run.multiply, V, self._ncv, keep, eps=eps, norm=norm, deflated=basis
             )
 
         run.accumulate(self._rules, krylov, num_repeats, section="runs")
