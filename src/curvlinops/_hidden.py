@@ -9,9 +9,10 @@ graph, and once more, with one, in their backward pass, from where they add to
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ _PLAIN = (
 )
 #: What makes a constant of a parameter, on purpose.
 _DETACHING = {torch.detach, Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
-#: The code that calls an autograd function.
-_APPLY: Any = Function.apply.__func__.__code__  # type: ignore[attr-defined]
+#: By the code of a forward pass, the autograd function; ``None`` for other code that
+#: has such a name.
+_FORWARDS: dict[CodeType, type | None] = {}
 
 
 def is_reentrant(function: Any) -> bool:
@@ -121,21 +123,21 @@ class HiddenUses:
         call = self._call()
         if (
             call is not None
-            and not any(given is tensor for given in call["args"])
+            and not any(given is tensor for given in _arguments(call[1]))
             and any(t.is_floating_point() for t in _tensors((result,)))
             and not torch.is_inference_mode_enabled()
         ):
             for leaf in [tensor] if tensor.is_leaf else graph_leaves(tensor):
                 if id(leaf) in self._names:
-                    self.found[self._names[id(leaf)]] = call["cls"]
+                    self.found[self._names[id(leaf)]] = call[0]
 
-    def _call(self) -> dict[str, Any] | None:
-        """Return what the autograd function is called with that is evaluated now.
+    def _call(self) -> tuple[type, FrameType] | None:
+        """Return the autograd function that is evaluated now, and its forward pass.
 
         If it calls others, they build no graph.
         """
         calls = _calls()[: -self._outside or None]
-        return calls[-1].f_locals if calls else None
+        return calls[-1] if calls else None
 
     def refuse(self, what: str) -> None:
         """Raise if anything was noted.
@@ -171,15 +173,45 @@ class HiddenUses:
         )
 
 
-def _calls() -> list[FrameType]:
-    """Return the calls of autograd functions on the stack, innermost first."""
-    calls: list[FrameType] = []
+def _calls() -> list[tuple[type, FrameType]]:
+    """Return the autograd functions on the stack and their calls, innermost first.
+
+    It is looked for their forward passes: what calls them may be no Python code.
+    """
+    calls = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY:
-            calls.append(frame)
+        code = frame.f_code
+        if code.co_name == "forward":
+            if code not in _FORWARDS:
+                _FORWARDS[code] = _function_of(code)
+            if (function := _FORWARDS[code]) is not None:
+                calls.append((function, frame))
         frame = frame.f_back
     return calls
+
+
+def _function_of(code: CodeType) -> type | None:
+    """Return the autograd function of a forward pass's code, if it is of one."""
+    classes: list[type] = [Function]
+    while classes:
+        function = classes.pop()
+        forward: Any = vars(function).get("forward")
+        forward = inspect.unwrap(getattr(forward, "__func__", forward))
+        if getattr(forward, "__code__", None) is code:
+            return function
+        classes += function.__subclasses__()
+    return None
+
+
+def _arguments(frame: FrameType) -> Iterator[Any]:
+    """Yield what a call was given."""
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    for name in code.co_varnames[:count]:
+        yield frame.f_locals.get(name)
+    if code.co_flags & inspect.CO_VARARGS:
+        yield from frame.f_locals.get(code.co_varnames[count], ())
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
