@@ -105,6 +105,15 @@ def _mapped(
     return new
 
 
+def arguments_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among a function's arguments, and in lists and tuples there."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from arguments_in(value)
+
+
 def tensors_in(value: Any, inside: bool = True) -> list[Tensor]:
     """Return all tensors in a nest of containers and objects, in order.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 
+from curvlinops._data import arguments_in
 from curvlinops._model import Model, graph_leaves, graph_nodes
 
 _PLAIN = (
@@ -114,7 +115,7 @@ class HiddenUses:
         elif self._on and func not in _DETACHING:
             # Gradients that nobody has turned off are off in a forward pass only.
             inside = not torch.is_grad_enabled()
-            for tensor in _tensors((*args, *kwargs.values())):
+            for tensor in arguments_in((*args, *kwargs.values())):
                 if id(tensor) in self._names or (inside and tensor.grad_fn is not None):
                     self._note(tensor, result)
 
@@ -124,7 +125,7 @@ class HiddenUses:
         if (
             call is not None
             and not any(given is tensor for given in _arguments(call[1]))
-            and any(t.is_floating_point() for t in _tensors((result,)))
+            and any(t.is_floating_point() for t in arguments_in((result,)))
             and not torch.is_inference_mode_enabled()
         ):
             for leaf in [tensor] if tensor.is_leaf else graph_leaves(tensor):
@@ -212,11 +213,3 @@ def _arguments(frame: FrameType) -> Iterator[Any]:
         yield frame.f_locals.get(name)
     if code.co_flags & inspect.CO_VARARGS:
         yield from frame.f_locals.get(code.co_varnames[count], ())
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

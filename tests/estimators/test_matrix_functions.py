@@ -8,6 +8,7 @@ from spectra import GUISES, Counting, symmetric
 
 import curvlinops.estimators as est
 from curvlinops._random import Probes
+from curvlinops.estimators import norm
 
 N = 120
 EIGENVALUES = np.r_[np.linspace(0.5, 3, N - 3), 10.0, 20.0, 40.0]
@@ -301,6 +302,15 @@ def test_norms_of_indefinite_and_zero_matrices():
     zero = np.zeros((60, 60))
     assert est.spectral_norm(zero, rng=0) == 0 == est.schatten_norm(zero, 1, rng=0)
     assert est.condition_number(zero, rng=0) == np.inf
+
+
+def test_norms_that_do_not_fit_into_memory_say_so(monkeypatch):
+    """A second look at the last step finds nothing changed: it is no convergence."""
+    monkeypatch.setattr(norm, "block_size", lambda *_: 18)
+    moved = np.diag(np.r_[np.linspace(0, 1, 300), 1.5])
+    for norm_of in (est.condition_number, est.spectral_norm):
+        with pytest.raises(RuntimeError, match=r"did not converge.* 2 GiB"):
+            norm_of(moved + 1e-3 * np.eye(301), tol=1e-6, rng=0)
 
 
 def test_complex_functions_and_vectors():

@@ -92,13 +92,13 @@ def _singular_ends(
     inside the spectrum, known with the last product.
     """
     require_tolerance("tol", tol)
-    ends = np.zeros(2)
+    ends, converged = np.zeros(2), False
 
     def attempt(multiply: Multiply, zeros: int) -> bool:
         limit = 2 * run.dim if zeros else run.dim
 
         def stop(alpha: np.ndarray, beta: np.ndarray) -> bool:
-            nonlocal ends
+            nonlocal ends, converged
             m, rest = alpha.shape[1], beta[0, -1]
             over = rest == 0 or m == limit
             # Odd steps of the augmented matrix have a node at zero of their own.
@@ -113,12 +113,13 @@ def _singular_ends(
             allowed = np.maximum(tol * ends, 10 * run.operand.eps * ends[0])
             # A small residual alone may be that of a neighbour with more weight.
             errors = np.maximum(residuals[wanted], np.abs(ends - before))
-            return over or bool((errors <= allowed)[: 1 + ratio].all())
+            converged = over or bool((errors <= allowed)[: 1 + ratio].all())
+            return converged
 
         start, steps = below(zeros, run.probes.block(0, 1)), block_size(run, 1, zeros)
         steps, eps = min(limit, steps), run.operand.eps
-        found = lanczos(multiply, start, steps, True, stop, eps=eps)
-        return stop(found.alpha, found.beta)
+        lanczos(multiply, start, steps, True, stop, eps=eps)
+        return converged  # looking once more would find the ends standing still
 
     with Run(tall(A), task, options, "normal", square=False, tol=tol) as run:
         if not hermitian_or_not(run, attempt):

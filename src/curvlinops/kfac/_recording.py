@@ -8,7 +8,7 @@ calls it, or an equivalent, and notes the :class:`Use`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -19,6 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvlinops._data import arguments_in
 from curvlinops._order import Order
 
 
@@ -151,7 +152,7 @@ class Recorder(TorchFunctionMode):
         """Call a function, and note it if parameters are among its arguments."""
         kwargs = kwargs or {}
         self._look(func, args, kwargs)
-        tensors = [*_tensors((args, *kwargs.values()))]
+        tensors = [*arguments_in((args, *kwargs.values()))]
         self.shapes += [t.shape for t in tensors if t.layout is torch.strided]
         touched = [t for t in tensors if self.owner(t)]
         if not (touched or self._made) or not torch.is_grad_enabled():
@@ -163,11 +164,11 @@ class Recorder(TorchFunctionMode):
             result = handler(self, func, *args, **kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
-            if any(t.requires_grad for t in _tensors([result])):
+            if any(t.requires_grad for t in arguments_in([result])):
                 for tensor in touched:
                     self.unknown.setdefault(str(self.owner(tensor)), _name_of(func))
         if func is not Tensor.expand:  # whose result has an axis for data
-            made = [t for t in _tensors([result]) if t.requires_grad]
+            made = [t for t in arguments_in([result]) if t.requires_grad]
             made = [t for t in made if not self.owner(t)]
             alone = all(self.owner(t) or id(t) in self._made for t in tensors)
             changes = [use.kind for use in self.uses[before:]] == ["elementwise"]
@@ -184,7 +185,7 @@ class Recorder(TorchFunctionMode):
         self.reads |= name in _READING
         self.compares |= name.lstrip("_") in _COMPARING
         by_tensor = name in _SELECTING_BY and any(
-            map(torch.is_tensor, _tensors(args[1:]))
+            map(torch.is_tensor, arguments_in(args[1:]))
         )
         self.selects |= by_tensor or name in _SELECTING
 
@@ -321,12 +322,4 @@ def _fits(handler: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> 
     except TypeError:  # unusual keywords
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not any(map(wrapped, _tensors((args, *kwargs.values()))))
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+    return not any(map(wrapped, arguments_in((args, *kwargs.values()))))
