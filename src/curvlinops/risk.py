@@ -54,6 +54,7 @@ from curvlinops._failures import (
 )
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner, key_of
+from curvlinops._isolation import without_autocast
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import (
@@ -65,12 +66,7 @@ from curvlinops._linearization import (
 )
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import checked_cache, raise_if_out_of_memory
-from curvlinops._model import (
-    Model,
-    Parameters,
-    named_parameters,
-    without_autocast,
-)
+from curvlinops._model import Model, Parameters, named_parameters
 from curvlinops._plan import (
     GRADIENT,
     Data,
