@@ -28,6 +28,7 @@ from curvlinops._copies import private_copy
 from curvlinops._data import cloned
 from curvlinops._failures import refuse_meta
 from curvlinops._hooks import hooks_of
+from curvlinops._interrupts import isolated
 from curvlinops._isolation import (
     NO_CUDNN,
     Changes,
@@ -452,6 +453,7 @@ class Model:
                 for name in attributes.keys() - old.keys():
                     del attributes[name]
 
+    @isolated(evaluates=True)
     def run(self, body: Callable[[], T]) -> T:
         """Return ``body()``, run where the model may be evaluated and differentiated.
 
