@@ -235,15 +235,18 @@ def import_statements(
             yield from import_statements(node, in_functions)
 
 
-def imported(name: str, path: Path, in_functions: bool = True) -> Iterator[str]:
+def imported(
+    name: str, path: Path, in_functions: bool = True, tree: ast.AST | None = None
+) -> Iterator[str]:
     """Name what a file imports: absolute dotted names, ``a.b`` for ``from a import b``.
 
-    ``name`` is the importing module's, relative to the package.
+    ``name`` is the importing module's, relative to the package; ``tree`` a part of it.
     """
     parts = ["curvlinops", *name.split(".")]
     if path.stem == "__init__" and name != "__init__":
         parts.append("__init__")
-    for node in import_statements(ast.parse(path.read_text()), in_functions):
+    tree = ast.parse(path.read_text()) if tree is None else tree
+    for node in import_statements(tree, in_functions):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         else:
