@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-#: The palette of Okabe and Ito, in the order in which it is used here: whatever cones are
-#: missing, the first three are told apart best.
+#: The palette of Okabe and Ito, in the order in which it is used here: the first three
+#: are told apart best, whatever cones are missing.
 OKABE_ITO = {
     "blue": "#0072B2",
     "vermilion": "#D55E00",
