@@ -177,7 +177,7 @@ LEVELS = [
     ],
     ["__init__"],
     # What people run. Nothing imports it, so it may show the public names in use:
-    ["__main__", "examples.*"],
+    ["__main__", "examples.*", "report", "report.*"],
 ]
 
 #: The only modules that may import an extra's packages when they are imported.
