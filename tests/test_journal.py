@@ -2,18 +2,15 @@
 
 import os
 import resource
-import shutil
 import signal
 import sqlite3
 import stat
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,7 @@ import torch
 import curvlinops
 from curvlinops import _journal
 from curvlinops._journal import Journal, read_identity
+from faults import forked, unprivileged
 
 IDENTITY = {"task": "chain", "seed": 3}
 SECTIONS, LENGTH = 12, 5
@@ -64,27 +62,6 @@ def finished(path, **options):
         journal.close()
 
 
-@contextmanager
-def forked(work):
-    """Run a function in a forked process, which is killed at the end at the latest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forks besides threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-    try:
-        yield pid
-    finally:
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
 def interrupted(path, products=8):
     """Leave the journal of a process that was killed after so many products."""
     read, write = os.pipe()
@@ -97,38 +74,6 @@ def interrupted(path, products=8):
             pass
     os.close(read)
     os.close(write)
-
-
-@contextmanager
-def unprivileged():
-    """Obey permissions, as a user does."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def folder():
-    """A folder that everybody can look into, and that is gone afterwards."""
-    open_places = (
-        place
-        for place in map(Path, (tempfile.gettempdir(), "/var/tmp", "/dev/shm"))
-        if all(p.is_dir() and p.stat().st_mode & 0o001 for p in (place, *place.parents))
-    )
-    if (place := next(open_places, None)) is None:
-        pytest.skip("no folder for temporary files that everybody can look into")
-    path = Path(tempfile.mkdtemp(dir=place))
-    path.chmod(0o777)
-    yield path
-    for place in [path, *path.rglob("*")]:
-        if not place.is_symlink():
-            place.chmod(0o777)
-    shutil.rmtree(path)
 
 
 # -- killed ----------------------------------------------------------------------------
@@ -343,18 +288,6 @@ def test_an_interrupted_journal_says_so_where_nothing_can_be_written(folder):
     folder.chmod(0o555)
     with unprivileged(), pytest.raises(OSError, match=r"j cannot be.*elsewhere"):
         finished(path)
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 4 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path]
-    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
 
 
 @pytest.mark.parametrize("room", [0, 2**14, 2**17, 2**19])

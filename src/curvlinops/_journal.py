@@ -30,6 +30,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._files import regular_file
 from curvlinops._operand import Operand, to_json, to_numpy
 from curvlinops._random import Probes
 
@@ -113,9 +114,7 @@ def _open(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
 
     Where nothing can be written, it is opened for reading.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is no regular file. Give another path.")
+    target = regular_file(path)
     target.parent.stat()  # raises if there is none
     uri = f"{target.as_uri()}?mode=rwc"
     with _explained(path):  # which waits for whoever reads the identity
