@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import curvlinops
-from curvlinops import _journal
-from curvlinops._journal import Journal, read_identity
+from curvlinops import CGInverseLinearOperator, _journal
+from curvlinops._journal import Checkpoint, Journal, read_identity
 from faults import forked, unprivileged
 
 IDENTITY = {"task": "chain", "seed": 3}
@@ -463,6 +463,48 @@ def test_space_is_used_again(tmp_path):
     path.unlink()
     finished(path, sections=20, size=20_000)
     assert path.stat().st_size <= 1.1 * few < 2.2e6
+
+
+def test_growth_is_bounded(tmp_path):
+    """What is beyond the bound is made again; numbers and bits stay the same."""
+    path, most = tmp_path / "j", 4 * 8 * 500 - 100
+    bounded = Checkpoint(path, max_bytes=most)
+    with pytest.warns(UserWarning, match=r"j has as many products as .*allows, 3: "):
+        result, products = finished(bounded)
+    assert np.array_equal(result, chain()) and products == SECTIONS * LENGTH
+    with pytest.warns(UserWarning, match="j has as many products as"):
+        result, products = finished(bounded)  # of the last section, two are lost
+    assert np.array_equal(result, chain()) and products == LENGTH - 3
+    result, products = finished(path)  # now all are kept
+    assert np.array_equal(result, chain()) and products == LENGTH - 3
+    assert finished(bounded)[1] == 0  # what is there is used
+    unbounded = tmp_path / "all"
+    finished(unbounded)
+    assert finished(Checkpoint(str(unbounded), max_bytes=0))[1] == 0
+
+
+@pytest.mark.parametrize("most", [0, 8 * 500 - 1])
+def test_products_need_not_be_recorded(tmp_path, most):
+    bounded = Checkpoint(tmp_path / "j", most)
+    for products in (SECTIONS * LENGTH, LENGTH):  # states are kept
+        with pytest.warns(UserWarning, match=r"allows, 0: further"):
+            assert finished(bounded)[1] == products
+    with pytest.raises(ValueError, match="`max_bytes` must be a whole number"):
+        Checkpoint(tmp_path / "j", 0.5)
+    assert str(bounded) == os.fspath(bounded) == str(tmp_path / "j")
+
+
+def test_solvers_take_bounded_checkpoints(tmp_path):
+    d, b = np.linspace(1, 50, 300), np.ones(300)
+    want = CGInverseLinearOperator(np.diag(d)) @ b
+    few = Checkpoint(tmp_path / "cg", max_bytes=10 * 8 * 300)
+    with pytest.warns(UserWarning, match="cg has as many products"):
+        result = CGInverseLinearOperator(np.diag(d), checkpoint=few) @ b
+    assert np.array_equal(result, want)
+    size = os.path.getsize(tmp_path / "cg")
+    assert size < 10 * (8 * 300 + 8192)
+    CGInverseLinearOperator(np.diag(d), checkpoint=str(few)) @ b
+    assert os.path.getsize(tmp_path / "cg") > 2 * size
 
 
 def test_other_versions_are_warned_of(tmp_path, monkeypatch):
