@@ -147,15 +147,8 @@ LEVELS = [
     [
         *["_adjoint", "_agreement", "_backward", "_caching", "_closed_forms"],
         *["_compiled", "_conflicts", "_copies", "_counts", "_cuda_graph", "_data"],
-        *[
-            "_differences",
-            "_failures",
-            "_finite",
-            "_hooks",
-            "_interrupts",
-            "_isolation",
-        ],
-        *["_journal", "_lockstep"],
+        *["_differences", "_failures", "_files", "_finite", "_hooks", "_interrupts"],
+        *["_isolation", "_journal", "_lockstep"],
         *["_loss_state", "_memory", "_objects", "_once", "_operand", "_random"],
         *["_reading", "_shuffling", "_spaces", "_substitutes", "_walk"],
     ],

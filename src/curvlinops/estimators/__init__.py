@@ -6,7 +6,7 @@ results live where the matrix lives: tensors on its device for tensors and opera
 this package, NumPy for everything else.
 """
 
-from curvlinops._journal import JournalledOperator
+from curvlinops._journal import Checkpoint, JournalledOperator
 from curvlinops.estimators._base import Estimate
 from curvlinops.estimators._run import Options
 from curvlinops.estimators.density import SpectralDensity
@@ -44,6 +44,7 @@ from curvlinops.estimators.tracking import Track, track
 __all__ = [
     "Eigenpairs",
     "Estimate",
+    "Checkpoint",
     "JournalledOperator",
     "LayerSummary",
     "LanczosApproximateLogSpectrumCached",

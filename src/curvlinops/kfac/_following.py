@@ -33,13 +33,33 @@ class Represented(RiskOperator):
             Factors and decompositions only, without model and data: with the same
             products, scalars, inverses and powers, and files that :func:`load
             <curvlinops.kfac.load>` reads. Its products do not look for changes. Copies
-            and pickles of it are the same matrix.
+            and pickles of it are the same matrix. It knows a checksum of the
+            parameters that it belongs to, for which these are read once.
         """
-        return self.representation
+        matrix = self.representation
+        if matrix.parameters is None:
+            matrix.parameters = self.parameters_fingerprint()
+        return matrix
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the blocks, with the parameters' names and shapes, to an npz file."""
-        self.representation.save(path)
+        """Write the blocks to an npz file, with what tells them from those of others.
+
+        Those are the operator's settings and loss, and names, shapes, dtype, and a
+        checksum of the parameters.
+
+        Parameters
+        ----------
+        path : str or path
+            The file. It replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
+        """
+        self.frozen().save(path)
 
     def _alone(self) -> ExitStack:
         """Take the model's lock and then the risk's, as everything else does."""
