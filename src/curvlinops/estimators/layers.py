@@ -100,9 +100,9 @@ class LayerSummary:
         numbers = [values for name, values in self.columns.items() if name != "name"]
         return np.stack(numbers, axis=1).astype(dtype or np.float64)
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the rows by name of the block, in numbers that JSON knows."""
-        return {str(name): self.row(name) for name in self["name"]}
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the columns by name, as lists of Python's numbers, for JSON."""
+        return {name: column.tolist() for name, column in self.columns.items()}
 
     def to_pandas(self) -> Any:
         """Return the table as ``pandas.DataFrame``, blocks as index.
