@@ -24,7 +24,8 @@ from curvlinops import (
     KFACLinearOperator,
     TransposedJacobianLinearOperator,
 )
-from curvlinops._plan import SLICES, Data, Probe, products_of
+from curvlinops._plan import SLICES, Data, Probe, loops_of
+from curvlinops._policy import Policy
 from curvlinops._tracker import Tracker
 from references import ggn, hessian
 from tolerances import assert_close
@@ -130,9 +131,9 @@ MATRICES = {
     [("ggn", 1), ("hessian", 1), ("ef", 1), ("mc", 1), ("ggn", 6)],
 )
 @pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
-def test_predicted_bytes_are_those_of_products(name, matrix, columns, monkeypatch):
-    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)  # a test of its own
-    A = MATRICES[matrix](*problem(name, [48, 48, 20]))
+def test_predicted_bytes_are_those_of_products(name, matrix, columns):
+    never_dense = Policy(dense_dim=0)  # a test of its own
+    A = MATRICES[matrix](*problem(name, [48, 48, 20]), policy=never_dense)
     plan, X = A.plan(columns), torch.randn(A.shape[1], columns).double()
     peak = tracked(A, X, 60)  # sensitivities come late
     assert plan.held == pytest.approx(held(A), rel=1e-3)
@@ -221,7 +222,7 @@ def test_batches_that_are_joined_are_predicted():
     assert "multiplied as one" in str(plan)
     x = torch.randn(A.shape[1], 1).double()
     tracked(A, x)
-    [product], _ = products_of(A, 1)
+    [product], _ = loops_of(A, 1)
     assert A.risk._joined_batch(product.key) is not None
     assert plan.joined + sum(b.held for b in plan.batches) == held(A)
     tracked(A, x, plan.dense_after - SETTLED)
@@ -712,7 +713,7 @@ def coupled_data(*sizes):
 
 def whole(A):
     """Return the bytes of a product with whole batches that keeps nothing."""
-    (products, K), data = products_of(A, 1), Data.of(A.risk)
+    (products, K), data = loops_of(A, 1), Data.of(A.risk)
     load = max(data.loads)
     footprint = Probe(A.risk, data, products, K).footprint(load, 1)
     return footprint.peak(load) + footprint.total + footprint.spare

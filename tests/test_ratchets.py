@@ -433,9 +433,9 @@ PRIVATE: dict[str, int] = {
     "_objects": 1,
     "_operator": 2,
     "_parts": 3,
-    "_plan": 40,
+    "_plan": 39,
     "_reach": 1,
-    "_verify": 8,
+    "_verify": 6,
     "_walk": 2,
     "_watch": 1,
     "diag": 5,
@@ -556,10 +556,10 @@ def code_per_folder(package: Path) -> dict[str, int]:
 LONG_FILES: dict[str, int] = {
     "_journal": 520,
     "_krylov": 540,
-    "_linearization": 930,
+    "_linearization": 890,
     "_model": 910,
     "_operator": 480,
-    "_plan": 1240,
+    "_plan": 1150,
     "_program": 470,
     "_verify": 620,
     "estimators._run": 560,
@@ -568,7 +568,7 @@ LONG_FILES: dict[str, int] = {
     "inverse": 530,
     "kfac.operators": 600,
     "kronecker": 730,
-    "risk": 1580,
+    "risk": 1500,
     "structured": 500,
 }
 #: Lines of functions with more than 60.
@@ -576,7 +576,6 @@ LONG_FUNCTIONS: dict[str, int] = {
     "_plan.plan": 66,
     "estimators.eigenpairs.top_eigenpairs": 61,
     "losses._categorical.CrossEntropy.__init__": 64,
-    "risk.EmpiricalRisk.__init__": 61,
 }
 #: Most lines of code in each folder, with room for work that is under way.
 CODE: dict[str, int] = {
