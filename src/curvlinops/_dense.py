@@ -193,7 +193,7 @@ class Dense:
 
     def jacobians_pay(self, sizes: Iterable[int], batches: Batches) -> bool:
         """Whether Jacobians with so many rows each cost few products."""
-        return max(self.cost(VJPS, n, batches) for n in sizes) <= MAX_JACOBIAN_COST
+        return self.cost(VJPS, max(sizes), batches) <= MAX_JACOBIAN_COST
 
     def keep_jacobians(
         self, risk: EmpiricalRisk, kept: Jacobians, batches: Batches, asked: bool
