@@ -53,6 +53,7 @@ from curvlinops._failures import (
     require_numbers,
 )
 from curvlinops._forms import Body, Congruence, Form, Side
+from curvlinops._grouping import LEAST_BATCHES, Groups, find_groups
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner
 from curvlinops._interrupts import isolated
@@ -276,7 +277,12 @@ class EmpiricalRisk:
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless
-    ``cache``, ``max_memory`` or ``progressbar`` is given.
+    ``cache``, ``max_memory`` or ``progressbar`` is given. Hundreds of tiny batches are
+    put together from the beginning, if data contribute apart, the loss is known in
+    closed form, and the module has no hooks. Every batch's outputs are compared with
+    those of the few hundred that it is put together with, and their :math:`J^\top u`
+    with that of halves. This costs one evaluation of the model without gradients (two
+    where some parameter is zero), and three backward passes for a few hundred batches.
 
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
@@ -415,6 +421,9 @@ class EmpiricalRisk:
             self._fits: dict[Hashable, Fit] = {}
             self._entries: float | None = None
             self._tables = Tables()
+            # How tiny batches are put together, if it pays and they may be.
+            self._groups: Groups | None = None
+            self._may_group = True
             self._columns.most = None
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
@@ -1102,7 +1111,8 @@ class EmpiricalRisk:
 
     def batches(self, title: str) -> Iterator[Linearization]:
         """Yield every batch's linearization in order (within :meth:`session`)."""
-        recordings = self._recordings
+        self._group_if_due()
+        recordings, groups = self._recordings, self._groups
         kept = dict(recordings)  # another thread may drop some
         complete = len(kept) == self._num_batches
         known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
@@ -1126,9 +1136,27 @@ class EmpiricalRisk:
             del batch  # and its graphs, before the next one is evaluated
         if place < 0:
             raise ValueError("The data is empty: there is no batch to work on.")
-        self._num_batches = place + 1
-        self._output_shapes = tuple(shapes)
+        if recordings is self._recordings:  # no other thread has begun anew
+            self._num_batches = place + 1
+            shapes = shapes if groups is None else groups.output_shapes(shapes)
+            self._output_shapes = tuple(shapes)
         self._reach.warn_about_unused()
+
+    def _group_if_due(self) -> None:
+        """Decide before a first pass whether tiny batches are put together."""
+        if not (self._may_group and self._repeats) or self._rehearses:
+            return
+        many = (length_of(self.data) or 0) >= LEAST_BATCHES
+        known = self.loss_function is None or not self.loss_function.loss.opaque
+        groups = None
+        if many and known and self._share is None and self._may_put_together():
+            pairs = self.pairs()
+            groups = find_groups(pairs, self.batch_size, self.model, self._loss_maker)
+        with self._lock:
+            if groups is not None and self._groups is None:
+                self._drop_recordings()
+                self._groups = groups
+            self._may_group = False
 
     def _shown(
         self, items: Iterable[T], title: str, total: int | None = None
@@ -1156,6 +1184,10 @@ class EmpiricalRisk:
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
         entries, tables = self._entries, self._tables
+        if self._groups is not None:
+            for index, item in self._groups.read(self.pairs()):
+                yield index, item, None
+            return
         for index, item in enumerate(self.pairs()):
             if entries is None:
                 yield index, item, self._share
@@ -1477,6 +1509,7 @@ class EmpiricalRisk:
         """Yield batches that are evaluated now, whatever is recorded."""
         title = f"{type(self).__name__}.{title}"
         self._fit(GRADIENT)
+        self._group_if_due()
         recordings, self._recordings = self._recordings, {}
         full, self._ledger.full = self._ledger.full, True
         try:
