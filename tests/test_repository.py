@@ -146,8 +146,16 @@ def test_configuration_rule_bites(pyproject, setup_cfg, topic):
 LEVELS = [
     [
         *["_adjoint", "_agreement", "_backward", "_caching", "_closed_forms"],
-        *["_compiled", "_conflicts", "_counts", "_cuda_graph", "_data"],
-        *["_differences", "_failures", "_finite", "_hooks", "_journal", "_lockstep"],
+        *["_compiled", "_conflicts", "_copies", "_counts", "_cuda_graph", "_data"],
+        *[
+            "_differences",
+            "_failures",
+            "_finite",
+            "_hooks",
+            "_interrupts",
+            "_isolation",
+        ],
+        *["_journal", "_lockstep"],
         *["_loss_state", "_memory", "_objects", "_once", "_operand", "_random"],
         *["_reading", "_shuffling", "_spaces", "_substitutes", "_walk"],
     ],
@@ -227,15 +235,18 @@ def import_statements(
             yield from import_statements(node, in_functions)
 
 
-def imported(name: str, path: Path, in_functions: bool = True) -> Iterator[str]:
+def imported(
+    name: str, path: Path, in_functions: bool = True, tree: ast.AST | None = None
+) -> Iterator[str]:
     """Name what a file imports: absolute dotted names, ``a.b`` for ``from a import b``.
 
-    ``name`` is the importing module's, relative to the package.
+    ``name`` is the importing module's, relative to the package; ``tree`` a part of it.
     """
     parts = ["curvlinops", *name.split(".")]
     if path.stem == "__init__" and name != "__init__":
         parts.append("__init__")
-    for node in import_statements(ast.parse(path.read_text()), in_functions):
+    tree = ast.parse(path.read_text()) if tree is None else tree
+    for node in import_statements(tree, in_functions):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         else:
