@@ -148,6 +148,8 @@ def _name_blocks(ax: Any, blocks: Mapping[str, int]) -> None:
 def shortened(names: list[str], length: int = 18) -> list[str]:
     """Return names that are at most so long, if they differ then; else all longer.
 
+    Dollar signs are escaped: to Matplotlib, what is between two of them is a formula.
+
     Examples
     --------
     >>> shortened(["a.0.weight", "a.1.weight"])
@@ -161,6 +163,7 @@ def shortened(names: list[str], length: int = 18) -> list[str]:
     if common and max(map(len, names)) > length:
         names = ["…" + ".".join(part[common:]) for part in parts]
     longest = max(map(len, names), default=0)
+    short = names
     for size in range(length, longest + 1):
         head = size // 2
         short = [
@@ -168,8 +171,8 @@ def shortened(names: list[str], length: int = 18) -> list[str]:
             for n in names
         ]
         if len(set(short)) == len(set(names)):
-            return short
-    return names
+            break
+    return [name.replace("$", r"\$") for name in short]
 
 
 def compact(value: Any, error: Any = 0.0) -> str:
