@@ -91,11 +91,8 @@ def tokens():
 
 
 def dead_layer():
-    """Nothing of the second layer's weight reaches the output."""
+    """Nothing passes the first layer's weight."""
     model, loss, data = small()
-    with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].bias.zero_()
     return model, loss, [(torch.zeros_like(X), y) for X, y in data]
 
 
@@ -124,3 +121,12 @@ def nan_data():
 
 def no_params():
     return functional()[0], *functional()[1::2]
+
+
+def wide():
+    """Some hundred parameters, so that few probes are fewer than those."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        X = torch.randn(40, 8).double()
+    return model, nn.CrossEntropyLoss(), [(X, torch.arange(40) % 4)]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from curvlinops import estimators
 from curvlinops._operand import Operand, to_numpy
 from curvlinops._random import Probes
 from curvlinops.estimators import (
@@ -21,6 +20,7 @@ from curvlinops.estimators import (
     effective_dimension,
     eigenvalue_count,
     hutchinson_squared_fro,
+    layer_summary,
     top_eigenpairs,
     trace_of_function,
     xtrace,
@@ -50,8 +50,6 @@ BOTTOM_TOL = 1e-5
 #: Shift of the logarithm, relative to the largest magnitude of an eigenvalue.
 EPSILON = 1e-6
 POINTS = 1024
-#: The table of the layers, where this version of the estimators has it.
-SUMMARY: Any = getattr(estimators, "layer_summary", None)
 
 #: Groups of stages; commands choose among them.
 PARTS = ("symmetry", "pairs", "numbers", "density", "layers", "dense", "verify")
@@ -250,7 +248,7 @@ class _Measurement:
         return {"density": self._stage("density", Density, compute)}
 
     def _layers(self) -> dict[str, Any]:
-        if not self.task.counts.layer_repeats or SUMMARY is None:
+        if not self.task.counts.layer_repeats:
             return {}
 
         def compute(journal: Path | None, seed: int) -> tuple[tuple[Layer, ...], int]:
@@ -412,8 +410,7 @@ def layers(
     A: Any, task: Task, seed: int, checkpoint: Path | None
 ) -> tuple[tuple[Layer, ...], int]:
     """Return the table of the layers, and the products it took."""
-    assert SUMMARY is not None
-    table = SUMMARY(
+    table = layer_summary(
         A,
         task.damping,
         task.counts.layer_ncv,
