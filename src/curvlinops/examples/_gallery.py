@@ -21,7 +21,16 @@ class Seconds(NamedTuple):
 #: Measured by ``python -m curvlinops.examples --measure``, one page after the other,
 #: on two cores of a shared machine with other work on them.
 PAGES = {
-    "natural_gradient": Seconds(12, 6.4),
+    "matrix_vector_products": Seconds(38, 14.7),
+    "eigenvalues": Seconds(19, 7.0),
+    "laplace": Seconds(11, 5.9),
+    "influence": Seconds(10, 5.1),
+    "natural_gradient": Seconds(12, 7.8),
+    "dict_batches": Seconds(33, 11.6),
+    "submatrices": Seconds(11, 5.1),
+    "monte_carlo_fisher": Seconds(48, 6.7),
+    "pinn": Seconds(13, 5.3),
+    "preconditioned_spectrum": Seconds(7, 5.7),
 }
 
 
