@@ -43,7 +43,7 @@ def problem(net=None, data=None, loss=None):
 
 
 def groups(A):
-    return A.risk._groups
+    return A.risk._grouping.groups
 
 
 def calls(work):

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from curvlinops._agreement import agree, random_like, rows_agree
 from curvlinops._apart import without_zeros
-from curvlinops._data import cloned, joined, moved, tensors_in
-from curvlinops._linearization import SMALL, Linearization
+from curvlinops._data import cloned, joined, length_of, moved, tensors_in
+from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model
+from curvlinops._policy import POLICY
 from curvlinops._spaces import rounding
 from curvlinops.losses import Loss
 
@@ -23,7 +24,7 @@ LEAST_BATCHES = 256
 #: Most batches that become one, ...
 MOST_TOGETHER = 256
 #: ... and most entries of their inputs.
-MOST_ENTRIES = SMALL // 2
+MOST_ENTRIES = POLICY.small // 2
 
 Pair = tuple[Any, Any]
 LossMaker = Callable[[Any], Callable[[Tensor, Any], Loss] | None]
@@ -40,11 +41,11 @@ class Groups(NamedTuple):
 
     sizes: tuple[tuple[int, ...], ...]
 
-    def read(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, Pair]]:
-        """Yield the number of each group's first batch, and all its data."""
+    def read(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, Pair, None]]:
+        """Yield the number of each group's first batch, its data, and no share."""
         batches, first = iter(pairs), 0
         for sizes in self.sizes:
-            yield first, together([*islice(batches, len(sizes))], sizes)
+            yield first, together([*islice(batches, len(sizes))], sizes), None
             first += len(sizes)
 
     def output_shapes(self, shapes: list[torch.Size]) -> list[torch.Size]:
@@ -62,6 +63,36 @@ def together(batches: list[Pair], sizes: tuple[int, ...]) -> Pair:
         return batches[0]
     X = joined([x for x, _ in batches], sizes)
     return X, joined([y for _, y in batches], sizes, several=True)
+
+
+class Grouping:
+    """Whether batches are put together, which is decided once.
+
+    Attributes
+    ----------
+    groups : Groups or None
+        How they are.
+    """
+
+    def __init__(self) -> None:
+        self.groups: Groups | None = None
+        self._found: Groups | None = None
+        self._open = True
+
+    def pays(self, data: Any) -> bool:
+        """Whether that is still to be decided, and there are many batches."""
+        return self._open and (length_of(data) or 0) >= LEAST_BATCHES
+
+    def find(self, pairs: Callable[[], Iterable[Pair]], *args: Any) -> None:
+        """Look for groups, see :func:`find_groups`."""
+        self._found = find_groups(pairs(), *args)
+
+    def close(self) -> bool:
+        """Decide as was found; return whether this is a change."""
+        changes = self._open and self._found is not None
+        if self._open:
+            self.groups, self._open = self._found, False
+        return changes
 
 
 def find_groups(
@@ -99,7 +130,7 @@ def find_groups(
     """
     try:
         check, found = _Check(model, loss_of), []
-        for batches, sizes in _cut(pairs, size_of, SMALL - model.space.dim):
+        for batches, sizes in _cut(pairs, size_of, POLICY.small - model.space.dim):
             if not (all(sizes) and check(batches, sizes)):
                 return None
             found.append(sizes)

@@ -53,7 +53,7 @@ from curvlinops._failures import (
     require_numbers,
 )
 from curvlinops._forms import Body, Congruence, Form, Side
-from curvlinops._grouping import LEAST_BATCHES, Groups, find_groups
+from curvlinops._grouping import Grouping
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner
 from curvlinops._interrupts import isolated
@@ -334,7 +334,7 @@ class EmpiricalRisk:
         }
         self.terms = Terms(self.loss_func, self.loss_options, data)
         self.params = named_parameters(model_func, params)
-        self.data = checked_data(data, self._known_pair)
+        self.data = checked_data(data, lambda *b: require_numbers(self._pair(*b), b[1]))
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
         terms = optional_count("num_per_example_loss_terms", num_per_example_loss_terms)
@@ -421,9 +421,7 @@ class EmpiricalRisk:
             self._fits: dict[Hashable, Fit] = {}
             self._entries: float | None = None
             self._tables = Tables()
-            # How tiny batches are put together, if it pays and they may be.
-            self._groups: Groups | None = None
-            self._may_group = True
+            self._grouping = Grouping()
             self._columns.most = None
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
@@ -1111,8 +1109,8 @@ class EmpiricalRisk:
 
     def batches(self, title: str) -> Iterator[Linearization]:
         """Yield every batch's linearization in order (within :meth:`session`)."""
-        self._group_if_due()
-        recordings, groups = self._recordings, self._groups
+        self._group()
+        recordings, groups = self._recordings, self._grouping.groups
         kept = dict(recordings)  # another thread may drop some
         complete = len(kept) == self._num_batches
         known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
@@ -1142,21 +1140,16 @@ class EmpiricalRisk:
             self._output_shapes = tuple(shapes)
         self._reach.warn_about_unused()
 
-    def _group_if_due(self) -> None:
-        """Decide before a first pass whether tiny batches are put together."""
-        if not (self._may_group and self._repeats) or self._rehearses:
-            return
-        many = (length_of(self.data) or 0) >= LEAST_BATCHES
-        known = self.loss_function is None or not self.loss_function.loss.opaque
-        groups = None
-        if many and known and self._share is None and self._may_put_together():
-            pairs = self.pairs()
-            groups = find_groups(pairs, self.batch_size, self.model, self._loss_maker)
-        with self._lock:
-            if groups is not None and self._groups is None:
-                self._drop_recordings()
-                self._groups = groups
-            self._may_group = False
+    def _group(self) -> None:
+        """Put very many tiny batches together, before anything is known of them."""
+        grouping, loss = self._grouping, self.loss_function
+        whole = self._repeats and not self._rehearses and self._share is None
+        if whole and grouping.pays(self.data):
+            if self._may_put_together() and not (loss and loss.loss.opaque):
+                grouping.find(self.pairs, self.batch_size, self.model, self._loss_maker)
+            with self._lock:
+                if grouping.close():
+                    self._drop_recordings()
 
     def _shown(
         self, items: Iterable[T], title: str, total: int | None = None
@@ -1177,16 +1170,11 @@ class EmpiricalRisk:
     def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
         return self.reading.pair(item, index, targets=self.loss_func is not None)
 
-    def _known_pair(self, item: Any, index: int) -> None:
-        """Raise if a batch that is there already cannot be worked on."""
-        require_numbers(self._pair(item, index), index)
-
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
         entries, tables = self._entries, self._tables
-        if self._groups is not None:
-            for index, item in self._groups.read(self.pairs()):
-                yield index, item, None
+        if (groups := self._grouping.groups) is not None:
+            yield from groups.read(self.pairs())
             return
         for index, item in enumerate(self.pairs()):
             if entries is None:
@@ -1509,7 +1497,7 @@ class EmpiricalRisk:
         """Yield batches that are evaluated now, whatever is recorded."""
         title = f"{type(self).__name__}.{title}"
         self._fit(GRADIENT)
-        self._group_if_due()
+        self._group()
         recordings, self._recordings = self._recordings, {}
         full, self._ledger.full = self._ledger.full, True
         try:
