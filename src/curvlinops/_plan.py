@@ -47,6 +47,7 @@ from curvlinops._data import (
 from curvlinops._determinism import close
 from curvlinops._folding import MAX_RANK
 from curvlinops._identity import UNRECORDED, Identity, key_of
+from curvlinops._interrupts import isolated
 from curvlinops._linearization import FOLD_LATE
 from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._parts import one_by_one
@@ -1124,6 +1125,7 @@ def _bytes(number: float) -> str:
     return f"{number:.3g} GB"
 
 
+@isolated()
 def plan(operator: RiskOperator, columns: int) -> Plan:
     """Predict what products of an operator take; see `RiskOperator.plan`."""
     risk = operator.risk
