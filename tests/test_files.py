@@ -42,16 +42,17 @@ ARRAYS = {
 }
 
 
-def network(width=3, seed=0):
+def network(width=0, seed=0):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)).double()
+    parts = [nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)]
+    model = (nn.Sequential(*parts) if width else nn.Linear(2, 2)).double()
     data = [(torch.rand(5, 2).double(), torch.tensor([0, 1, 1, 0, 1]))]
     return model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data
 
 
 def factored(cls):
     def make(size):
-        return cls(*network(3 if size == 1 else 20 * size))
+        return cls(*network(20 * (size - 1)))
 
     def numbers(path):
         matrix = load_factors(path)

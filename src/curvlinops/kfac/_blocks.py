@@ -13,7 +13,7 @@ from torch import Tensor
 from curvlinops._files import ArrayFile
 from curvlinops._operand import to_numpy
 from curvlinops._operator import TorchOperator, _is_tensor_list
-from curvlinops._spaces import TensorSpace, real_scalar
+from curvlinops._spaces import TensorSpace, real_exponent
 from curvlinops.kfac._uses import Layout
 from curvlinops.kronecker import (
     EighDecomposedLinearOperator,
@@ -234,7 +234,7 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with a real exponent, block by block."""
-        exponent = real_scalar(p)
+        exponent = real_exponent(p)
         if exponent is None or (exponent >= 0 and exponent == int(exponent)):
             return super().__pow__(p)
         return self.map(lambda _, block: block**exponent)

@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._operator import TorchOperator, _is_tensor_list
-from curvlinops._spaces import real_scalar
+from curvlinops._spaces import real_exponent
 from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping, Factors
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator
@@ -118,7 +118,7 @@ class Represented(RiskOperator):
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with a real exponent, e.g. ``-0.5``; it follows this one."""
-        exponent = real_scalar(p)
+        exponent = real_exponent(p)
         if exponent is None or (exponent >= 0 and exponent == int(exponent)):
             return super().__pow__(p)
         power = KFACPowerLinearOperator(self, exponent)
