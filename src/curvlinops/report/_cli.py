@@ -1,0 +1,443 @@
+"""The command ``curvlinops``: arguments in, text, files and an exit status out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from curvlinops import __version__
+from curvlinops._memory import raise_if_out_of_memory
+from curvlinops.report import _table
+from curvlinops.report._budget import LEVELS, level_of, predicted
+from curvlinops.report._contents import Report
+from curvlinops.report._drawing import draw
+from curvlinops.report._files import JSON, encode, load, save, write
+from curvlinops.report._matrices import DEFAULT, KINDS
+from curvlinops.report._measure import PARTS
+from curvlinops.report._mistakes import MistakeError, one_line
+from curvlinops.report._output import SUMMARY, fresh_folder, summary
+from curvlinops.report._problem import build
+from curvlinops.report._run import Job, threads
+from curvlinops.report._settings import NAME as RUN
+from curvlinops.report._settings import Settings, from_toml, to_toml
+
+EXAMPLES = {
+    "": """examples:
+  curvlinops report                           a network that reads digits
+  curvlinops report model.py:problem          your own, see `curvlinops report --help`
+  curvlinops compare before/ after/           two reports
+  curvlinops verify model.py:problem          is every matrix what it claims to be?""",
+    "report": """PROBLEM is path/to/file.py:function or package.module:function; the
+function takes no arguments and returns (model, loss, data), (model, loss, params,
+data), or a curvlinops.EmpiricalRisk. Without it, a network is trained on
+scikit-learn's digits.
+
+examples:
+  curvlinops report
+  curvlinops report model.py:problem --matrix hessian --matrix kfac --budget quick
+  curvlinops report model.py:problem --weights epoch10.pt --learning-rate 0.1
+  curvlinops report model.py:problem --budget 30 --checkpoint half_done/
+  curvlinops report --config curvlinops_report/run.toml --output again/
+  curvlinops report --from curvlinops_report/report.json""",
+    "spectrum": """examples:
+  curvlinops spectrum
+  curvlinops spectrum model.py:problem --matrix hessian --top 20 --output spectrum/""",
+    "verify": """examples:
+  curvlinops verify
+  curvlinops verify model.py:problem --matrix hessian --matrix ggn --matrix ef""",
+    "plan": """examples:
+  curvlinops plan
+  curvlinops plan model.py:problem --max-memory 2GB --budget full""",
+}
+
+#: Groups of stages that a command runs.
+COMMAND_PARTS = {
+    "report": PARTS,
+    "spectrum": ("symmetry", "pairs", "density"),
+    "plan": PARTS,
+}
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20}
+UNITS |= {"Gi": 2**30}
+
+
+def nbytes(text: str) -> int:
+    """Return a number of bytes, such as ``"2GB"`` or ``"512MiB"``."""
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text[len(number) :].removesuffix("B")
+    try:
+        value = float(number) * UNITS[unit]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 1 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512MB or 2GiB")
+    return int(value)
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """Return a converter of positive numbers."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            what = "integer" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no positive {what}")
+        return value
+
+    return convert
+
+
+def seed(text: str) -> int:
+    """Return a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 0 to 2**32 - 1")
+    return int(text)
+
+
+def add_problem(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is looked at."""
+    parser.add_argument("problem", nargs="?", metavar="PROBLEM", help="see below")
+    add = parser.add_argument_group("what is looked at").add_argument
+    add(
+        "--matrix",
+        action="append",
+        choices=KINDS,
+        help=f"may be given several times (default: {' and '.join(DEFAULT)})",
+    )
+    add("--params", metavar="GLOB", help='names of parameters, such as "encoder.*"')
+    add("--weights", metavar="FILE", help="state dict that the model gets")
+    add("--device", help="cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("float32", "float64", "bfloat16", "float16"))
+    add("--seed", type=seed, help="of all randomness (default: 0)")
+    add(
+        "--max-memory",
+        type=nbytes,
+        metavar="SIZE",
+        help="that a product may allocate, such as 2GB",
+    )
+
+
+def add_effort(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how thoroughly."""
+    add = parser.add_argument_group("how thoroughly").add_argument
+    levels = ", ".join(f"{name} ({x.minutes:g} min)" for name, x in LEVELS.items())
+    add("--budget", help=f"at most: {levels}, or minutes (default: standard)")
+    add("--top", type=positive(int), metavar="K", help="number of leading eigenpairs")
+    add(
+        "--damping",
+        type=positive(float),
+        help="of effective dimension and condition number (default: 0.01)",
+    )
+    add(
+        "--learning-rate",
+        type=positive(float),
+        metavar="LR",
+        help="with which 2 / LR the sharpness is compared",
+    )
+
+
+def add_files(parser: argparse.ArgumentParser, output: str | None) -> None:
+    """Add the options that say where things go."""
+    add = parser.add_argument_group("files and text").add_argument
+    default = f"default: {output}" if output else "default: none is written"
+    add("--output", type=Path, metavar="DIR", help=f"folder of the results ({default})")
+    add("--checkpoint", type=Path, metavar="DIR", help="keeps what is finished")
+    add(
+        "--config", type=Path, metavar=RUN, help="replay a run; other options change it"
+    )
+    parser.set_defaults(default_output=output)
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is printed."""
+    parser.add_argument("--json", action="store_true", help="print JSON, no table")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no table")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="curvlinops",
+        description="Curvature matrices of PyTorch models: reports with error bars.",
+        epilog=EXAMPLES[""],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"curvlinops {__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help_: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=help_,
+            description=help_[0].upper() + help_[1:] + ".",
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_text(made)
+        return made
+
+    report = command("report", "spectra, traces, layers and verdicts of a model")
+    report.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar=JSON,
+        help="compute nothing: draw and write the page of a report again",
+    )
+    add_files(report, "curvlinops_report")
+    spectrum = command("spectrum", "eigenvalues and spectral density only")
+    add_files(spectrum, None)
+    verify = command("verify", "check every matrix on its own model, loss and data")
+    plan = command("plan", "predict memory and time; compute nothing else")
+    for made in (report, spectrum, verify, plan):
+        add_problem(made)
+    for made in (report, spectrum, plan):
+        add_effort(made)
+    return parser
+
+
+# -- from arguments to settings -------------------------------------------------------
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Return the settings: those of a file if one is given, changed by the options."""
+    config = getattr(args, "config", None)
+    base = Settings(parts=COMMAND_PARTS.get(args.command, ("verify",)))
+    if config is not None:
+        base = from_toml(config)
+    elif getattr(args, "budget", None) is not None:
+        level_of(args.budget)
+    names = ("problem", "params", "weights", "device", "dtype", "seed", "max_memory")
+    given = {name: getattr(args, name) for name in names}
+    choice = replace(base.choice, **{k: v for k, v in given.items() if v is not None})
+    changes: dict[str, Any] = {"choice": choice}
+    if args.matrix:
+        changes["matrices"] = tuple(args.matrix)
+    for name in ("damping", "learning_rate", "budget", "top"):
+        if getattr(args, name, None) is not None:
+            changes[name] = getattr(args, name)
+    if "budget" in changes:
+        level_of(changes["budget"])
+        changes["counts"] = None
+    elif base.counts is not None and "top" in changes:
+        changes["counts"] = replace(base.counts, top=changes["top"])
+    return replace(base, **changes)
+
+
+class Progress:
+    """One bar over the stages of a run, on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        shape = "{desc} ({n_fmt} stages, {elapsed})"
+        self._bar = tqdm(bar_format=shape, leave=False, disable=quiet)
+
+    def __call__(self, name: str) -> None:
+        """Show the name of the stage that starts."""
+        self._bar.set_description_str(name)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Return the command as it would be typed."""
+    return shlex.join(["curvlinops", *argv])
+
+
+# -- the commands ---------------------------------------------------------------------
+
+
+@contextmanager
+def job_of(args: argparse.Namespace, argv: Sequence[str]) -> Iterator[Job]:
+    """Give the job of a command's arguments, in the threads that suit it."""
+    settings = settings_of(args)
+    progress = Progress(args.quiet or args.json)
+    with threads(settings):
+        try:
+            yield Job(
+                settings,
+                command_line(argv),
+                getattr(args, "checkpoint", None),
+                progress,
+            )
+        finally:
+            progress.close()
+
+
+def run_report(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Compute a report; print and write it."""
+    if getattr(args, "source", None) is not None:
+        return rebuild(args)
+    output = args.output or (args.default_output and Path(args.default_output))
+    if output is None:
+        with job_of(args, argv) as job:
+            report = _computed(job, args)
+        return _finish(report, None, args)
+    with fresh_folder(output) as folder:
+        with job_of(args, argv) as job:
+            report = _computed(job, args)
+            resolved = job.resolved()
+        save(report, folder)
+        write(folder / RUN, to_toml(resolved, __version__).encode())
+        write(folder / SUMMARY, summary(report).encode())
+        missing = draw(report, folder)
+    return _finish(report, output, args, missing)
+
+
+def _computed(job: Job, args: argparse.Namespace) -> Report:
+    if not (args.quiet or args.json):
+        print(job.prediction(), flush=True)
+    return job.report()
+
+
+def _finish(
+    report: Report, output: Path | None, args: argparse.Namespace, missing: str = ""
+) -> int:
+    if args.json:
+        print(json.dumps(as_json(report), indent=1))
+    elif not args.quiet:
+        print(_table.render(report))
+        if output is not None:
+            print(f"\nWritten to {output}.{f' {missing}' if missing else ''}")
+    return int(report.failed > 0)
+
+
+def as_json(report: Report) -> Any:
+    """Return a report without its arrays, as JSON."""
+    return encode(report, {})
+
+
+def rebuild(args: argparse.Namespace) -> int:
+    """Draw figures and page of a report that is there, and print it."""
+    report = load(args.source)
+    folder = args.source if args.source.is_dir() else args.source.parent
+    output = args.output or folder
+    if output.absolute() == folder.absolute():
+        try:
+            missing = draw(report, folder)
+        except OSError as error:
+            raise MistakeError(f"{folder}: {error.strerror}.") from error
+    else:
+        with fresh_folder(output) as fresh:
+            save(report, fresh)
+            write(fresh / SUMMARY, summary(report).encode())
+            missing = draw(report, fresh)
+    return _finish(report, output, args, missing)
+
+
+def run_verify(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Verify every matrix; print the checks."""
+    settings = replace(settings_of(args), parts=("verify",))
+    with threads(settings):
+        risk = build(settings.choice)
+        reports = {
+            name: KINDS[name]
+            .build(risk, settings.choice.seed)
+            .verify(settings.choice.seed)
+            for name in settings.matrices
+        }
+    if args.json:
+        rows = {
+            name: [
+                {
+                    "name": c.name,
+                    "error": None if c.error != c.error else c.error,
+                    "tolerance": c.tolerance,
+                    "passed": c.passed,
+                    "note": c.note,
+                }
+                for c in report.checks
+            ]
+            for name, report in reports.items()
+        }
+        print(json.dumps(rows, indent=1))
+    elif not args.quiet:
+        print(*reports.values(), sep="\n")
+    return int(not all(report.ok for report in reports.values()))
+
+
+def run_plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Print what memory and time a report would take."""
+    with job_of(args, argv) as job:
+        plans: dict[str, Any] = {}
+        for name, A in job.matrices.items():
+            try:
+                plans[name] = A.plan(columns=8)
+            except TypeError as error:  # Kronecker factors: products see no data
+                raise_if_out_of_memory(error)
+                plans[name] = one_line(error)
+        line = job.prediction()
+        seconds = dict(zip(job.matrices, job.timing.seconds, strict=True))
+    if args.json:
+        sizes, times = job.problem.parameters, job.timing.seconds
+        products, total = predicted(job.timing.counts, sizes, times)
+        rows = {
+            name: {
+                "seconds_per_product": seconds[name],
+                "peak_bytes": getattr(plan, "peak", None),
+                "held_bytes": getattr(plan, "held", None),
+            }
+            for name, plan in plans.items()
+        }
+        print(json.dumps({"products": products, "seconds": total, **rows}, indent=1))
+    elif not args.quiet:
+        for name, plan in plans.items():
+            print(f"{name}, products with 8 columns\n{plan}\n")
+        print(line)
+    return 0
+
+
+COMMANDS = {
+    "report": run_report,
+    "spectrum": run_report,
+    "verify": run_verify,
+    "plan": run_plan,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; by default those of the process.
+
+    Returns
+    -------
+    int
+        The exit status: 0, 1 if a verdict is FAIL, 2 if what was given cannot be used.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser().parse_args(argv)
+    try:
+        return COMMANDS[args.command](args, argv)
+    except MistakeError as error:
+        print(f"curvlinops: {one_line(error)}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"curvlinops: {one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # of `curvlinops ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        return 1
+    except KeyboardInterrupt:
+        print("curvlinops: interrupted; nothing was written.", file=sys.stderr)
+        return 130
