@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-#: Modules, their functions, and the packages that they need.
-STEPS = (
-    ("_figures", "write_figures", {"matplotlib": "matplotlib"}),
-    ("_html", "write_page", {"matplotlib": "matplotlib", "jinja2": "Jinja2"}),
-)
+from curvlinops.report._contents import Report
+from curvlinops.report._figures import write_figures
+from curvlinops.report._html import write_page
+
+#: Packages behind figures and pages, by the names that they are imported under.
+PACKAGES = {"matplotlib": "Matplotlib", "jinja2": "Jinja2"}
 
 
-def draw(report: Any, folder: Path) -> str:
+def draw(report: Report, folder: Path) -> str:
     """Write figures and page into the folder of a report.
 
     Parameters
@@ -30,16 +28,14 @@ def draw(report: Any, folder: Path) -> str:
     str
         What is missing, and how to get it; empty if nothing is.
     """
-    missing: dict[str, str] = {}
-    for module, name, packages in STEPS:
-        absent = {key: value for key, value in packages.items() if not find_spec(key)}
-        if absent:
-            missing |= absent
-        elif find_spec(f"curvlinops.report.{module}"):
-            found = import_module(f"curvlinops.report.{module}")
-            step: Callable[[Any, Path], None] = getattr(found, name)
-            step(report, folder)
-    if not missing:
-        return ""
-    names = " ".join(missing.values())
-    return f"Figures and page are left out: `pip install {names}`."
+    missing = [name for key, name in PACKAGES.items() if not find_spec(key)]
+    if "Matplotlib" not in missing:
+        pictures = write_figures(report, folder)
+        if not missing:
+            write_page(report, folder, pictures)
+            return ""
+    what = "Figures and page are" if "Matplotlib" in missing else "The page is"
+    return (
+        f"{what} left out, for want of {' and '.join(missing)}: "
+        'pip install "curvlinops-scipy[report]".'
+    )
