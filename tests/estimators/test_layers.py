@@ -270,7 +270,7 @@ def hard_spectra():
     return D + V @ V.T, slices
 
 
-@pytest.mark.slow  # 50 s
+@pytest.mark.slow  # 3 minutes, all six
 @pytest.mark.parametrize(("ncv", "num_repeats"), [(20, 8), (10, 3)])
 @pytest.mark.parametrize("name", HARD)
 def test_error_bars_cover(name, ncv, num_repeats):

@@ -122,13 +122,16 @@ class LayerSummary:
         return pandas.DataFrame(self.columns).set_index("name")
 
     def __str__(self) -> str:
-        """Return the table as text, values with their errors."""
+        """Return the table as text, values with their errors where there are some."""
         heads = ["block", "size", "trace", "top eigenvalue", "Frobenius norm"]
         heads += ["effective dimension", "share"]
         rows = [heads]
         for i, name in enumerate(self["name"]):
             pairs = [(self[q][i], self[f"{q}_error"][i]) for q in QUANTITIES]
-            numbers = [f"{value:.4g} +- {error:.1g}" for value, error in pairs]
+            numbers = [
+                f"{value:.4g}" + (f" +- {error:.1g}" if error else "")
+                for value, error in pairs
+            ]
             share = f"{self['share'][i]:.1%}"
             rows.append([str(name), str(self["size"][i]), *numbers, share])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
