@@ -264,7 +264,7 @@ def test_lack_of_memory_in_the_model_is_no_mistake_in_the_data():
 
 
 def test_lack_of_memory_while_copying_the_model_is_raised(monkeypatch):
-    monkeypatch.setattr(_model, "_private_copy", RunsOut(_model._private_copy))
+    monkeypatch.setattr(_model, "private_copy", RunsOut(_model.private_copy))
     with pytest.raises(torch.OutOfMemoryError):
         ggn()
     assert ggn().risk.model._held is None

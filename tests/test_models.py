@@ -29,8 +29,9 @@ from curvlinops import (
     HessianLinearOperator,
     KFACLinearOperator,
 )
+from curvlinops._isolation import Changes, Owner, _Switches
 from curvlinops._linearization import GraphFreedError
-from curvlinops._model import Model, _Changes, _Owner, _Switches
+from curvlinops._model import Model
 from curvlinops._reach import CopyLeaksError
 from tolerances import assert_close
 
@@ -418,8 +419,8 @@ def test_changes_are_undone_when_their_owner_is_gone():
     model, *rest = build(WithLock)
     params = rest[1]
     before = Snapshot(model, *rest)
-    owner = _Owner()
-    changes = _Changes(owner)
+    owner = Owner()
+    changes = Changes(owner)
     changes.make(model, {n: nn.Parameter(p.detach()) for n, p in params.items()})
     assert model.first.weight is not params["first.weight"]
     assert not torch.backends.cuda.flash_sdp_enabled()

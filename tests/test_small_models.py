@@ -9,8 +9,8 @@ from torch import nn
 
 from cases import find, problems
 from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
+from curvlinops._copies import _deep_copy, _is_ordinary
 from curvlinops._dense import is_jacobian
-from curvlinops._model import _deep_copy, _is_ordinary
 from curvlinops._parts import jacobian_by_datum
 from curvlinops._plan import loops_of
 from curvlinops._policy import Policy

@@ -8,6 +8,7 @@ import re
 import torch
 
 from curvlinops._counts import as_count
+from curvlinops._interrupts import hidden_interrupt
 from curvlinops._policy import POLICY
 
 #: What torch says where it raises a mere `RuntimeError`: its allocators for a CPU and
@@ -29,8 +30,14 @@ def raise_if_out_of_memory(error: BaseException) -> None:
     To be called first wherever an error means that something optional cannot be done,
     since lack of memory passes: it is no property of the model, its data, or an
     operation. Errors that were raised while handling another one have the cause of
-    that one, unless they say ``from None``.
+    that one, unless they say ``from None``. An interrupt on top of which the error was
+    raised is raised in its place.
     """
+    if (interrupt := hidden_interrupt(error)) is not None:
+        try:
+            raise interrupt
+        finally:
+            del error, interrupt
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or (

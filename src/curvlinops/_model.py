@@ -7,19 +7,15 @@ user's storage, placed in a private copy of the module.
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import difflib
 import inspect
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache, partial
-from threading import Lock, RLock
+from functools import cache
+from threading import Lock
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +23,19 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from curvlinops import _compiled
-from curvlinops._caching import EVALUATIONS, INSIDE
-from curvlinops._compiled import is_wrapper, module_behind, plain_name
+from curvlinops._compiled import plain_name
+from curvlinops._copies import private_copy
 from curvlinops._data import cloned
 from curvlinops._failures import refuse_meta
 from curvlinops._hooks import hooks_of
+from curvlinops._interrupts import isolated
+from curvlinops._isolation import (
+    NO_CUDNN,
+    Changes,
+    Owner,
+    lock_of,
+    without_autocast,
+)
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._reading import PLAIN, Caller, Reading
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
@@ -311,7 +314,7 @@ class Model:
         self.warns = True
         self._model_func = model_func
         self._module = model_func if isinstance(model_func, nn.Module) else None
-        self._lock = nullcontext() if self._module is None else _lock_of(self._module)
+        self._lock = nullcontext() if self._module is None else lock_of(self._module)
         # What is made under `torch.inference_mode()` cannot be differentiated.
         with torch.inference_mode(False), self.exclusive():
             self._start(model_func)
@@ -343,7 +346,7 @@ class Model:
             self._function = lambda X: model_func(dict(aliases), X)
         else:
             try:
-                self._function = _private_copy(self._module, self.aliases)
+                self._function = private_copy(self._module, self.aliases)
             except (
                 Exception
             ) as error:  # whatever a user's `__deepcopy__` or attribute raises
@@ -450,6 +453,7 @@ class Model:
                 for name in attributes.keys() - old.keys():
                     del attributes[name]
 
+    @isolated(evaluates=True)
     def run(self, body: Callable[[], T]) -> T:
         """Return ``body()``, run where the model may be evaluated and differentiated.
 
@@ -466,11 +470,11 @@ class Model:
             torch.inference_mode(False),
             torch.enable_grad(),
             without_autocast(device),
-            _NO_CUDNN() if plain_recurrence else nullcontext(),
-            nullcontext() if held is None else _lock_of(held),
+            NO_CUDNN() if plain_recurrence else nullcontext(),
+            nullcontext() if held is None else lock_of(held),
         ):
-            owner = _Owner()
-            changes = _Changes(owner)
+            owner = Owner()
+            changes = Changes(owner)
             try:
                 changes.make(held, self.aliases)
                 return body()
@@ -571,13 +575,6 @@ class Model:
         return [n for n, p in self.aliases.items() if id(p) in watch.met_without]
 
 
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast, which costs something only if it is on."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
 class _Watch(TorchFunctionMode):
     """Notes which of some tensors functions of torch are called with, by ``id``.
 
@@ -676,206 +673,6 @@ class _Perturbed(_Replaced):
 
     def _made(self, value: Tensor, other: Tensor) -> Tensor:
         return forward_ad.make_dual(value, other)
-
-
-def _private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:
-    """Deep-copy a module with its parameters aliased and its buffers copied."""
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        # What hooks left behind (weight normalisation, say) is recomputed anyway, but
-        # only leaves can be deep-copied.
-        for value in [*vars(part).values(), *part._buffers.values()]:
-            if torch.is_tensor(value) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        memo.setdefault(id(parameter), nn.Parameter(parameter.detach(), False))
-        if name in aliases:
-            memo[id(parameter)] = aliases[name]
-    return _deep_copy(module, memo)
-
-
-#: Types whose values are their own copies.
-_ATOMS = frozenset({type(None), bool, int, float, str, torch.dtype})
-
-
-def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Do what `copy.deepcopy` does, but ordinary modules in a fifth of the time.
-
-    These are copied attribute by attribute, everything else is left to the original.
-    In place of a compiled module stands a copy of the one behind it.
-    """
-    kind: Any = type(value)
-    if kind in _ATOMS:
-        return value
-    if id(value) in memo:
-        return memo[id(value)]
-    if is_wrapper(value):
-        if (behind := module_behind(value)) is value:
-            raise TypeError("A compiled module's own hooks are lost in copies of it.")
-        memo[id(value)] = new = _deep_copy(behind, memo)
-        return new
-    if isinstance(value, nn.Module) and _is_ordinary(kind):
-        memo[id(value)] = new = kind.__new__(kind)
-        state = value.__getstate__()
-        new.__setstate__({k: _deep_copy(v, memo) for k, v in state.items()})
-        return new
-    if kind is dict:
-        memo[id(value)] = new = {}
-        new.update({_deep_copy(k, memo): _deep_copy(v, memo) for k, v in value.items()})
-        return new
-    if kind in (OrderedDict, set) and not value:
-        memo[id(value)] = new = kind()
-        return new
-    return copy.deepcopy(value, memo)
-
-
-@lru_cache(maxsize=256)
-def _is_ordinary(kind: type[nn.Module]) -> bool:
-    """Whether a class of modules says nothing about how it is copied."""
-    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    return (
-        all(_COPYING.isdisjoint(vars(base)) for base in own)
-        and _COPYING & vars(nn.Module).keys() <= {"__getstate__", "__setstate__"}
-        and kind not in copyreg.dispatch_table
-    )
-
-
-#: Attributes of a class that `copy.deepcopy` heeds.
-_COPYING = {
-    *("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__"),
-    *("__getnewargs_ex__", "__getstate__", "__setstate__", "__new__", "__slots__"),
-}
-
-
-_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = RLock()
-
-
-def _lock_of(module: Any) -> RLock:
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(module, RLock())
-
-
-class _Switches:
-    """Process-wide switches of torch, while anything uses them.
-
-    Those of attention choose its math form, since flash and memory-efficient attention
-    have no double backward; compiled functions, which have none either, run as they
-    were written. The switches are global, hence turned by the first user and turned
-    back by the last. Users are known by weak references: one that is gone counts no
-    more.
-    """
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-        self._users: dict[int, Callable[[], Any]] = {}
-        self._before: list[tuple[Callable[[Any], Any], Any]] | None = None
-
-    def add(self, key: int, user: Callable[[], Any]) -> None:
-        """Turn the switches on behalf of a user, given by a weak reference."""
-        with self._lock:
-            self._users[key] = user
-            self._update()
-
-    def remove(self, key: int) -> None:
-        """Turn them back unless there are other users. May be repeated."""
-        with self._lock:
-            self._users.pop(key, None)
-            self._update()
-
-    def _update(self) -> None:
-        if any(user() is not None for user in list(self._users.values())):
-            switches = [*_attention(), *_compiled.switches()]
-            if self._before is None:
-                self._before = [(turn, read()) for read, turn, _ in switches]
-            for _, turn, value in switches:
-                turn(value)
-        elif self._before is not None:
-            for turn, value in self._before:
-                turn(value)
-            self._before = None
-
-
-def _attention() -> list[_compiled.Switch]:
-    """Return what makes attention take its math form."""
-    return [(_get_switch(n), _set_switch(n), n == "math") for n in _ATTENTION]
-
-
-def _get_switch(name: str) -> Callable[[], bool]:
-    return getattr(torch._C, f"_get_{name}_sdp_enabled")
-
-
-def _set_switch(name: str) -> Callable[[bool], None]:
-    return getattr(torch._C, f"_set_sdp_use_{name}")
-
-
-#: The forms of attention that this version of torch can switch, as
-#: `torch.nn.attention.sdpa_kernel` does.
-_ATTENTION = [
-    name
-    for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
-    if hasattr(torch._C, f"_set_sdp_use_{name}")
-]
-_SWITCHES = _Switches()
-_NO_CUDNN = partial(torch.backends.cudnn.flags, enabled=False)
-
-
-class _Owner:
-    """A local variable, which is gone when its frame is."""
-
-
-class _Changes:
-    """What a run changes outside of itself: switches, torch's caches, a module.
-
-    What is to be undone is noted before it is done, and undoing twice does no harm. So
-    wherever an interrupt strikes, the rest can be undone later: at the latest when the
-    owner is gone. (Not in a finaliser, which would be called every time and swallow the
-    interrupts that strike it.)
-    """
-
-    def __init__(self, owner: _Owner) -> None:
-        #: Where tensors were replaced, and which ones.
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._owner: Callable[[], Any] | None = ref(owner, self._forsaken)
-        #: Of the evaluation in which this one takes place.
-        self._inside = INSIDE.number
-
-    def _forsaken(self, _: Any) -> None:
-        self.undo()
-
-    def make(self, module: nn.Module | None, aliases: dict[str, nn.Parameter]) -> None:
-        """Turn switches and caches, and put aliases and buffers into a module."""
-        assert self._owner is not None
-        _SWITCHES.add(id(self), self._owner)
-        EVALUATIONS[id(self)] = self._owner
-        INSIDE.number = 0
-        if module is None:
-            return
-        others: dict[int, Tensor] = {id(b): b.clone() for b in module.buffers()}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if name in aliases:
-                others[id(parameter)] = aliases[name]
-        for part in module.modules():
-            # What hooks compute (weight normalisation, say) is the user's, too.
-            own = vars(part)
-            self._places += [(own, n, t) for n, t in own.items() if torch.is_tensor(t)]
-            places: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-            for place in places:
-                for name, tensor in list(place.items()):
-                    if id(tensor) in others:
-                        self._places.append((place, name, tensor))
-                        place[name] = others[id(tensor)]
-
-    def undo(self) -> None:
-        """Undo what has been done and is not undone yet."""
-        while self._places:
-            place, name, tensor = self._places[-1]
-            place[name] = tensor
-            self._places.pop()
-        _SWITCHES.remove(id(self))
-        EVALUATIONS.pop(id(self), None)
-        INSIDE.number = self._inside  # matters within an evaluation only
-        self._owner = None  # it need not call any more
 
 
 def graph_leaves(output: Tensor) -> Iterator[Tensor]:

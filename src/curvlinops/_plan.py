@@ -42,6 +42,7 @@ from curvlinops._data import (
 from curvlinops._determinism import close
 from curvlinops._forms import Form, Side
 from curvlinops._identity import Identity
+from curvlinops._interrupts import isolated
 from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._parts import one_by_one
 from curvlinops._spaces import rounding
@@ -1035,6 +1036,7 @@ def most_kept(risk: EmpiricalRisk) -> int:
     return budget_bytes(risk.cache, risk.space.device, risk.policy.cache_fraction)
 
 
+@isolated()
 def plan(operator: RiskOperator, columns: int) -> Plan:
     """Predict what products of an operator take; see `RiskOperator.plan`."""
     risk = operator.risk

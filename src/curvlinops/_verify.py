@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from curvlinops._backward import grad
 from curvlinops._data import cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._interrupts import isolated
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import raise_if_out_of_memory
@@ -100,6 +101,7 @@ class _SkippedError(Exception):
     """A check does not apply; the message says why."""
 
 
+@isolated()
 def verify(A: Any, rng: Rng = 0) -> Report:
     r"""Check an operator on its own model, loss and data.
 

@@ -55,17 +55,14 @@ from curvlinops._failures import (
 from curvlinops._forms import Body, Congruence, Form, Side
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner
+from curvlinops._interrupts import isolated
+from curvlinops._isolation import without_autocast
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import GraphFreedError, Linearization
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import checked_cache, raise_if_out_of_memory
-from curvlinops._model import (
-    Model,
-    Parameters,
-    named_parameters,
-    without_autocast,
-)
+from curvlinops._model import Model, Parameters, named_parameters
 from curvlinops._plan import (
     GRADIENT,
     Data,
@@ -296,6 +293,7 @@ class EmpiricalRisk:
     True
     """
 
+    @isolated()
     def __init__(
         self,
         model_func: Callable[..., Any],
@@ -384,6 +382,7 @@ class EmpiricalRisk:
         self._rehearses = False
         self._forget()
 
+    @isolated()
     def refresh(self) -> None:
         """Drop all recordings; the next product evaluates model and data anew.
 
@@ -438,6 +437,7 @@ class EmpiricalRisk:
         """The loss, as the package knows it; ``None`` if there is none."""
         return self.terms.loss
 
+    @isolated()
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """Return ``compute()``, kept under ``key`` until recordings are redone.
 
@@ -470,6 +470,7 @@ class EmpiricalRisk:
             if self.terms.unknown:
                 find_terms(self)
 
+    @isolated()
     def require_terms(self, what: str) -> None:
         """Raise, or warn, if it is not known what one batch's loss averages over."""
         self._refresh_if_changed()
@@ -491,6 +492,7 @@ class EmpiricalRisk:
         state = {name: getattr(self, name) for name in _KEPT}
         return {**state, "reduction": self.terms.known}
 
+    @isolated()
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and rebuild what was left out."""
         reduction = state["reduction"]
@@ -543,6 +545,7 @@ class EmpiricalRisk:
 
     # -- the loop over data -----------------------------------------------------
 
+    @isolated()
     def apply(
         self,
         forms: Form | Sequence[Form],
@@ -841,6 +844,7 @@ class EmpiricalRisk:
             )
 
     @property
+    @isolated()
     def output_shapes(self) -> tuple[torch.Size, ...]:
         """Shape of the model's output for every batch.
 
@@ -852,12 +856,14 @@ class EmpiricalRisk:
         assert self._output_shapes is not None
         return self._output_shapes
 
+    @isolated()
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Return gradient (in parameter shapes) and loss of the whole data."""
         self._fit(GRADIENT)
         seen = self.session(lambda: look(self, self.batches("gradient_and_loss")))
         return [g.clone() for g in self.space.split(seen.gradient)], seen.loss
 
+    @isolated()
     def loss(self) -> Tensor:
         r"""Compute the loss of the whole data, :math:`L(\theta)`.
 
@@ -890,6 +896,7 @@ class EmpiricalRisk:
 
         return self.session(run)
 
+    @isolated()
     def gradient_vector(self, *, numpy: bool = False) -> Any:
         r"""Compute the gradient of the loss as one vector, :math:`\nabla L(\theta)`.
 
@@ -929,6 +936,7 @@ class EmpiricalRisk:
         vector = self.space.pack([*self.params.values()])
         return to_numpy(vector) if numpy else vector
 
+    @isolated()
     def set_parameters(self, x: Any) -> None:
         r"""Write a vector into the parameters, in place.
 
@@ -1002,6 +1010,7 @@ class EmpiricalRisk:
                 "Pass one to `EmpiricalRisk(...)`."
             )
 
+    @isolated()
     def session(self, run: Callable[[], T], key: Hashable = None) -> T:
         """Return ``run()``, with the model ready for :meth:`batches`.
 
@@ -1440,6 +1449,7 @@ class EmpiricalRisk:
         """Say why products keep nothing for later ones; nothing if they may."""
         return why_nothing_is_kept(self.data, self._shuffled, self._repeats, self.cache)
 
+    @isolated()
     def status(self, keys: Iterable[Hashable] = ()) -> Status:
         """Return what is kept for products named by ``keys``."""
         self._refresh_if_changed()

@@ -20,6 +20,7 @@ from curvlinops.estimators.functions import (
     schatten_norm,
     trace_of_function,
 )
+from curvlinops.estimators.layers import LayerSummary, layer_summary
 from curvlinops.estimators.norm import (
     condition_number,
     hutchinson_squared_fro,
@@ -44,6 +45,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "JournalledOperator",
+    "LayerSummary",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
     "Options",
@@ -57,6 +59,7 @@ __all__ = [
     "hutchinson_squared_fro",
     "hutchinson_trace",
     "hutchpp_trace",
+    "layer_summary",
     "lanczos_approximate_log_spectrum",
     "lanczos_approximate_spectrum",
     "logdet",

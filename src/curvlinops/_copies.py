@@ -1,0 +1,83 @@
+"""Private copies of modules, whose parameters are others and whose buffers copies."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvlinops._compiled import is_wrapper, module_behind
+
+
+def private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:
+    """Deep-copy a module with its parameters aliased and its buffers copied."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        # What hooks left behind (weight normalisation, say) is recomputed anyway, but
+        # only leaves can be deep-copied.
+        for value in [*vars(part).values(), *part._buffers.values()]:
+            if torch.is_tensor(value) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        memo.setdefault(id(parameter), nn.Parameter(parameter.detach(), False))
+        if name in aliases:
+            memo[id(parameter)] = aliases[name]
+    return _deep_copy(module, memo)
+
+
+#: Types whose values are their own copies.
+_ATOMS = frozenset({type(None), bool, int, float, str, torch.dtype})
+
+
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Do what `copy.deepcopy` does, but ordinary modules in a fifth of the time.
+
+    These are copied attribute by attribute, everything else is left to the original.
+    In place of a compiled module stands a copy of the one behind it.
+    """
+    kind: Any = type(value)
+    if kind in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if is_wrapper(value):
+        if (behind := module_behind(value)) is value:
+            raise TypeError("A compiled module's own hooks are lost in copies of it.")
+        memo[id(value)] = new = _deep_copy(behind, memo)
+        return new
+    if isinstance(value, nn.Module) and _is_ordinary(kind):
+        memo[id(value)] = new = kind.__new__(kind)
+        state = value.__getstate__()
+        new.__setstate__({k: _deep_copy(v, memo) for k, v in state.items()})
+        return new
+    if kind is dict:
+        memo[id(value)] = new = {}
+        new.update({_deep_copy(k, memo): _deep_copy(v, memo) for k, v in value.items()})
+        return new
+    if kind in (OrderedDict, set) and not value:
+        memo[id(value)] = new = kind()
+        return new
+    return copy.deepcopy(value, memo)
+
+
+@lru_cache(maxsize=256)
+def _is_ordinary(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules says nothing about how it is copied."""
+    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    return (
+        all(_COPYING.isdisjoint(vars(base)) for base in own)
+        and _COPYING & vars(nn.Module).keys() <= {"__getstate__", "__setstate__"}
+        and kind not in copyreg.dispatch_table
+    )
+
+
+#: Attributes of a class that `copy.deepcopy` heeds.
+_COPYING = {
+    *("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__"),
+    *("__getnewargs_ex__", "__getstate__", "__setstate__", "__new__", "__slots__"),
+}

@@ -1,0 +1,327 @@
+"""Interrupts: what torch's contexts leave open when one strikes at their ends.
+
+Python looks for signals after every call, hence also where one of torch's contexts has
+just been entered, or is about to be left: then nobody leaves it. Gradients stay off, or
+a level of vmap or a mode stays open, for the whole thread. So every operation notes on
+entry how things are, and puts them back if it ends by an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
+from operator import call
+from types import FrameType
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_C: Any = torch._C
+
+
+def hidden_interrupt(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the interrupt that an error is, or that it was raised on top of.
+
+    Torch's contexts clean up what they have not set up yet, and fail. Only an interrupt
+    that has struck the operation going on is returned: none that somebody was handling
+    before it began.
+    """
+    for cause in _chain(error):
+        if isinstance(cause, KeyboardInterrupt):
+            return cause if _strikes_here(cause) else None
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what was being handled when it was raised, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__context__
+
+
+def _strikes_here(interrupt: KeyboardInterrupt) -> bool:
+    """Whether an interrupt has come since this thread's outermost operation began."""
+    frame: FrameType | None = sys._getframe()
+    found, handled = False, None
+    while frame is not None:
+        if frame.f_code is _CODE:
+            found, handled = True, frame.f_locals["handled"]
+        frame = frame.f_back
+    return found and all(cause is not interrupt for cause in _chain(handled))
+
+
+class _Stacks(NamedTuple):
+    """What a thread has entered before an operation, outermost first."""
+
+    functions: list[Any]
+    dispatch: list[Any]
+    layers: list[Any]
+    flags: list[tuple[str, Any]]
+
+
+#: What reads a thread's state. All are called at once, where no signal is looked for.
+_LOOKS: tuple[Callable[[], Any], ...] = (
+    torch.is_grad_enabled,
+    torch.is_inference_mode_enabled,
+    _C._autograd._saved_tensors_hooks_is_enabled,
+    _C._len_torch_function_stack,
+    _C._len_torch_dispatch_stack,
+    _functorch.get_dynamic_layer_stack_depth,
+)
+#: Where the depths of stacks begin among these.
+_DEPTHS = 3
+#: What reads the state that only a model's own code, or a backward pass, changes. Of
+#: some depths it is known only how to add to them and to subtract.
+_MORE_LOOKS: tuple[Callable[[], Any], ...] = (
+    _C._is_fwd_grad_enabled,
+    partial(_C._autograd._top_saved_tensors_default_hooks, True),
+    _C._vmapmode_increment_nesting,
+    _C._vmapmode_decrement_nesting,
+    torch.autocast_increment_nesting,
+    torch.autocast_decrement_nesting,
+    torch.is_autocast_cache_enabled,
+    *(partial(torch.is_autocast_enabled, kind) for kind in ("cpu", "cuda")),
+    *(partial(torch.get_autocast_dtype, kind) for kind in ("cpu", "cuda")),
+    torch.get_rng_state,
+)
+
+
+class Noted:
+    """How a thread's torch is now, to be put back later.
+
+    Parameters
+    ----------
+    evaluates : bool
+        Whether the user's model is evaluated, or differentiated, meanwhile.
+    """
+
+    __slots__ = ("_filters", "_level", "_more", "_seen", "_stacks")
+
+    def __init__(self, evaluates: bool) -> None:
+        self._seen: tuple[Any, ...] = tuple(map(call, _LOOKS))
+        self._level: int = forward_ad._current_level
+        self._filters: Any = warnings.filters
+        self._stacks = _stacks() if any(self._seen[_DEPTHS:]) else None
+        self._more = tuple(map(call, _MORE_LOOKS)) if evaluates else None
+
+    def differs(self) -> bool:
+        """Whether something has been left open, as far as that is seen at once."""
+        return tuple(map(call, _LOOKS)) != self._seen
+
+    def put_back(self, interrupted: bool) -> None:
+        """Put all back that is not as it was. May be repeated."""
+        grad, inference, hooks, *depths = self._seen
+        stacks = self._stacks or _Stacks([], [], [], [])
+        if _functorch.get_dynamic_layer_stack_depth() != depths[-1]:
+            _put_back_layers(stacks.layers)
+        now = _stacks()
+        if not _are(now.functions, stacks.functions):
+            _put_back_functions(stacks.functions)
+        if not _are(now.dispatch, stacks.dispatch):
+            _put_back_dispatch(stacks.dispatch)
+        if now.flags != (flags := stacks.flags or [(n, False) for n, _ in now.flags]):
+            _set_flags(flags)
+        if self._more is not None:
+            _put_back_more(self._more, interrupted)
+        if interrupted:  # these belong to the process
+            _leave_forward_levels(self._level)
+            _put_back_filters(self._filters)
+        if hooks and not _C._autograd._saved_tensors_hooks_is_enabled():
+            _C._autograd._saved_tensors_hooks_enable()
+        if torch.is_inference_mode_enabled() != inference:
+            _GUARDS.append(_C._InferenceMode(inference))
+            _GUARDS[-1].__enter__()
+        if torch.is_grad_enabled() != grad:
+            _C._set_grad_enabled(grad)
+
+
+#: Those of torch put back what was before them when they are gone: these stay.
+_GUARDS: list[Any] = []
+#: Variables of torch that say what kinds of modes have been entered.
+_FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]
+
+
+def _stacks() -> _Stacks:
+    functions = range(_C._len_torch_function_stack())
+    dispatch = range(_C._len_torch_dispatch_stack())
+    return _Stacks(
+        [_C._get_function_stack_at(i) for i in functions],
+        [_C._get_dispatch_stack_at(i) for i in dispatch],
+        [*(_functorch.get_interpreter_stack() or [])],
+        [(name, getattr(_python_dispatch, name)) for name in _FLAGS],
+    )
+
+
+def _are(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    return [*map(id, now)] == [*map(id, before)]
+
+
+def _put_back_layers(layers: Sequence[Any]) -> None:
+    """Leave levels of `torch.func` that are too many, and enter those that lack."""
+    if (depth := _functorch.get_dynamic_layer_stack_depth()) > len(layers):
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(len(layers))
+    for layer in layers[depth:]:
+        _functorch.push_dynamic_layer_stack(layer)
+    transforms: Any = sys.modules.get("torch._functorch.eager_transforms")
+    if hasattr(transforms, "JVP_NESTING"):
+        kinds = [layer.key() for layer in layers]
+        transforms.JVP_NESTING = kinds.count(_functorch.TransformType.Jvp)
+    if not layers:
+        _functorch.set_inplace_requires_grad_allowed(False)
+        _functorch.set_single_level_autograd_function_allowed(False)
+
+
+def _put_back_functions(modes: Sequence[Any]) -> None:
+    while _C._len_torch_function_stack():
+        _C._pop_torch_function_stack()
+    for mode in modes:
+        _C._push_on_torch_function_stack(mode)
+
+
+def _put_back_dispatch(modes: Sequence[Any]) -> None:
+    while depth := _C._len_torch_dispatch_stack():
+        top = _C._get_dispatch_stack_at(depth - 1)
+        _C._pop_torch_dispatch_stack(getattr(top, "_mode_key", None))
+    for mode in modes:
+        _C._push_on_torch_dispatch_stack(mode)
+
+
+def _set_flags(flags: Sequence[tuple[str, Any]]) -> None:
+    for name, value in flags:
+        setattr(_python_dispatch, name, value)
+        # Beside some, the same stands in torch's C++.
+        if "_any_mode_" in name:
+            setter = name.replace("_is_in_any_mode", "set_is_in_mode")
+            getattr(_python_dispatch, setter, bool)(value)
+
+
+def _put_back_more(noted: Sequence[Any], interrupted: bool) -> None:
+    """Put back what :data:`_MORE_LOOKS` have seen."""
+    forward, hooks, _, nesting, _, autocasts, caches, *rest = noted
+    _C._set_fwd_grad_enabled(forward)
+    autograd = _C._autograd
+    while (top := autograd._top_saved_tensors_default_hooks(True)) and (
+        hooks is None or not _are(top, hooks)
+    ):
+        autograd._pop_saved_tensors_default_hooks()
+    if hooks is not None and top is None:
+        autograd._push_saved_tensors_default_hooks(*hooks)
+    for now, before, fewer in (
+        (_C._vmapmode_increment_nesting, nesting, _C._vmapmode_decrement_nesting),
+        (torch.autocast_increment_nesting, autocasts, torch.autocast_decrement_nesting),
+    ):
+        depth = now()
+        while depth > before:
+            depth = fewer()
+    if not autocasts:
+        torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(caches)
+    kinds = ("cpu", "cuda")
+    for kind, enabled, dtype in zip(kinds, rest[:2], rest[2:4], strict=True):
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    if interrupted:
+        torch.set_rng_state(rest[4])
+
+
+def _leave_forward_levels(before: int) -> None:
+    """Leave levels of forward mode, which may be known to torch's C++ alone."""
+    level = _C._enter_dual_level()
+    while level > before:
+        _C._exit_dual_level(level=level)
+        level -= 1
+    forward_ad._current_level = before
+
+
+def _put_back_filters(filters: Any) -> None:
+    """Put back what warnings do, which a context of Python's has replaced."""
+    if warnings.filters is not filters:
+        warnings.filters = filters
+        with warnings.catch_warnings():  # which tells Python that it has changed
+            pass
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Drop what frames of torch's contexts hold, which would be left whenever it goes.
+
+    Guards of torch's C++, and generators that have come as far as to their ``yield``.
+    """
+    frame: FrameType | None = sys._getframe()
+    running = set()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    for cause in _chain(error):
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            of_contexts = frame.f_code.co_filename.startswith(_CONTEXTS)
+            if of_contexts and frame not in running:
+                frame.clear()
+
+
+#: Files in which contexts are entered and left, and what they lie in.
+_CONTEXTS = (torch.__file__.removesuffix("__init__.py"), contextlib.__file__)
+
+
+def isolated(evaluates: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator for operations after which a thread's torch is as before.
+
+    Whatever torch's contexts have left open is closed if the operation ends by an
+    exception: gradients and inference mode, levels of `torch.func`, modes for functions
+    and for dispatch, hooks on saved tensors. An interrupt on top of which torch raised
+    something else is raised in its place; after one, forward mode and the filters of
+    warnings are put back, too, which are those of the process.
+
+    Parameters
+    ----------
+    evaluates : bool, optional
+        Whether the user's model is evaluated or differentiated in the operation. Then
+        its autocast and random numbers count, too.
+    """
+
+    def decorate(operation: Callable[P, T]) -> Callable[P, T]:
+        @wraps(operation)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            handled = sys.exception()  # see `_strikes_here`
+            noted = Noted(evaluates)
+            try:
+                return operation(*args, **kwargs)
+            except BaseException as error:
+                _end(noted, error)
+                raise
+            finally:
+                del handled  # or its traceback may keep it
+
+        return run
+
+    return decorate
+
+
+def _end(noted: Noted, error: BaseException) -> None:
+    """Put all back after an exception, and raise the interrupt that it hides."""
+    interrupt = hidden_interrupt(error)
+    if interrupt is not None or noted.differs():
+        _forget_frames(error)
+    try:
+        noted.put_back(interrupt is not None)
+    finally:  # another interrupt may have come in between
+        noted.put_back(interrupt is not None)
+    if interrupt is not None and interrupt is not error:
+        try:
+            raise interrupt
+        finally:  # or its traceback keeps it, and all that its frames hold
+            del interrupt, error
+
+
+#: Of every decorated operation.
+_CODE = isolated()(lambda: None).__code__

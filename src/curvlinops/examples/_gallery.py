@@ -1,0 +1,62 @@
+"""Which pages there are, in the order in which to read them, and how long they take."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+
+class Seconds(NamedTuple):
+    """Wall time of the last measured run of a page, imports included."""
+
+    full: float
+    quick: float
+
+
+#: Measured by ``python -m curvlinops.examples --measure``, one page after the other,
+#: on two cores of a shared machine with other work on them.
+PAGES = {
+    "natural_gradient": Seconds(12, 6.4),
+}
+
+
+def line(name: str) -> str:
+    """Return the first line of a page's docstring, without importing it."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    return docstring.split("\n")[0]
+
+
+def listing() -> str:
+    """Return the table of all pages."""
+    width = max(map(len, PAGES))
+    rows = [
+        f"{name:<{width}}  {seconds.full:5.0f} s  {seconds.quick:5.1f} s  {line(name)}"
+        for name, seconds in PAGES.items()
+    ]
+    return "\n".join(
+        [
+            "python -m curvlinops.examples.NAME [--quick] [--output DIR] [--seed N]",
+            "",
+            f"{'NAME':<{width}}    full   --quick  (seconds when last measured)",
+            *rows,
+            "",
+            f"{'functorch':<{width}}  no page, but what others compare with: "
+            f"{line('functorch')}",
+        ]
+    )
+
+
+def measure(name: str, *options: str) -> float:
+    """Return the seconds that a page takes in a process of its own."""
+    module = f"curvlinops.examples.{name}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", module, "--output", folder, *options]
+        start = perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return perf_counter() - start
