@@ -147,6 +147,7 @@ LEVELS = [
     [
         *["_adjoint", "_agreement", "_backward", "_caching", "_closed_forms"],
         *["_compiled", "_conflicts", "_copies", "_counts", "_cuda_graph", "_data"],
+        *["_draws"],
         *[
             "_differences",
             "_failures",
@@ -155,8 +156,9 @@ LEVELS = [
             "_interrupts",
             "_isolation",
         ],
-        *["_journal", "_lockstep"],
-        *["_loss_state", "_memory", "_objects", "_once", "_operand", "_random"],
+        *["_journal", "_locks", "_lockstep"],
+        *["_loss_state", "_memory", "_objects", "_once", "_operand", "_passes"],
+        *["_random"],
         *["_reading", "_shuffling", "_spaces", "_substitutes", "_walk"],
     ],
     [

@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from threading import Lock
 from time import monotonic
 from typing import Any
 from weakref import WeakSet
@@ -30,6 +29,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._locks import new_lock
 from curvlinops._operand import Operand, to_json, to_numpy
 from curvlinops._random import Probes
 
@@ -254,7 +254,7 @@ class Journal:
     ) -> None:
         self.path = Path(path)
         self.identity = json.loads(to_json(identity | {"versions": VERSIONS}))
-        self._lock, self._process = Lock(), os.getpid()
+        self._lock, self._process = new_lock(), os.getpid()
         self._position, self._synced = 0, monotonic()
         self._db, stored = _open(self.path)
         try:

@@ -37,7 +37,6 @@ from curvlinops._data import (
     cloned,
     moved,
     part_of,
-    preserved_rng,
     rows_in,
     shares,
     strided,
@@ -45,6 +44,7 @@ from curvlinops._data import (
     tensors_in,
 )
 from curvlinops._determinism import close
+from curvlinops._draws import preserved_rng
 from curvlinops._folding import MAX_RANK
 from curvlinops._identity import UNRECORDED, Identity, key_of
 from curvlinops._interrupts import isolated
