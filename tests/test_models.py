@@ -29,7 +29,7 @@ from curvlinops import (
     HessianLinearOperator,
     KFACLinearOperator,
 )
-from curvlinops._isolation import Changes, Owner, _Switches
+from curvlinops._isolation import Changes, Owner, _attention, _Switches
 from curvlinops._linearization import GraphFreedError
 from curvlinops._model import Model
 from curvlinops._reach import CopyLeaksError
@@ -394,6 +394,7 @@ def test_interrupt_anywhere_leaves_nothing_changed(kind: type[nn.Module]):
     built = build(kind)
     before = Snapshot(*built)
     model = Model(built[0], built[2])
+    model.attends = True
     started = 0
 
     def body() -> None:
@@ -432,7 +433,7 @@ def test_changes_are_undone_when_their_owner_is_gone():
 
 def test_users_that_are_gone_do_not_keep_attention_as_it_is():
     before = torch.backends.cuda.flash_sdp_enabled()
-    attention = _Switches()
+    attention = _Switches(_attention)
     attention.add(1, lambda: None)  # a weak reference to what is gone
     assert torch.backends.cuda.flash_sdp_enabled() == before
     attention.add(2, object)

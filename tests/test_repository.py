@@ -147,10 +147,11 @@ LEVELS = [
     [
         *["_adjoint", "_agreement", "_backward", "_caching", "_closed_forms"],
         *["_compiled", "_conflicts", "_copies", "_counts", "_cuda_graph", "_data"],
-        *["_differences", "_failures", "_files", "_finite", "_hooks", "_interrupts"],
-        *["_isolation", "_journal", "_lockstep"],
-        *["_loss_state", "_memory", "_objects", "_once", "_operand", "_policy"],
-        *["_random", "_reading", "_shuffling", "_spaces", "_substitutes", "_walk"],
+        *["_differences", "_draws", "_failures", "_files", "_finite", "_hooks"],
+        *["_interrupts", "_isolation", "_journal", "_locks", "_lockstep"],
+        *["_loss_state", "_memory", "_objects", "_once", "_operand", "_passes"],
+        *["_policy", "_random", "_reading", "_shuffling", "_spaces", "_substitutes"],
+        *["_walk"],
     ],
     [
         *["_adapter", "_checksum", "_composites", "_foreign", "_forms", "_hidden"],

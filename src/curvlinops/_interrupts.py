@@ -23,6 +23,8 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
+from curvlinops._locks import new_lock
+
 P = ParamSpec("P")
 T = TypeVar("T")
 _C: Any = torch._C
@@ -135,7 +137,7 @@ class Noted:
         if self._more is not None:
             _put_back_more(self._more, interrupted)
         if interrupted:  # these belong to the process
-            _leave_forward_levels(self._level)
+            leave_forward_levels(self._level)
             _put_back_filters(self._filters)
         if hooks and not _C._autograd._saved_tensors_hooks_is_enabled():
             _C._autograd._saved_tensors_hooks_enable()
@@ -217,11 +219,9 @@ def _put_back_more(noted: Sequence[Any], interrupted: bool) -> None:
         autograd._pop_saved_tensors_default_hooks()
     if hooks is not None and top is None:
         autograd._push_saved_tensors_default_hooks(*hooks)
-    for now, before, fewer in (
-        (_C._vmapmode_increment_nesting, nesting, _C._vmapmode_decrement_nesting),
-        (torch.autocast_increment_nesting, autocasts, torch.autocast_decrement_nesting),
-    ):
-        depth = now()
+    for place, before in (2, nesting), (4, autocasts):
+        more, fewer = _MORE_LOOKS[place : place + 2]
+        _, depth = map(call, (more, fewer))  # at once
         while depth > before:
             depth = fewer()
     if not autocasts:
@@ -235,13 +235,25 @@ def _put_back_more(noted: Sequence[Any], interrupted: bool) -> None:
         torch.set_rng_state(rest[4])
 
 
-def _leave_forward_levels(before: int) -> None:
-    """Leave levels of forward mode, which may be known to torch's C++ alone."""
-    level = _C._enter_dual_level()
-    while level > before:
-        _C._exit_dual_level(level=level)
-        level -= 1
-    forward_ad._current_level = before
+def leave_forward_levels(before: int = -1) -> None:
+    """Leave levels of forward mode, which may be known to torch's C++ alone.
+
+    They are those of the process: not if another thread computes a product with them.
+    """
+    if not FORWARD_MODE.acquire(blocking=False):
+        return
+    try:
+        level = _C._enter_dual_level()
+        while level > before:
+            _C._exit_dual_level(level=level)
+            level -= 1
+        forward_ad._current_level = before
+    finally:
+        FORWARD_MODE.release()
+
+
+#: Held while this package uses forward mode, which there is only once.
+FORWARD_MODE = new_lock(leave_forward_levels)
 
 
 def _put_back_filters(filters: Any) -> None:
@@ -263,7 +275,11 @@ def _forget_frames(error: BaseException) -> None:
         running.add(frame)
         frame = frame.f_back
     for cause in _chain(error):
-        for frame, _ in traceback.walk_tb(cause.__traceback__):
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if frames:  # the last may be a handler's, which is given the one it interrupts
+            held = frames[-1].f_locals.values()
+            frames += [value for value in held if isinstance(value, FrameType)]
+        for frame in frames:
             of_contexts = frame.f_code.co_filename.startswith(_CONTEXTS)
             if of_contexts and frame not in running:
                 frame.clear()

@@ -18,7 +18,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from curvlinops._backward import grad
-from curvlinops._data import cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._data import cloned, cut, moved, tensors_in
+from curvlinops._draws import preserved_rng
 from curvlinops._interrupts import isolated
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged

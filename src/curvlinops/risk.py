@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import cache, partial
 from io import BytesIO
 from math import inf
-from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
@@ -39,12 +38,12 @@ from curvlinops._data import (
     length_of,
     moved,
     part_of,
-    preserved_rng,
     shares,
     tensors_in,
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
+from curvlinops._draws import drawn, draws_outside_torch, preserved_rng
 from curvlinops._failures import (
     holds_nested,
     meets_numpy,
@@ -61,9 +60,11 @@ from curvlinops._isolation import without_autocast
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import GraphFreedError, Linearization
+from curvlinops._locks import new_lock
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import checked_cache, raise_if_out_of_memory
 from curvlinops._model import Model, Parameters, named_parameters
+from curvlinops._passes import one_pass
 from curvlinops._plan import (
     GRADIENT,
     Data,
@@ -364,7 +365,7 @@ class EmpiricalRisk:
 
     def _start(self) -> None:
         """Create everything that is rebuilt rather than pickled."""
-        self._lock = RLock()
+        self._lock = new_lock(self._forked)
         self.model = Model(self.model_func, self.params, self.reading)
         with self.model.exclusive():
             if "_own" not in vars(self):
@@ -375,6 +376,10 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
+        #: Whether reading the data draws no random numbers.
+        self._is_listed = type(self.data) in (list, tuple)
+        #: Whether evaluating the loss is known to draw some.
+        self._loss_draws: dict[Any, bool] = {}
         #: Index of a batch that holds nested tensors.
         self._nested: int | None = None
         self._reach = Reach(self.model_func, self.params)
@@ -404,6 +409,13 @@ class EmpiricalRisk:
             if before._held is not None:
                 self.model.evaluate_in_place()
             self._forget()
+
+    def _forked(self) -> None:
+        """See to it that all is made anew: a thread that is gone may have half done so.
+
+        In a process that was forked meanwhile.
+        """
+        self._seen = ()
 
     def _forget(self) -> None:
         with self._lock:
@@ -1044,7 +1056,9 @@ class EmpiricalRisk:
         loss = self.loss_function
         known = loss is None or not loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
-        with preserved_rng(self.space.device), unchanged(loss_func):
+        draws = nullcontext() if known else draws_outside_torch(self._loss_draws)
+        wide = not self._is_listed
+        with preserved_rng(self.space.device, wide), draws, unchanged(loss_func):
             while True:  # each cause is found once, and removed
                 model, may_free = self.model, self.model.may_free
                 try:
@@ -1164,7 +1178,9 @@ class EmpiricalRisk:
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
         """Read the data, each batch as inputs and targets."""
-        for index, item in enumerate(self.data):
+        if not self._is_listed:
+            drawn()  # loaders do, also without shuffling
+        for index, item in enumerate(one_pass(self.data)):
             yield self._pair(item, index)
 
     def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
