@@ -8,38 +8,43 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-#: Modules, their functions, and the packages that they need.
-STEPS = (
-    ("_figures", "write_figures", {"matplotlib": "matplotlib"}),
-    ("_html", "write_page", {"matplotlib": "matplotlib", "jinja2": "Jinja2"}),
-)
+#: Import names of the packages that figures and page need, with their distributions.
+PACKAGES = {"matplotlib": "matplotlib", "jinja2": "Jinja2"}
 
 
-def draw(report: Any, folder: Path) -> str:
-    """Write figures and page into the folder of a report.
+def draw(content: Any, folder: Path, what: str = "") -> str:
+    """Write figures and page of a report, or a comparison, into its folder.
 
     Parameters
     ----------
-    report : Report
+    content : Report or Comparison
         What to draw.
     folder : Path
         Where to.
+    what : str, optional
+        ``"comparison_"`` for a comparison.
 
     Returns
     -------
     str
         What is missing, and how to get it; empty if nothing is.
     """
-    missing: dict[str, str] = {}
-    for module, name, packages in STEPS:
-        absent = {key: value for key, value in packages.items() if not find_spec(key)}
-        if absent:
-            missing |= absent
-        elif find_spec(f"curvlinops.report.{module}"):
-            found = import_module(f"curvlinops.report.{module}")
-            step: Callable[[Any, Path], None] = getattr(found, name)
-            step(report, folder)
+    missing = {key: name for key, name in PACKAGES.items() if not find_spec(key)}
+    if "matplotlib" not in missing:
+        pictures = _step("_figures", f"write_{what}figures")(content, folder)
+        if not missing:
+            _step("_html", f"write_{what}page")(content, folder, pictures)
     if not missing:
         return ""
-    names = " ".join(missing.values())
-    return f"Figures and page are left out: `pip install {names}`."
+    names, left_out = " ".join(missing.values()), "The page is"
+    if "matplotlib" in missing:
+        left_out = "Figures and page are"
+    return f"{left_out} left out: `pip install {names}`."
+
+
+def _step(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module that is imported only now."""
+    if find_spec(f"curvlinops.report.{module}") is None:
+        return lambda *arguments: None
+    found = import_module(f"curvlinops.report.{module}")
+    return getattr(found, name, lambda *arguments: None)
