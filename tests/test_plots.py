@@ -306,13 +306,16 @@ def test_eigenvalues_and_their_bars(ax):
     errors = torch.tensor([0.5, 0.25])
     plots.plot_eigenvalues({"A": pairs, "B": (torch.tensor([-1.0, 2.0]), errors)}, ax)
     first, second = (line.get_ydata() for line in lines(ax, "eigenvalues"))
-    assert np.allclose(first, [5, 4, 1]) and second.tolist() == [2, 1]
+    assert np.allclose(first, [5, 1]) and second.tolist() == [2]
+    first, second = (line.get_ydata() for line in lines(ax, "negative"))
+    assert np.allclose(first, [4]) and second.tolist() == [1]
+    assert len({line.get_color() for line in ax.lines}) == 2
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts == ["A", "A, negative", "B", "B, negative"]
-    hollow = [s for s in lines(ax, "signs") if "negative" in s.get_label()]
-    assert {line.get_markerfacecolor() for line in hollow} == {"white"}
-    bars = ax.collections[1].get_segments()
-    assert np.allclose([bar[:, 1] for bar in bars], [[1.75, 2.25], [0.5, 1.5]])
+    hollow = {line.get_markerfacecolor() for line in lines(ax, "negative")}
+    assert hollow == {"white"}
+    bars = [c.get_segments()[0][:, 1] for c in ax.collections[2:]]
+    assert np.allclose(bars, [[1.75, 2.25], [0.5, 1.5]])
 
 
 def test_convergence(ax):

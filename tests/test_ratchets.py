@@ -34,7 +34,7 @@ from test_repository import (
 )
 
 #: New pages beside the house: they may grow.
-PAGES = ["examples", "examples.*", "report", "report.*", "plots", "__main__"]
+PAGES = ["examples", "examples.*", "report", "report.*", "plots", "plots.*", "__main__"]
 
 Tree = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -269,7 +269,6 @@ METHODS: dict[str, int] = {
     "_operator.TorchOperator": 30,
     "_walk.Walk": 21,
     "estimators._run.Run": 25,
-    "estimators.density.SpectralDensity": 21,
     "ggn_diagonal.GGNDiagonalLinearOperator": 44,
     "kfac._blocks.BlockwiseLinearOperator": 37,
     "kfac._family.KroneckerFactored": 59,

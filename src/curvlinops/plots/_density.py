@@ -256,6 +256,6 @@ def _frame(ax: Any, scale: str, window: Any, log: bool) -> None:
     if scale == "log":
         ax.set_xscale("log")
         if not log:  # room for the legend
-            ax.set_ylim(top=1.35 * max(line.get_ydata().max() for line in ax.lines))
+            ax.set_ylim(top=1.45 * max(line.get_ydata().max() for line in ax.lines))
     if window is not None:
         ax.set_xlim(*window)
