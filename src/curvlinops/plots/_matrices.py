@@ -176,24 +176,27 @@ def shortened(names: list[str], length: int = 18) -> list[str]:
 
 
 def compact(value: Any, error: Any = 0.0) -> str:
-    """Return a number in four digits at most, its error as digits in parentheses.
+    """Return a number with its error in parentheses, in units of the last digit.
+
+    Three digits are shown, or as many as the error allows, up to five.
 
     Examples
     --------
     >>> compact(0.01234, 0.0005), compact(123.4, 20.0), compact(3.0)
     ('1.23(5)e-2', '1.2(2)e+2', '3.00')
-    >>> compact(0.0), compact(0.5, 2.0)
-    ('0', '0(2)')
+    >>> compact(0.0), compact(0.5, 2.0), compact(1.0, 1e-15)
+    ('0', '0(2)', '1.00')
     """
     if not np.isfinite(value) or (value == 0 and not error > 0):
         return f"{value:g}"
-    is_known = np.isfinite(error) and error > 0
+    # Errors below what is shown anyway count as none.
+    is_known = np.isfinite(error) and error > 1e-5 * abs(value)
     scale = int(np.floor(np.log10(max(abs(value), error if is_known else 0.0))))
     shift = 0 if -1 <= scale <= 1 else scale
     digits = 2 + shift - scale
     if is_known:
         last = int(np.floor(np.log10(error)))
-        digits = int(np.clip(shift - last, 0, 3 + shift - scale))
+        digits = int(np.clip(shift - last, 0, 4 + shift - scale))
     mantissa = f"{value / 10.0**shift:.{digits}f}"
     if is_known:
         mantissa += f"({max(round(error / 10.0**shift * 10.0**digits), 1)})"

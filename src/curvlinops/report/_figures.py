@@ -84,6 +84,24 @@ def write_figures(report: Report, folder: Path) -> list[Picture]:
     ImportError
         If there is no Matplotlib.
     """
+    return write_drawings((d for draw in FIGURES for d in draw(report)), folder)
+
+
+def write_drawings(drawings: Iterator[Drawing], folder: Path) -> list[Picture]:
+    """Write figures as PNG and SVG.
+
+    Parameters
+    ----------
+    drawings : iterator of Drawing
+        Made one after the other, each under the style of all.
+    folder : Path
+        Gets a folder ``figures``.
+
+    Returns
+    -------
+    list of Picture
+        In the same order.
+    """
     import matplotlib
 
     place = folder / "figures"
@@ -91,13 +109,12 @@ def write_figures(report: Report, folder: Path) -> list[Picture]:
     same = {"svg.hashsalt": "curvlinops", "path.simplify_threshold": 0.2}
     pictures = []
     with matplotlib.rc_context(STYLE | same):  # type: ignore[arg-type]
-        for draw in FIGURES:
-            for name, title, caption, figure in draw(report):
-                plain = re.sub(r"[^\w-]+", "_", name)
-                paths = tuple(place / f"{plain}.{kind}" for kind in ("png", "svg"))
-                figure.savefig(paths[0], metadata={"Software": None})
-                figure.savefig(paths[1], metadata={"Date": None})
-                pictures.append(Picture(plain, title, caption, paths))
+        for name, title, caption, figure in drawings:
+            plain = re.sub(r"[^\w-]+", "_", name)
+            paths = tuple(place / f"{plain}.{kind}" for kind in ("png", "svg"))
+            figure.savefig(paths[0], metadata={"Software": None})
+            figure.savefig(paths[1], metadata={"Date": None})
+            pictures.append(Picture(plain, title, caption, paths))
     return pictures
 
 
