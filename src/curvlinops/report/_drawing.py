@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from curvlinops.report._contents import Report
-from curvlinops.report._figures import write_figures
-from curvlinops.report._html import write_page
-
-#: Packages behind figures and pages, by the names that they are imported under.
-PACKAGES = {"matplotlib": "Matplotlib", "jinja2": "Jinja2"}
+#: Import names of the packages that figures and page need, with their distributions.
+PACKAGES = {"matplotlib": "matplotlib", "jinja2": "Jinja2"}
 
 
-def draw(report: Report, folder: Path) -> str:
-    """Write figures and page into the folder of a report.
+def draw(content: Any, folder: Path, what: str = "") -> str:
+    """Write figures and page of a report, or a comparison, into its folder.
 
     Parameters
     ----------
-    report : Report
+    content : Report or Comparison
         What to draw.
     folder : Path
         Where to.
+    what : str, optional
+        ``"comparison_"`` for a comparison.
 
     Returns
     -------
     str
         What is missing, and how to get it; empty if nothing is.
     """
-    missing = [name for key, name in PACKAGES.items() if not find_spec(key)]
-    if "Matplotlib" not in missing:
-        pictures = write_figures(report, folder)
+    missing = {key: name for key, name in PACKAGES.items() if not find_spec(key)}
+    if "matplotlib" not in missing:
+        pictures = _step("_figures", f"write_{what}figures")(content, folder)
         if not missing:
-            write_page(report, folder, pictures)
-            return ""
-    what = "Figures and page are" if "Matplotlib" in missing else "The page is"
-    return (
-        f"{what} left out, for want of {' and '.join(missing)}: "
-        'pip install "curvlinops-scipy[report]".'
-    )
+            _step("_html", f"write_{what}page")(content, folder, pictures)
+    if not missing:
+        return ""
+    names, left_out = " ".join(missing.values()), "The page is"
+    if "matplotlib" in missing:
+        left_out = "Figures and page are"
+    return f"{left_out} left out: `pip install {names}`."
+
+
+def _step(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a module that is imported only now."""
+    if find_spec(f"curvlinops.report.{module}") is None:
+        return lambda *arguments: None
+    found = import_module(f"curvlinops.report.{module}")
+    return getattr(found, name, lambda *arguments: None)
