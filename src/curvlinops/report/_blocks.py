@@ -174,7 +174,7 @@ def _block(A: Any, name: str, key: str, task: Task, stages: Stages) -> Block | N
             PRODUCTS,
             seed,
             TOL,
-            journal and journal.with_suffix(".unit.journal"),
+            journal and journal.with_name(f"{journal.stem}@unit.journal"),
         )
         magnitudes = np.sort(np.abs(top.values))[::-1]
         rank = int((magnitudes > LEAST_UNIT * magnitudes[0]).sum())

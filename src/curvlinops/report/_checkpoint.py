@@ -130,8 +130,9 @@ class Stages:
             stage, result = _computed(name, compute, journal)
             if path is not None:
                 _write(path, stage, result)
-                for left in path.parent.glob(f"{stem}.journal*"):
-                    left.unlink()
+                for left in path.parent.iterdir():
+                    if left.name.startswith((f"{stem}.journal", f"{stem}@")):
+                        left.unlink()
         self.done.append(stage)
         return result
 

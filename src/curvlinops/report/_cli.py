@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,13 @@ from tqdm import tqdm
 from curvlinops import __version__
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.report import _table
-from curvlinops.report._budget import LEVELS, level_of, predicted
+from curvlinops.report._arguments import make_parser
+from curvlinops.report._budget import level_of, predicted
+from curvlinops.report._compare import run_compare
 from curvlinops.report._contents import Report
 from curvlinops.report._drawing import draw
-from curvlinops.report._files import JSON, encode, load, save, write
-from curvlinops.report._matrices import DEFAULT, KINDS
+from curvlinops.report._files import encode, load, save, write
+from curvlinops.report._matrices import KINDS
 from curvlinops.report._measure import PARTS
 from curvlinops.report._mistakes import MistakeError, one_line
 from curvlinops.report._output import SUMMARY, fresh_folder, summary
@@ -31,185 +33,13 @@ from curvlinops.report._run import Job, threads
 from curvlinops.report._settings import NAME as RUN
 from curvlinops.report._settings import Settings, from_toml, to_toml
 
-EXAMPLES = {
-    "": """examples:
-  curvlinops report                           a network that reads digits
-  curvlinops report model.py:problem          your own, see `curvlinops report --help`
-  curvlinops compare before/ after/           two reports
-  curvlinops verify model.py:problem          is every matrix what it claims to be?""",
-    "report": """PROBLEM is path/to/file.py:function or package.module:function; the
-function takes no arguments and returns (model, loss, data), (model, loss, params,
-data), or a curvlinops.EmpiricalRisk. Without it, a network is trained on
-scikit-learn's digits.
-
-examples:
-  curvlinops report
-  curvlinops report model.py:problem --matrix hessian --matrix kfac --budget quick
-  curvlinops report model.py:problem --weights epoch10.pt --learning-rate 0.1
-  curvlinops report model.py:problem --budget 30 --checkpoint half_done/
-  curvlinops report --config curvlinops_report/run.toml --output again/
-  curvlinops report --from curvlinops_report/report.json""",
-    "spectrum": """examples:
-  curvlinops spectrum
-  curvlinops spectrum model.py:problem --matrix hessian --top 20 --output spectrum/""",
-    "verify": """examples:
-  curvlinops verify
-  curvlinops verify model.py:problem --matrix hessian --matrix ggn --matrix ef""",
-    "plan": """examples:
-  curvlinops plan
-  curvlinops plan model.py:problem --max-memory 2GB --budget full""",
-}
-
 #: Groups of stages that a command runs.
 COMMAND_PARTS = {
     "report": PARTS,
     "spectrum": ("symmetry", "pairs", "density"),
+    "compare": PARTS,
     "plan": PARTS,
 }
-
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20}
-UNITS |= {"Gi": 2**30}
-
-
-def nbytes(text: str) -> int:
-    """Return a number of bytes, such as ``"2GB"`` or ``"512MiB"``."""
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = text[len(number) :].removesuffix("B")
-    try:
-        value = float(number) * UNITS[unit]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 1 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512MB or 2GiB")
-    return int(value)
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    """Return a converter of positive numbers."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            what = "integer" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is no positive {what}")
-        return value
-
-    return convert
-
-
-def seed(text: str) -> int:
-    """Return a seed."""
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 0 to 2**32 - 1")
-    return int(text)
-
-
-def add_problem(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is looked at."""
-    parser.add_argument("problem", nargs="?", metavar="PROBLEM", help="see below")
-    add = parser.add_argument_group("what is looked at").add_argument
-    add(
-        "--matrix",
-        action="append",
-        choices=KINDS,
-        help=f"may be given several times (default: {' and '.join(DEFAULT)})",
-    )
-    add("--params", metavar="GLOB", help='names of parameters, such as "encoder.*"')
-    add("--weights", metavar="FILE", help="state dict that the model gets")
-    add("--device", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=("float32", "float64", "bfloat16", "float16"))
-    add("--seed", type=seed, help="of all randomness (default: 0)")
-    add(
-        "--max-memory",
-        type=nbytes,
-        metavar="SIZE",
-        help="that a product may allocate, such as 2GB",
-    )
-
-
-def add_effort(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how thoroughly."""
-    add = parser.add_argument_group("how thoroughly").add_argument
-    levels = ", ".join(f"{name} ({x.minutes:g} min)" for name, x in LEVELS.items())
-    add("--budget", help=f"at most: {levels}, or minutes (default: standard)")
-    add("--top", type=positive(int), metavar="K", help="number of leading eigenpairs")
-    add(
-        "--damping",
-        type=positive(float),
-        help="of effective dimension and condition number (default: 0.01)",
-    )
-    add(
-        "--learning-rate",
-        type=positive(float),
-        metavar="LR",
-        help="with which 2 / LR the sharpness is compared",
-    )
-
-
-def add_files(parser: argparse.ArgumentParser, output: str | None) -> None:
-    """Add the options that say where things go."""
-    add = parser.add_argument_group("files and text").add_argument
-    default = f"default: {output}" if output else "default: none is written"
-    add("--output", type=Path, metavar="DIR", help=f"folder of the results ({default})")
-    add("--checkpoint", type=Path, metavar="DIR", help="keeps what is finished")
-    add(
-        "--config", type=Path, metavar=RUN, help="replay a run; other options change it"
-    )
-    parser.set_defaults(default_output=output)
-
-
-def add_text(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is printed."""
-    parser.add_argument("--json", action="store_true", help="print JSON, no table")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no table")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="curvlinops",
-        description="Curvature matrices of PyTorch models: reports with error bars.",
-        epilog=EXAMPLES[""],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"curvlinops {__version__}"
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, help_: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name,
-            help=help_,
-            description=help_[0].upper() + help_[1:] + ".",
-            epilog=EXAMPLES[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        add_text(made)
-        return made
-
-    report = command("report", "spectra, traces, layers and verdicts of a model")
-    report.add_argument(
-        "--from",
-        dest="source",
-        type=Path,
-        metavar=JSON,
-        help="compute nothing: draw and write the page of a report again",
-    )
-    add_files(report, "curvlinops_report")
-    spectrum = command("spectrum", "eigenvalues and spectral density only")
-    add_files(spectrum, None)
-    verify = command("verify", "check every matrix on its own model, loss and data")
-    plan = command("plan", "predict memory and time; compute nothing else")
-    for made in (report, spectrum, verify, plan):
-        add_problem(made)
-    for made in (report, spectrum, plan):
-        add_effort(made)
-    return parser
-
 
 # -- from arguments to settings -------------------------------------------------------
 
@@ -243,17 +73,22 @@ class Progress:
     """One bar over the stages of a run, on stderr."""
 
     def __init__(self, quiet: bool) -> None:
-        shape = "{desc} ({n_fmt} stages, {elapsed})"
-        self._bar = tqdm(bar_format=shape, leave=False, disable=quiet)
+        self._quiet = quiet
+        self._bar: Any = None
 
     def __call__(self, name: str) -> None:
         """Show the name of the stage that starts."""
+        if self._bar is None:
+            shape = "{desc} ({n_fmt} stages, {elapsed})"
+            hidden = True if self._quiet else None  # None: where nobody watches
+            self._bar = tqdm(bar_format=shape, leave=False, disable=hidden)
         self._bar.set_description_str(name)
         self._bar.update()
 
     def close(self) -> None:
         """Take the bar away."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -404,8 +239,22 @@ def run_plan(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
+def run_comparison(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Compare two reports, or the weights of one problem."""
+    progress = Progress(args.quiet or args.json)
+
+    def make_job(settings: Settings, keep: Path | None) -> Job:
+        return Job(settings, command_line(argv), keep, progress)
+
+    try:
+        return run_compare(args, settings_of(args), make_job)
+    finally:
+        progress.close()
+
+
 COMMANDS = {
     "report": run_report,
+    "compare": run_comparison,
     "spectrum": run_report,
     "verify": run_verify,
     "plan": run_plan,

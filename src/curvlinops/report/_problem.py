@@ -27,6 +27,9 @@ from curvlinops.risk import EmpiricalRisk
 #: Name of the embedded problem, its hidden units, and the epochs of its training.
 EMBEDDED, HIDDEN, EPOCHS = "digits", 12, 60
 
+#: Methods by which torch's layers initialise their parameters.
+RESETS = ("reset_parameters", "_reset_parameters")
+
 WANTED = (
     "It returns (model, loss, data), (model, loss, params, data), or an EmpiricalRisk"
 )
@@ -341,9 +344,10 @@ def with_random_parameters(risk: EmpiricalRisk, seed: int) -> EmpiricalRisk:
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         for layer in module.modules():
-            if callable(reset := getattr(layer, "reset_parameters", None)):
-                reset()
-                fresh.update(id(p) for p in layer.parameters(recurse=False))
+            for name in RESETS:
+                if callable(reset := getattr(layer, name, None)):
+                    reset()
+                    fresh.update(id(p) for p in layer.parameters(recurse=False))
     for name in risk.params:
         if name not in known or id(known[name]) not in fresh:
             raise MistakeError(f"the layer of {name!r} has no `reset_parameters`")
