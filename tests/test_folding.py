@@ -27,6 +27,11 @@ SOON = Policy(record_late=2, fold_late=0, dense_dim=0)
 ALWAYS = replace(SOON, entry_cost=-1)
 
 
+def is_folded(A) -> bool:
+    """Whether all batches are multiplied by their sensitivities."""
+    return set(A.status().batches) == {"sensitivities"}
+
+
 def folded(A) -> list:
     """Return what was folded, batch by batch."""
     [product], _ = loops_of(A, 1)
@@ -112,10 +117,8 @@ def test_data_apart_are_folded(make):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, plain @ v, size=4 * len(v))
         E @ v
-    assert all(folded(A))
-    assert all(folded(E))
-    routes = [r for b in A.risk._recordings.values() for r in b._routes.values()]
-    assert all(route.trusted for route in routes)
+    assert is_folded(A)
+    assert is_folded(E)
 
 
 def test_a_folded_product_takes_two_matrix_products_per_layer():
@@ -136,7 +139,7 @@ def test_a_folded_product_takes_two_matrix_products_per_layer():
 
         for _ in range(6):
             A @ v
-        assert all(folded(A))
+        assert is_folded(A)
         assert count() == 2 * n * 2 * weights
         A.risk.plain += 1
         assert count() >= 2 * n * (2 * weights + 2 * inner)
@@ -150,7 +153,7 @@ def test_it_is_not_done_where_it_does_not_pay():
         A = GGNLinearOperator(*make(), policy=SOON)
         for _ in range(6):
             A @ torch.ones(A.shape[1], dtype=torch.float64)
-        assert folded(A) == [None, None]
+        assert A.status().batches == ("recording", "recording")
 
 
 class Coupled(nn.Module):
@@ -202,7 +205,7 @@ def test_changes_are_seen():
     for _ in range(3):
         for _ in range(6):
             assert_close(A @ v, plain @ v, size=4 * len(v))
-        assert all(folded(A))
+        assert is_folded(A)
         net[0].weight.data.mul_(1.5)
 
 
@@ -214,7 +217,7 @@ def test_blocks_of_columns_are_folded():
     for K in (4, 4, 2, 5, 1):
         V = torch.randn(A.shape[1], K, dtype=torch.float64)
         assert_close(A @ V, plain @ V, size=4 * len(V))
-    assert all(folded(A))
+    assert is_folded(A)
 
 
 def test_few_samples_need_few_sensitivities():
@@ -235,15 +238,15 @@ def test_sensitivities_count_and_must_fit():
         A @ v
     for batch, (pulled, _) in zip(A.risk._recordings.values(), folded(A), strict=True):
         assert batch.nbytes >= sum(t.nbytes for t in pulled.held) > 0
-    needed = sum(n for n in (b.nbytes for b in A.risk._recordings.values()))
+    needed = A.status().held
     tight = GGNLinearOperator(*perceptron(), cache=needed // 2, policy=ALWAYS)
     for _ in range(8):
         assert_close(tight @ v, A @ v, size=4 * len(v))
-    assert not all(folded(tight)) or len(tight.risk._recordings) < 2
+    assert not is_folded(tight)
     bounded = GGNLinearOperator(*perceptron(), max_memory=1 << 30, policy=ALWAYS)
     for _ in range(8):
         bounded @ v
-    assert not any(folded(bounded))
+    assert "sensitivities" not in bounded.status().batches
 
 
 def test_a_fixed_route_is_not_folded():
@@ -272,7 +275,7 @@ def test_folding_needs_no_mode_and_leaves_other_matrices_alone(mode):
         with mode():
             G @ v
         assert_close(H @ v, expected, size=16 * len(v))
-    assert all(folded(G))
+    assert is_folded(G)
 
 
 def test_folding_leaves_the_random_state_alone():
@@ -296,16 +299,16 @@ def test_a_tight_budget_keeps_what_it_kept():
         counts = []
         for _ in range(12):
             A @ v
-            counts.append(len(A.risk._recordings))
+            counts.append(sum(b != "recomputed" for b in A.status().batches))
         return counts
 
     free = EFLinearOperator(*perceptron(n=200), policy=ALWAYS)
     kept(free)
-    most = sum(batch.nbytes for batch in free.risk._recordings.values())
+    most = free.status().held
     never = replace(ALWAYS, max_rank=0)
     unfolded = EFLinearOperator(*perceptron(n=200), policy=never)
     kept(unfolded)
-    least = sum(batch.nbytes for batch in unfolded.risk._recordings.values())
+    least = unfolded.status().held
     for budget in torch.linspace(1.6 * least, 1.6 * max(most, least), 8).tolist():
         counts = kept(
             EFLinearOperator(*perceptron(n=200), cache=int(budget), policy=ALWAYS)

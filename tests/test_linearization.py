@@ -109,13 +109,13 @@ def test_recordings_stay_within_the_budget(operator):
     expected = [A @ v for _ in range(5)][-1]
     sizes = [b.nbytes for b in A.risk._recordings.values()]
     assert len(sizes) == len(problem[3]) > 1
+    assert A.status().held == sum(sizes)
     for budget in (0, sizes[0] - 1, 4 * sizes[0], 10 * sum(sizes)):
         B = operator(*problem, cache=budget, policy=SOON)
         for _ in range(5):
             assert_close(B @ v, expected, size=200)
-            assert B.risk._ledger.used() <= budget
-        assert len(B.risk._recordings) <= len(sizes)
-    assert len(B.risk._recordings) == len(sizes)
+            assert B.status().held <= budget
+    assert B.status().batches == ("recording",) * len(sizes)
 
 
 # -- recordings ---------------------------------------------------------------------

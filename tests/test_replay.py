@@ -293,7 +293,7 @@ def test_small_matrices_are_materialised_once_that_pays(operator):
         next(iter(params.values())).mul_(2)
     fresh = operator(model, loss, params, data, cache="off")
     assert_close(A @ v, fresh @ v)
-    assert not A.risk._dense.matrices
+    assert not A.status().matrix
 
 
 @pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
@@ -308,7 +308,7 @@ def test_products_with_kept_jacobians_equal_plain_ones(operator, problem):
         V = torch.randn(N, K, generator=generator).to(dtype)
         assert_close(A @ V, plain @ V, dtype, 16 * N)
     assert bool(A.risk._dense.jacobians) == (A.risk._repeats and dtype.itemsize >= 4)
-    assert bool(A.risk._dense.matrices) == bool(A.risk._dense.jacobians)
+    assert A.status().matrix == bool(A.risk._dense.jacobians)
 
 
 class Single(nn.Linear):
@@ -530,8 +530,8 @@ def test_nothing_is_materialised_without_cache():
     A = GGNLinearOperator(model, loss, params, data, cache="off")
     for _ in range(2 * A.shape[1]):
         A @ torch.ones(A.shape[1], dtype=torch.float64)
-    assert not A.risk._dense.matrices
-    assert not A.risk._recordings
+    assert not A.status().matrix
+    assert set(A.status().batches) == {"recomputed"}
 
 
 def test_scalar_outputs_are_multiplied_repeatedly():

@@ -12,7 +12,7 @@ belongs to their outputs, and what they are given is cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -85,6 +85,11 @@ class Form:
     rows: Side = Side.PARAMETERS
     mean: bool = True
     linear: bool = True
+    #: The matrix :math:`M` if the body is :math:`J^\top M J`.
+    middle: Middle | None = field(init=False, repr=False, compare=False)
+    #: Whether it maps parameters to parameters.
+    is_square: bool = field(init=False, repr=False, compare=False)
+    _name: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.cols is self.rows is Side.OUTPUTS:
@@ -92,16 +97,12 @@ class Form:
                 "A form maps parameters to parameters, to outputs, or from outputs; "
                 "compose two forms, from outputs to parameters and back."
             )
-
-    @property
-    def middle(self) -> Middle | None:
-        r"""The matrix :math:`M` if the body is :math:`J^\top M J`."""
-        return self.body.middle if isinstance(self.body, Congruence) else None
-
-    @property
-    def is_square(self) -> bool:
-        """Whether it maps parameters to parameters."""
-        return self.cols is self.rows
+        middle = self.body.middle if isinstance(self.body, Congruence) else None
+        object.__setattr__(self, "middle", middle)
+        object.__setattr__(self, "is_square", self.cols is self.rows)
+        kind = "map" if middle is None else "congruence"
+        name = (kind, self.cols.value, self.rows.value, self.mean)
+        object.__setattr__(self, "_name", name)
 
     @property
     def may_join(self) -> bool:
@@ -112,7 +113,8 @@ class Form:
         """Return the name under which products are recorded; ``None`` if not at all."""
         if not self.linear:
             return None
-        return key_of(self.body, risk, self.cols, self.rows, self.mean)
+        made_of = self.body if self.middle is None else self.middle
+        return key_of(made_of, risk, self._name)
 
 
 class Middle:

@@ -345,18 +345,8 @@ class Linearization:
         if not known[name] and all_finite(vectors) and self._model.warns:
             names = named(self._model.params, products)
             first = not all_finite(self._pulled(torch.ones_like(self.output)))
-            by_loss = not first and self._is_loss_at_fault()
+            by_loss = not first and _is_loss_at_fault(self)
             warn_about_product(names, self.index, first, by_loss)
-
-    def _is_loss_at_fault(self) -> bool:
-        """Whether a loss's second derivative by the output is not finite."""
-        if self.make_loss is None:
-            return False
-        try:
-            product = self.loss.hessian_mul(torch.ones_like(self.output))
-        except NotImplementedError:  # there is no loss beside the model
-            return False
-        return not all_finite([product])
 
     def fold_due(self, key: Hashable, body: Any, number: int) -> bool:
         """Whether as many products have been asked for as folding would cost.
@@ -418,6 +408,10 @@ class Linearization:
         eps = rounding(like[0].dtype, like[0].device, self.convolves)
         same = matrices_agree(found, multiply, like, eps, 0.75, in_units)
         return folded if same else None
+
+    def is_folded(self, key: Hashable) -> bool:
+        """Whether a product is made from sensitivities."""
+        return self._folded.get(key) is not None
 
     def unfold(self) -> bool:
         """Give up what has been folded; return whether there was anything."""
@@ -704,6 +698,17 @@ class Linearization:
         else:
             grads = _grad([self._value()], self._leaves, [None])
         return _filled(grads, self._leaves, torch.Size())
+
+
+def _is_loss_at_fault(batch: Linearization) -> bool:
+    """Whether a loss's second derivative by the output is not finite."""
+    if batch.make_loss is None:
+        return False
+    try:
+        product = batch.loss.hessian_mul(torch.ones_like(batch.output))
+    except NotImplementedError:  # there is no loss beside the model
+        return False
+    return not all_finite([product])
 
 
 def _edge(output: Tensor | GradientEdge | None) -> GradientEdge | None:

@@ -46,6 +46,7 @@ from curvlinops._interrupts import isolated
 from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._parts import one_by_one
 from curvlinops._spaces import rounding
+from curvlinops._status import form_of
 from curvlinops._tracker import LimitExceededError, Tracker
 
 if TYPE_CHECKING:
@@ -413,9 +414,7 @@ class Probe:
             any(exceeds for *_, exceeds in runs),
             "Jacobian"
             if probe._dense.jacobians
-            else "recording"
-            if all(probe._replays(p.key) for p in self.products)
-            else "graph",
+            else form_of(probe._recordings.values(), [p.key for p in self.products]),
             self._matrix(probe, outputs, load / n),
         )
 
@@ -933,8 +932,8 @@ class BatchPlan:
     kept : int
         Number of parts whose recordings are kept between products.
     form : str
-        What is kept of these once the route has settled: ``"recording"``, ``"graph"``,
-        or ``"Jacobian"``.
+        What is kept of these once the route has settled: ``"sensitivities"`` (which
+        come late), ``"recording"``, ``"graph"``, or ``"Jacobian"``.
     held : int
         Bytes of the recordings that are kept.
     peak : int
