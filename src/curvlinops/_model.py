@@ -29,7 +29,7 @@ from curvlinops._data import cloned
 from curvlinops._draws import drawn, draws_outside_torch
 from curvlinops._failures import refuse_meta
 from curvlinops._hooks import hooks_of
-from curvlinops._interrupts import FORWARD_MODE, isolated, leave_forward_levels
+from curvlinops._interrupts import FORWARD_MODE, isolated, leave_forward_mode
 from curvlinops._isolation import (
     Changes,
     Owner,
@@ -543,7 +543,7 @@ class Model:
                         output = self(X)
                     value, tangent = forward_ad.unpack_dual(output)
             except BaseException:
-                leave_forward_levels()
+                leave_forward_mode()
                 raise
             if not reached <= perturbed.met:
                 raise RuntimeError("Some parameters are used out of sight.")
