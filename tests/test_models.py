@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import references
-from cases import OPERATORS, Operator, find
+from cases import IN_PLACE, OPERATORS, Operator, Uncopied, find
 from curvlinops import (
     EmpiricalRisk,
     FisherMCLinearOperator,
@@ -35,6 +35,7 @@ from curvlinops._model import Model
 from curvlinops._reach import CopyLeaksError
 from tolerances import assert_close
 
+pytestmark = IN_PLACE
 SIZES = (3, 2, 1)
 PAIR = (GGNLinearOperator, HessianLinearOperator)
 DENSE = {
@@ -81,7 +82,7 @@ class WithLock(Everything):
     """Cannot be deep-copied: it is evaluated in place."""
 
     def extend(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Uncopied()
 
 
 class WithClosure(Everything):
@@ -511,7 +512,7 @@ def test_parameters_used_without_gradient_are_named(kind: type[nn.Module]):
             self.parts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
             self.options = options
             if kind is WithLock:
-                self.lock = threading.Lock()
+                self.lock = Uncopied()
 
         def forward(self, X: Tensor) -> Tensor:
             h = checkpoint(self.parts[0], X, **self.options)

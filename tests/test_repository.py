@@ -437,7 +437,11 @@ def test_dependency_rule_bites(tmp_path, file, source, complaints):
 BROAD = {"RuntimeError", "Exception", "BaseException"}
 
 #: Functions that hand every error on to another thread, or tidy up after one.
-EXEMPT = {"_lockstep._work", "_cuda_graph._clean_up"}
+EXEMPT = {
+    "_lockstep._work",
+    "_cuda_graph._clean_up",
+    "_interrupts.leave_forward_mode",
+}
 
 
 def names_in(node: ast.expr | None) -> set[str]:

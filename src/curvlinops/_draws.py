@@ -8,6 +8,7 @@ itself, as far as that can be seen, or where no other thread is there.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,9 @@ class _States:
             if key not in self._users:
                 return
             last = not self._in_use(without=key)
-            if last and (self._drawn or threading.active_count() == 1):
+            interrupted = isinstance(sys.exception(), KeyboardInterrupt)
+            alone = threading.active_count() == 1
+            if last and (self._drawn or alone or interrupted):
                 for put_back in self._noted.values():
                     put_back()
             self._users.pop(key)
