@@ -126,6 +126,22 @@ def test_layers(figures):
     assert np.allclose(ax.images[0].get_array()[:, 0], traces / traces.max())
 
 
+def test_many_layers():
+    """The largest are drawn, in the order of the parameters."""
+    m = REPORT.matrices[0]
+    traces = np.random.default_rng(0).permutation(np.arange(1.0, 101.0))
+    layers = tuple(
+        replace(m.layers[0], name=f"{i}.weight", trace=Number(float(trace), 0.1))
+        for i, trace in enumerate(traces)
+    )
+    few = replace(REPORT, matrices=(replace(m, layers=layers),))
+    figure, caption = drawn([_figures._layers], few)["layers_hessian"]
+    shown = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert shown == [f"{i}.weight" for i in np.flatnonzero(traces > 40)]
+    assert "The 60 of 100 with the largest traces." in caption
+    assert figure.get_size_inches()[1] < 12
+
+
 def test_blocks_share_one_scale(figures):
     figure, caption = figures["blocks"]
     (ax,) = figure.axes

@@ -35,6 +35,9 @@ __all__ = ["write_comparison_figures", "write_figures"]
 #: Matrices that one axes holds.
 MOST = 5
 
+#: Layers that one figure has room for.
+ROWS = 60
+
 
 def write_figures(report: Report, folder: Path) -> list[Picture]:
     """Write all figures that a report has data for, as PNG and SVG.
@@ -184,12 +187,16 @@ def _layers(report: Report) -> Iterator[Drawing]:
     for m in report.matrices:
         if not m.layers:
             continue
-        figure = new_figure(0.7 + 0.17 * len(m.layers))
-        plot_layer_summary(layer_columns(m.layers), figure.subplots())
+        largest = sorted(m.layers, key=lambda layer: -abs(layer.trace.value))[:ROWS]
+        shown = tuple(layer for layer in m.layers if layer in largest)
+        figure = new_figure(0.7 + 0.17 * len(shown))
+        plot_layer_summary(layer_columns(shown), figure.subplots())
         caption = (
             "Diagonal block of every parameter; brighter is nearer to the column's "
             "largest. Standard errors stand in parentheses, in units of the last digit."
         )
+        if len(shown) < len(m.layers):
+            caption += f" The {ROWS} of {len(m.layers)} with the largest traces."
         yield f"layers_{m.name}", f"Layers of the {title_of(m.name)}", caption, figure
 
 
