@@ -138,6 +138,33 @@ def test_automatic_bulk_is_the_central_mass(ax):
     assert 0.96 < inside.mean() < 1 and high - low < 1.5
 
 
+@pytest.mark.parametrize("bulk", ["auto", (1e-3, 1.0)])
+@pytest.mark.parametrize("scale", ["log", "abs"])
+def test_windows_of_magnitudes(ax, scale, bulk):
+    density = DENSITIES[scale](np.diag(spectrum()), 30, rng=0)
+    plots.plot_spectral_density(density, ax, bulk=bulk)
+    low, high = ax.get_xlim()
+    assert (low, high) == bulk if bulk != "auto" else 0 <= low < 0.1 < high < 3
+    below = plots.plot_spectral_density(density, Figure().add_subplot(), bulk=(-1, 1))
+    assert 0 <= below.get_xlim()[0] < 1e-10
+
+
+def test_several_densities_have_kernels_of_one_width(ax):
+    eigenvalues = np.linspace(0, 1, 60)
+    known = est.SpectralDensity(
+        eigenvalues[None], np.full((1, 60), 1 / 60), (0.0, 1.0), 60
+    )
+    few = est.SpectralDensity(np.array([[0.2, 0.7]]), np.full((1, 2), 0.5), (0, 1), 2)
+    plots.plot_spectral_density({"60": known, "2": few}, ax)
+    width = 1 / np.sqrt(8 * np.log(3))
+    for line, values in zip(
+        lines(ax, "density"), (eigenvalues, [0.2, 0.7]), strict=True
+    ):
+        x, y = line.get_data()
+        truth = norm.pdf(x[:, None], np.array(values), width).mean(1)
+        assert np.allclose(y, truth, rtol=0.02, atol=1e-3)
+
+
 def test_band_covers_what_it_is_of(ax):
     eigenvalues = spectrum("semidefinite")
     density = est.lanczos_approximate_spectrum(

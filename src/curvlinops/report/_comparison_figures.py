@@ -54,7 +54,7 @@ def _densities(pair: Pair) -> Iterator[Drawing]:
     if a is None or b is None:
         return
     figure = draw_pair(dict(zip(NAMES, (a, b), strict=True)))
-    caption = "Both through the same kernels, with their bands."
+    caption = "The same window and kernels for both, with their bands."
     if pair.distance is not None:
         caption += (
             f" Jensen-Shannon distance of the logarithmic densities "
