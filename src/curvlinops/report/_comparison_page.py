@@ -88,7 +88,9 @@ def _overlaps(pair: Pair) -> Iterator[Drawing]:
         return
     figure = _figure(3.0)
     options: dict[str, Any] = {"log": False, "vmin": 0, "vmax": 1}
+    count = len(pair.overlap.squares) + 0.5
     options |= {"colorbar": "squared inner product"}
+    options["extent"] = (0.5, count, count, 0.5)
     ax = plot_matrix(pair.overlap.squares, figure.subplots(), **options)
     ax.set_xlabel("eigenvector of the second")
     ax.set_ylabel("eigenvector of the first")
