@@ -22,7 +22,7 @@ from curvlinops.report._arguments import make_parser
 from curvlinops.report._budget import level_of, predicted
 from curvlinops.report._compare import run_compare
 from curvlinops.report._contents import Report
-from curvlinops.report._drawing import draw
+from curvlinops.report._drawing import Drawn, draw
 from curvlinops.report._files import encode, load, save, write
 from curvlinops.report._matrices import KINDS
 from curvlinops.report._measure import PARTS
@@ -132,8 +132,8 @@ def run_report(args: argparse.Namespace, argv: Sequence[str]) -> int:
         save(report, folder)
         write(folder / RUN, to_toml(resolved, __version__).encode())
         write(folder / SUMMARY, summary(report).encode())
-        missing = draw(report, folder)
-    return _finish(report, output, args, missing)
+        drawn = draw(report, folder)
+    return _finish(report, output, args, drawn)
 
 
 def _computed(job: Job, args: argparse.Namespace) -> Report:
@@ -143,15 +143,20 @@ def _computed(job: Job, args: argparse.Namespace) -> Report:
 
 
 def _finish(
-    report: Report, output: Path | None, args: argparse.Namespace, missing: str = ""
+    report: Report,
+    output: Path | None,
+    args: argparse.Namespace,
+    drawn: Drawn = Drawn(),  # noqa: B008 - immutable
 ) -> int:
     if args.json:
         print(json.dumps(as_json(report), indent=1))
     elif not args.quiet:
         print(_table.render(report))
         if output is not None:
-            print(f"\nWritten to {output}.{f' {missing}' if missing else ''}")
-    return int(report.failed > 0)
+            print(f"\nWritten to {output}.")
+    if drawn.text and not (args.quiet and not drawn.failed):
+        print(drawn.text, file=sys.stderr)
+    return int(report.failed > 0 or drawn.failed)
 
 
 def as_json(report: Report) -> Any:
@@ -166,15 +171,15 @@ def rebuild(args: argparse.Namespace) -> int:
     output = args.output or folder
     if output.absolute() == folder.absolute():
         try:
-            missing = draw(report, folder)
+            drawn = draw(report, folder)
         except OSError as error:
             raise MistakeError(f"{folder}: {error.strerror}.") from error
     else:
         with fresh_folder(output) as fresh:
             save(report, fresh)
             write(fresh / SUMMARY, summary(report).encode())
-            missing = draw(report, fresh)
-    return _finish(report, output, args, missing)
+            drawn = draw(report, fresh)
+    return _finish(report, output, args, drawn)
 
 
 def run_verify(args: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from curvlinops.report import _comparison_table as table
 from curvlinops.report._comparison import Comparison, compare, require_alike
 from curvlinops.report._contents import Report
-from curvlinops.report._drawing import draw
+from curvlinops.report._drawing import Drawn, draw
 from curvlinops.report._files import load, save, write
 from curvlinops.report._mistakes import MistakeError
 from curvlinops.report._output import fresh_folder
@@ -68,9 +68,9 @@ def run_compare(args: argparse.Namespace, settings: Settings, make_job: MakeJob)
             else _computed(names, args, settings, make_job, folder)
         )
         found = compare(reports[0], reports[1], names)
-        missing = "" if folder is None else _write(found, folder)
-    _print(found, args, missing)
-    return _judged(found, conditions, args)
+        drawn = Drawn() if folder is None else _write(found, folder)
+    _print(found, args, drawn)
+    return max(_judged(found, conditions, args), int(drawn.failed))
 
 
 def _computed(
@@ -101,19 +101,21 @@ def _computed(
     return reports
 
 
-def _write(found: Comparison, folder: Path) -> str:
+def _write(found: Comparison, folder: Path) -> Drawn:
     text = json.dumps(table.as_json(found), indent=1, ensure_ascii=False)
     write(folder / table.NAME, text.encode() + b"\n")
-    return draw(found, folder, "comparison_")
+    return draw(found, folder)
 
 
-def _print(found: Comparison, args: argparse.Namespace, missing: str) -> None:
+def _print(found: Comparison, args: argparse.Namespace, drawn: Drawn) -> None:
     if args.json:
         print(json.dumps(table.as_json(found), indent=1))
     elif not args.quiet:
         print(table.render(found))
         if args.output is not None:
-            print(f"\nWritten to {args.output}.{f' {missing}' if missing else ''}")
+            print(f"\nWritten to {args.output}.")
+    if drawn.text and not (args.quiet and not drawn.failed):
+        print(drawn.text, file=sys.stderr)
 
 
 def _judged(

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-#: Import names of the packages that figures and page need, with their distributions.
-PACKAGES = {"matplotlib": "matplotlib", "jinja2": "Jinja2"}
+from curvlinops._memory import raise_if_out_of_memory
+from curvlinops.report._comparison import Comparison
+from curvlinops.report._comparison_figures import write_comparison_figures
+from curvlinops.report._contents import Report
+from curvlinops.report._figures import write_figures
+from curvlinops.report._html import write_comparison_page, write_page
+from curvlinops.report._mistakes import one_line
+
+#: Packages behind figures and pages, by the names that they are imported under.
+PACKAGES = {"matplotlib": "Matplotlib", "jinja2": "Jinja2"}
 
 
-def draw(content: Any, folder: Path, what: str = "") -> str:
-    """Write figures and page of a report, or a comparison, into its folder.
+class Drawn(NamedTuple):
+    """What has not been drawn.
+
+    Attributes
+    ----------
+    text : str
+        Why not, and what helps; empty if everything was.
+    failed : bool
+        Whether that is an error, not for want of a package.
+    """
+
+    text: str = ""
+    failed: bool = False
+
+
+def draw(content: Report | Comparison, folder: Path) -> Drawn:
+    """Write figures and page of a report, or of a comparison, into its folder.
 
     Parameters
     ----------
@@ -21,30 +42,35 @@ def draw(content: Any, folder: Path, what: str = "") -> str:
         What to draw.
     folder : Path
         Where to.
-    what : str, optional
-        ``"comparison_"`` for a comparison.
 
     Returns
     -------
-    str
-        What is missing, and how to get it; empty if nothing is.
+    Drawn
+        Numbers that took long to compute are not lost for a figure: an error is
+        handed back instead of raised.
     """
-    missing = {key: name for key, name in PACKAGES.items() if not find_spec(key)}
-    if "matplotlib" not in missing:
-        pictures = _step("_figures", f"write_{what}figures")(content, folder)
+    missing = [name for key, name in PACKAGES.items() if not find_spec(key)]
+    if "Matplotlib" not in missing:
+        try:
+            _draw(content, folder, page=not missing)
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            return Drawn(f"Figures and page are incomplete: {one_line(error)}.", True)
         if not missing:
-            _step("_html", f"write_{what}page")(content, folder, pictures)
-    if not missing:
-        return ""
-    names, left_out = " ".join(missing.values()), "The page is"
-    if "matplotlib" in missing:
-        left_out = "Figures and page are"
-    return f"{left_out} left out: `pip install {names}`."
+            return Drawn()
+    what = "Figures and page are" if "Matplotlib" in missing else "The page is"
+    return Drawn(
+        f"{what} left out, for want of {' and '.join(missing)}: "
+        'pip install "curvlinops-scipy[report]".'
+    )
 
 
-def _step(module: str, name: str) -> Callable[..., Any]:
-    """Return a function of a module that is imported only now."""
-    if find_spec(f"curvlinops.report.{module}") is None:
-        return lambda *arguments: None
-    found = import_module(f"curvlinops.report.{module}")
-    return getattr(found, name, lambda *arguments: None)
+def _draw(content: Report | Comparison, folder: Path, page: bool) -> None:
+    if isinstance(content, Report):
+        pictures = write_figures(content, folder)
+        if page:
+            write_page(content, folder, pictures)
+    else:
+        pictures = write_comparison_figures(content, folder)
+        if page:
+            write_comparison_page(content, folder, pictures)

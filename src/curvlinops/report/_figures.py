@@ -16,7 +16,6 @@ from curvlinops.plots import (
     plot_spectral_density,
 )
 from curvlinops.plots._matrices import shortened
-from curvlinops.report._comparison_figures import write_comparison_figures
 from curvlinops.report._contents import Density, Layer, Matrix, Report
 from curvlinops.report._pictures import (
     Drawing,
@@ -29,8 +28,6 @@ from curvlinops.report._pictures import (
     title_of,
     write_pictures,
 )
-
-__all__ = ["write_comparison_figures", "write_figures"]
 
 #: Matrices that one axes holds.
 MOST = 5

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from curvlinops.report._comparison import Change, Comparison, Pair
+from curvlinops.report._comparison_figures import write_comparison_figures
 from curvlinops.report._contents import STATUSES, Matrix, Number, Pairs, Report
-from curvlinops.report._figures import write_comparison_figures, write_figures
+from curvlinops.report._figures import write_figures
 from curvlinops.report._files import write
 from curvlinops.report._pictures import Picture, title_of
 

@@ -20,7 +20,7 @@ def rounded(number: Number | None) -> str:
     """
     if number is None:
         return "-"
-    if number.error == 0:
+    if number.error <= 1e-6 * abs(number.value):
         return f"{number.value:.6g}"
     if not abs(number.error) < float("inf"):
         return f"{number.value:.4g} ± ?"
