@@ -76,7 +76,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def call(self, method, timeout=60.0, **params):
+    def call(self, method, timeout=180.0, **params):
         """Send a command and return its result."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
@@ -91,7 +91,7 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def wait(self, method, timeout=60.0):
+    def wait(self, method, timeout=180.0):
         """Wait for an event."""
         until = time.monotonic() + timeout
         while not any(event.get("method") == method for event in self.events):

@@ -14,10 +14,11 @@ from report_samples import sample
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from curvlinops.report._comparison import compare
 from curvlinops.report._contents import Number, Verdict
 from curvlinops.report._figures import write_figures
 from curvlinops.report._files import load, save
-from curvlinops.report._html import with_error, write_page
+from curvlinops.report._html import with_error, write_comparison_page, write_page
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,36 @@ def test_numbers_and_their_errors(number, text):
     assert with_error(number) == text
 
 
+# -- comparisons -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return compare(sample(), sample(3), ("runs/<10>", "runs/20"))
+
+
+@pytest.fixture(scope="module")
+def comparison_page(comparison, folder):
+    return write_comparison_page(comparison, folder).read_text()
+
+
+def test_the_page_says_what_has_changed(comparison, comparison_page):
+    text = unescape(plain(comparison_page))
+    assert "runs/&lt;10&gt;, loss 0.074" in comparison_page
+    assert all(note in text for note in comparison.notes)
+    for pair in comparison.pairs:
+        assert f"{pair.overlap.subspace:.1%}" in text
+        assert f"{pair.distance.value:.3f}" in text
+        for change in pair.changes():
+            answer = "yes" if change.significant else "no"
+            both = f"{with_error(change.first)} {with_error(change.second)}"
+            rest = f"{change.difference:+.3g} {change.margin:.2g} {answer}"
+            assert f"{change.name} {both} {rest}" in text
+    moved = [layer.name for layer in comparison.pairs[0].layers]
+    places = [text.index(f" {name} ") for name in moved]
+    assert places == sorted(places)
+
+
 # -- in a browser ------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(
@@ -198,6 +229,16 @@ def test_in_a_browser(tab, folder, page, width):
     assert seen.pdf.startswith(b"%PDF")
     assert len(re.findall(rb"/Type\s*/Page\b", seen.pdf)) >= 3
     assert len(seen.pdf) > 100_000
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [400, 1300])
+def test_a_comparison_in_a_browser(tab, folder, comparison_page, width):
+    seen = tab.visit(folder / "comparison.html", width)
+    assert seen.fetched == [] and seen.complaints == []
+    assert seen.answers["overflow"] <= 0
+    images = seen.answers["images"]
+    assert len(images) == 8 and all(image["decoded"] for image in images)
 
 
 @needs_browser

@@ -183,7 +183,7 @@ def compact(value: Any, error: Any = 0.0) -> str:
     Examples
     --------
     >>> compact(0.01234, 0.0005), compact(123.4, 20.0), compact(3.0)
-    ('1.23(5)e-2', '1.2(2)e+2', '3.00')
+    ('1.23(5)e-2', '123(20)', '3.00')
     >>> compact(0.0), compact(0.5, 2.0), compact(1.0, 1e-15)
     ('0', '0(2)', '1.00')
     """
@@ -192,11 +192,11 @@ def compact(value: Any, error: Any = 0.0) -> str:
     # Errors below what is shown anyway count as none.
     is_known = np.isfinite(error) and error > 1e-5 * abs(value)
     scale = int(np.floor(np.log10(max(abs(value), error if is_known else 0.0))))
-    shift = 0 if -1 <= scale <= 1 else scale
-    digits = 2 + shift - scale
+    shift = 0 if -1 <= scale <= 3 else scale
+    digits = max(2 + shift - scale, 0)
     if is_known:
         last = int(np.floor(np.log10(error)))
-        digits = int(np.clip(shift - last, 0, 4 + shift - scale))
+        digits = int(np.clip(shift - last, 0, max(4 + shift - scale, 0)))
     mantissa = f"{value / 10.0**shift:.{digits}f}"
     if is_known:
         mantissa += f"({max(round(error / 10.0**shift * 10.0**digits), 1)})"

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.report._comparison import Comparison
-from curvlinops.report._comparison_page import write_comparison, write_comparison_page
+from curvlinops.report._comparison_figures import write_comparison_figures
 from curvlinops.report._contents import Report
 from curvlinops.report._figures import write_figures
-from curvlinops.report._html import write_page
+from curvlinops.report._html import write_comparison_page, write_page
 from curvlinops.report._mistakes import one_line
 
 #: Packages behind figures and pages, by the names that they are imported under.
@@ -71,6 +71,6 @@ def _draw(content: Report | Comparison, folder: Path, page: bool) -> None:
         if page:
             write_page(content, folder, pictures)
     else:
-        pictures = write_comparison(content, folder)
+        pictures = write_comparison_figures(content, folder)
         if page:
             write_comparison_page(content, folder, pictures)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from curvlinops.estimators import SpectralDensity
 from curvlinops.plots import (
     OKABE_ITO,
-    STYLE,
     plot_eigenvalues,
     plot_layer_summary,
     plot_matrix,
@@ -20,48 +17,23 @@ from curvlinops.plots import (
 )
 from curvlinops.plots._matrices import shortened
 from curvlinops.report._contents import Density, Layer, Matrix, Report
-
-#: Of one figure: made under :data:`~curvlinops.plots.STYLE`, as large as it says.
-Drawing = tuple[str, str, str, Any]
+from curvlinops.report._pictures import (
+    Drawing,
+    Picture,
+    draw_overlap,
+    draw_pair,
+    new_figure,
+    shared_part,
+    spectral,
+    title_of,
+    write_pictures,
+)
 
 #: Matrices that one axes holds.
 MOST = 5
 
-#: How the matrices are called in figures and tables.
-TITLES = {
-    "hessian": "Hessian",
-    "ggn": "GGN",
-    "fisher": "Monte-Carlo Fisher",
-    "ef": "empirical Fisher",
-    "kfac": "KFAC",
-    "ekfac": "EKFAC",
-    "kfoc": "KFOC",
-    "ggn-diagonal": "diagonal of the GGN",
-}
-
-
-def title_of(name: str) -> str:
-    """Return how a matrix is called."""
-    return TITLES.get(name, name)
-
-
-class Picture(NamedTuple):
-    """A figure that has been written.
-
-    Attributes
-    ----------
-    name : str
-        Of its files, without suffix.
-    title, caption : str
-        In words.
-    paths : tuple of Path
-        PNG and SVG.
-    """
-
-    name: str
-    title: str
-    caption: str
-    paths: tuple[Path, ...]
+#: Layers that one figure has room for.
+ROWS = 60
 
 
 def write_figures(report: Report, folder: Path) -> list[Picture]:
@@ -84,75 +56,7 @@ def write_figures(report: Report, folder: Path) -> list[Picture]:
     ImportError
         If there is no Matplotlib.
     """
-    return write_drawings((d for draw in FIGURES for d in draw(report)), folder)
-
-
-def write_drawings(drawings: Iterator[Drawing], folder: Path) -> list[Picture]:
-    """Write figures as PNG and SVG.
-
-    Parameters
-    ----------
-    drawings : iterator of Drawing
-        Made one after the other, each under the style of all.
-    folder : Path
-        Gets a folder ``figures``.
-
-    Returns
-    -------
-    list of Picture
-        In the same order.
-    """
-    import matplotlib
-
-    place = folder / "figures"
-    place.mkdir(exist_ok=True)
-    same = {"svg.hashsalt": "curvlinops", "path.simplify_threshold": 0.2}
-    pictures = []
-    with matplotlib.rc_context(STYLE | same):  # type: ignore[arg-type]
-        for name, title, caption, figure in drawings:
-            plain = re.sub(r"[^\w-]+", "_", name)
-            paths = tuple(place / f"{plain}.{kind}" for kind in ("png", "svg"))
-            figure.savefig(paths[0], metadata={"Software": None})
-            figure.savefig(paths[1], metadata={"Date": None})
-            pictures.append(Picture(plain, title, caption, paths))
-    return pictures
-
-
-def _figure(height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(3.4, height))
-
-
-def spectral(density: Density, scale: str = "linear") -> SpectralDensity:
-    """Return a density that can be seen through other kernels.
-
-    Parameters
-    ----------
-    density : Density
-        Of a report.
-    scale : str, optional
-        ``"linear"`` or ``"log"``.
-    """
-    nodes = density.nodes
-    low, high = float(nodes.min()), float(nodes.max())
-    kappa = 3.0
-    if scale == "log":
-        low, high = float(np.abs(nodes).min()), float(np.abs(nodes).max())
-        low, kappa = min(low, high / 2), 1.04
-    if not low < high:  # one eigenvalue, many times
-        room = 0.1 * abs(high) or density.epsilon
-        low, high = max(low - room, 0.0) if scale == "log" else low - room, high + room
-    return SpectralDensity(
-        nodes,
-        density.weights,
-        (low, high),
-        density.dim,
-        density.spikes,
-        scale,
-        kappa=kappa,
-        epsilon=density.epsilon,
-    )
+    return write_pictures((d for draw in FIGURES for d in draw(report)), folder)
 
 
 def _known(report: Report) -> dict[str, tuple[Matrix, Density]]:
@@ -178,7 +82,7 @@ def _runs(density: Density) -> str:
 
 def _densities(report: Report) -> Iterator[Drawing]:
     for title, (m, density) in _known(report).items():
-        figure = _figure(4.2)
+        figure = new_figure(4.2)
         whole, bulk = figure.subplots(2, 1)
         known = spectral(density)
         plot_spectral_density(known, whole, label=title)
@@ -197,7 +101,7 @@ def _comparison(report: Report) -> Iterator[Drawing]:
     known = dict(list(_known(report).items())[:MOST])
     if len(known) < 2:
         return
-    figure = _figure(4.2)
+    figure = new_figure(4.2)
     whole, bulk = figure.subplots(2, 1)
     named = {title: spectral(density) for title, (_, density) in known.items()}
     plot_spectral_density(named, whole)
@@ -215,7 +119,7 @@ def _logarithmic(report: Report) -> Iterator[Drawing]:
     known = dict(list(_known(report).items())[:MOST])
     if not known:
         return
-    figure = _figure(2.5)
+    figure = new_figure(2.5)
     named = {title: spectral(density, "log") for title, (_, density) in known.items()}
     plot_spectral_density(named, figure.subplots())
     epsilon = max(density.epsilon for _, density in known.values())
@@ -230,7 +134,7 @@ def _eigenvalues(report: Report) -> Iterator[Drawing]:
     shown = [(m, m.top) for m in report.matrices[:MOST] if m.top is not None]
     if not shown:
         return
-    figure = _figure(2.5)
+    figure = new_figure(2.5)
     ax = figure.subplots()
     for m, top in shown:
         values, errors = np.array(top.values), np.array(top.residuals)
@@ -258,24 +162,11 @@ def _eigenvalues(report: Report) -> Iterator[Drawing]:
 def _overlaps(report: Report) -> Iterator[Drawing]:
     for overlap in report.overlaps:
         first, second = title_of(overlap.first), title_of(overlap.second)
-        count, across = overlap.squares.shape
-        figure = _figure(2.9)
-        extent = (0.5, across + 0.5, count + 0.5, 0.5)
-        options: dict[str, Any] = {"log": False, "vmin": 0, "vmax": 1, "extent": extent}
-        label = "squared inner product"
-        ax = plot_matrix(overlap.squares, figure.subplots(), colorbar=label, **options)
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.get_major_locator().set_params(integer=True)
-        ax.set_xlabel(f"eigenvector of the {second}")
-        ax.set_ylabel(f"eigenvector of the {first}")
+        figure = draw_overlap(overlap, first, second)
         size = next(m.size for m in report.matrices if m.name == overlap.first)
-        caption = (
-            f"Leading eigenvectors, the first at the top left. The subspaces share "
-            f"{overlap.subspace:.1%} of their dimensions; two random ones would share "
-            f"{count / size:.2%}."
-        )
         name = f"overlap_{overlap.first}_{overlap.second}"
-        yield name, f"Eigenvectors of {first} and {second}", caption, figure
+        title = f"Eigenvectors of {first} and {second}"
+        yield name, title, shared_part(overlap, size), figure
 
 
 def layer_columns(layers: tuple[Layer, ...]) -> dict[str, list[Any]]:
@@ -293,12 +184,16 @@ def _layers(report: Report) -> Iterator[Drawing]:
     for m in report.matrices:
         if not m.layers:
             continue
-        figure = _figure(0.7 + 0.17 * len(m.layers))
-        plot_layer_summary(layer_columns(m.layers), figure.subplots())
+        largest = sorted(m.layers, key=lambda layer: -abs(layer.trace.value))[:ROWS]
+        shown = tuple(layer for layer in m.layers if layer in largest)
+        figure = new_figure(0.7 + 0.17 * len(shown))
+        plot_layer_summary(layer_columns(shown), figure.subplots())
         caption = (
             "Diagonal block of every parameter; brighter is nearer to the column's "
             "largest. Standard errors stand in parentheses, in units of the last digit."
         )
+        if len(shown) < len(m.layers):
+            caption += f" The {ROWS} of {len(m.layers)} with the largest traces."
         yield f"layers_{m.name}", f"Layers of the {title_of(m.name)}", caption, figure
 
 
@@ -307,7 +202,7 @@ def _blocks(report: Report) -> Iterator[Drawing]:
     if found is None:
         return
     count = len(found.blocks)
-    figure = _figure(0.8 + 0.36 * count)
+    figure = new_figure(0.8 + 0.36 * count)
     ax = figure.subplots()
     curves = [
         [
@@ -352,7 +247,7 @@ def _blocks(report: Report) -> Iterator[Drawing]:
 
 
 def _distances(found: Any, names: list[str], title: str) -> Drawing:
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     ax = figure.subplots()
     options: dict[str, Any] = {"log": False, "vmin": 0.0, "vmax": 1.0}
     plot_matrix(found.distances, ax, colorbar="Jensen-Shannon distance", **options)
@@ -372,7 +267,7 @@ def _dense(report: Report) -> Iterator[Drawing]:
         if m.dense is None:
             continue
         blocks = sizes if sum(sizes.values()) == len(m.dense) else None
-        figure = _figure(3.0)
+        figure = new_figure(3.0)
         plot_matrix(m.dense, figure.subplots(), blocks=blocks)
         caption = (
             "Logarithm of the entries' magnitude, over six decades; zeros are white. "
@@ -386,12 +281,7 @@ def _baseline(report: Report) -> Iterator[Drawing]:
     m = report.matrix(start.matrix) if start is not None else None
     if start is None or m is None or m.density is None:
         return
-    figure = _figure(4.2)
-    whole, log = figure.subplots(2, 1)
-    pair = {"as it is": m.density, "random initialisation": start.density}
-    plot_spectral_density({k: spectral(d) for k, d in pair.items()}, whole)
-    plot_spectral_density({k: spectral(d, "log") for k, d in pair.items()}, log)
-    log.get_legend().remove()
+    figure = draw_pair({"as it is": m.density, "random initialisation": start.density})
     title = title_of(m.name)
     caption = (
         f"The loss is {report.problem.loss_value:.4g} as it is, and {start.loss:.4g} "

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from curvlinops.report._comparison import Change, Comparison, Pair
+from curvlinops.report._comparison_figures import write_comparison_figures
 from curvlinops.report._contents import STATUSES, Matrix, Number, Pairs, Report
-from curvlinops.report._figures import Picture, title_of, write_figures
+from curvlinops.report._figures import write_figures
 from curvlinops.report._files import write
+from curvlinops.report._pictures import Picture, title_of
 
-NAME = "report.html"
+NAME, COMPARISON = "report.html", "comparison.html"
 TEMPLATES = Path(__file__).parent / "templates"
 
 #: Vector graphics with more bytes are replaced by their PNG.
@@ -210,5 +213,110 @@ def write_page(
         provenance=provenance(report),
     )
     path = folder / NAME
+    write(path, text.encode())
+    return path
+
+
+# -- comparisons -----------------------------------------------------------------------
+
+
+def _sentences(pair: Pair) -> list[str]:
+    """Say what no table has room for."""
+    found = []
+    if pair.overlap is not None:
+        found.append(
+            f"The leading {len(pair.overlap.squares)} eigenvectors span subspaces that "
+            f"share {pair.overlap.subspace:.1%} of their dimensions."
+        )
+    if pair.distance is not None:
+        word = "significant" if pair.distance.significant else "not significant"
+        found.append(
+            "The densities have the Jensen-Shannon distance "
+            f"{pair.distance.value:.3f}; up to {pair.distance.chance:.3f} is by "
+            f"chance: {word}."
+        )
+    return found
+
+
+def _changes(changes: Iterable[Change]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            change.name,
+            with_error(change.first),
+            with_error(change.second),
+            f"{change.difference:+.3g}",
+            f"{change.margin:.2g}",
+            change.significant,
+        )
+        for change in changes
+    ]
+
+
+def _moved(pair: Pair) -> list[tuple[list[str], bool]]:
+    rows = []
+    for layer in pair.layers:
+        numbers = [n for c in layer.changes[:2] for n in (c.first, c.second)]
+        cells = [layer.name, *map(with_error, numbers)]
+        apart = layer.distance
+        text = "–" if apart is None else f"{apart.value:.3f} ({apart.chance:.3f})"
+        rows.append(([*cells, text], layer.significant))
+    return rows
+
+
+def write_comparison_page(
+    comparison: Comparison, folder: Path, pictures: Sequence[Picture] | None = None
+) -> Path:
+    """Write ``comparison.html``: what changed, by how much, and whether by chance.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        What to show.
+    folder : Path
+        Where to.
+    pictures : sequence of Picture, optional
+        What :func:`write_comparison_figures` returned; default: it is called.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    ImportError
+        If Jinja2 or Matplotlib is missing.
+    """
+    drawn = pictures
+    if drawn is None:
+        drawn = write_comparison_figures(comparison, folder)
+    loss = comparison.loss
+    heads = [
+        (key, f"{name}, loss {short(number.value)}")
+        for key, name, number in (
+            ("first", comparison.first, loss.first),
+            ("second", comparison.second, loss.second),
+        )
+    ]
+    pairs = [
+        {
+            "name": pair.name,
+            "anchor": f"matrix-{number}",
+            "sentences": _sentences(pair),
+            "changes": _changes(pair.changes()),
+            "layers": _moved(pair),
+        }
+        for number, pair in enumerate(comparison.pairs)
+    ]
+    text = render(
+        "compare.html",
+        first=comparison.first,
+        second=comparison.second,
+        heads=heads,
+        notes=comparison.notes,
+        pairs=pairs,
+        pictures=list(map(inline, drawn)),
+    )
+    path = folder / COMPARISON
     write(path, text.encode())
     return path
