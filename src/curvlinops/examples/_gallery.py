@@ -23,14 +23,18 @@ class Seconds(NamedTuple):
 PAGES = {
     "matrix_vector_products": Seconds(38, 14.7),
     "eigenvalues": Seconds(19, 7.0),
-    "laplace": Seconds(11, 5.9),
-    "influence": Seconds(10, 5.1),
-    "natural_gradient": Seconds(12, 7.8),
-    "dict_batches": Seconds(33, 11.6),
     "submatrices": Seconds(11, 5.1),
     "monte_carlo_fisher": Seconds(48, 6.7),
-    "pinn": Seconds(13, 5.3),
+    "traces": Seconds(39, 14.9),
+    "edge_of_stability": Seconds(44, 25.9),
     "preconditioned_spectrum": Seconds(7, 5.7),
+    "preconditioned_cg": Seconds(30, 20.5),
+    "natural_gradient": Seconds(12, 7.8),
+    "pinn": Seconds(13, 5.3),
+    "laplace": Seconds(11, 5.9),
+    "influence": Seconds(10, 5.1),
+    "dict_batches": Seconds(33, 11.6),
+    "language_model": Seconds(58, 24),
 }
 
 
