@@ -32,7 +32,9 @@ import inspect
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ from curvlinops.examples._page import Array, Page, command, relative_error
 from curvlinops.examples.functorch import functorch_ggn, functorch_hessian
 
 SUBJECTS = (str, math, os)
-LENGTH, CHARACTERS = 56, 128
+LENGTH, CHARACTERS = 56, 96
 Batch = dict[str, Tensor]
 
 
@@ -96,7 +98,7 @@ def sentences() -> list[tuple[list[int], int]]:
             text = inspect.getdoc(getattr(subject, name)) or ""
             lines = [line.strip() for line in text.splitlines()]
             for line in [line for line in lines if len(line) > 10][:3]:
-                found.append(([min(ord(c), 127) for c in line[:LENGTH]], label))
+                found.append(([min(ord(c), 127) - 32 for c in line[:LENGTH]], label))
     return found
 
 
@@ -128,7 +130,7 @@ def train(model: SentenceClassifier, batches: list[Batch], epochs: int) -> float
 
 def body(page: Page) -> None:
     """Train, multiply, regroup the data, compare with dense matrices, draw."""
-    number, width, epochs = (40, 4, 20) if page.quick else (96, 6, 40)
+    number, width, epochs = (24, 4, 20) if page.quick else (96, 6, 40)
     everything = sentences()
     order = np.random.default_rng(page.seed).permutation(len(everything))
     rows = [everything[i] for i in order[:number]]
@@ -170,7 +172,7 @@ def body(page: Page) -> None:
 
 
 def dense_matrices(
-    model: nn.Module, loss: nn.Module, params: dict[str, Tensor], batch: Batch
+    model: nn.Module, loss: nn.Module, params: Mapping[str, Tensor], batch: Batch
 ) -> tuple[Array, Array]:
     """Return GGN and Hessian of all sentences as one batch, by another road."""
     X = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -182,7 +184,7 @@ def dense_matrices(
     return functorch_ggn(*problem).numpy(), functorch_hessian(*problem).numpy()
 
 
-def draw(page: Page, found: Array, spectrum: Array, shares: dict[str, float]) -> None:
+def draw(page: Page, found: Array, spectrum: Any, shares: dict[str, float]) -> None:
     """Draw eigenvalues, and where the trace lies."""
     with page.figure("model", 9.5, 3.5, ncols=2) as (left, right):
         ranks = np.arange(1, 1 + 2 * len(found))
