@@ -565,7 +565,6 @@ LONG_FILES: dict[str, int] = {
     "_verify": 620,
     "estimators._run": 560,
     "estimators.functions": 660,
-    "estimators.layers": 500,
     "estimators.spectrum": 540,
     "inverse": 530,
     "kfac.operators": 600,
