@@ -6,7 +6,7 @@ results live where the matrix lives: tensors on its device for tensors and opera
 this package, NumPy for everything else.
 """
 
-from curvlinops._journal import JournalledOperator
+from curvlinops._journal import Checkpoint, JournalledOperator
 from curvlinops.estimators._base import Estimate
 from curvlinops.estimators._run import Options
 from curvlinops.estimators.density import SpectralDensity
@@ -45,6 +45,7 @@ from curvlinops.estimators.training import TrainingCallback, training_callback
 __all__ = [
     "Eigenpairs",
     "Estimate",
+    "Checkpoint",
     "JournalledOperator",
     "LayerSummary",
     "LanczosApproximateLogSpectrumCached",

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from curvlinops._files import ArrayFile, replacing
 from curvlinops._operand import to_numpy
 from curvlinops._random import Rng, as_seed
 from curvlinops.estimators._base import Estimate
@@ -27,6 +29,7 @@ QUANTITIES: dict[str, Callable[..., Any]] = {
     "squared_fro": hutchinson_squared_fro,
 }
 EIGENVALUES = "eigenvalues"
+FILE = ArrayFile("track", "curvlinops-track", 2)
 Quantities: TypeAlias = "str | Iterable[str] | Mapping[str, Callable[[Any], Any]]"
 
 
@@ -64,13 +67,22 @@ class Track:
         Parameters
         ----------
         path : str or path-like
-            File to write.
+            File to write. It replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
         """
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            columns = (column.tolist() for column in self.columns.values())
-            writer.writerows(zip(*columns, strict=True))
+        text = StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(self.columns)
+        columns = (column.tolist() for column in self.columns.values())
+        writer.writerows(zip(*columns, strict=True))
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the columns to an npz file.
@@ -78,10 +90,18 @@ class Track:
         Parameters
         ----------
         path : str or path-like
-            File to write.
+            File to write. It replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        TypeError
+            If a column has something else in it than numbers or text.
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
         """
-        with open(path, "wb") as file:
-            np.savez(file, **self.columns)  # type: ignore[arg-type]
+        FILE.write(path, {}, self.columns)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Track:
@@ -91,9 +111,16 @@ class Track:
         ----------
         path : str or path-like
             The file.
+
+        Raises
+        ------
+        ValueError
+            If it is another file, of another version, cut off, or damaged; the message
+            says which.
+        OSError
+            If there is no such file, or it cannot be read.
         """
-        with np.load(path) as file:
-            return cls({name: file[name] for name in file.files})
+        return cls(FILE.read(path)[1])
 
 
 def track(
