@@ -142,7 +142,7 @@ def body(page: Page) -> None:
     }
     dense = dense_matrices(problem, matrices)
     check_covariances(page, problem, matrices, dense)
-    deltas = np.logspace(-3, 0.75, 6 if page.quick else 16)
+    deltas = np.logspace(-3, 1, 5 if page.quick else 17)
     evidence = evidences(page, problem, matrices, deltas, dense)
     draw(page, problem, matrices, deltas, evidence)
 
