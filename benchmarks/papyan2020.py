@@ -26,6 +26,7 @@ from curvlinops.estimators import (
     lanczos_approximate_log_spectrum,
     lanczos_approximate_spectrum,
 )
+from curvlinops.plots import plot_spectral_density
 
 
 def matrices() -> tuple[np.ndarray, np.ndarray]:
@@ -79,9 +80,9 @@ def main() -> None:
 
         _, axes = plt.subplots(1, 2, figsize=(10, 4))
         for ax, (result, reference, _) in zip(axes, found.values(), strict=True):
-            ax.plot(result.grid, reference, color="tab:orange", label="exact")
-            result.plot(ax, color="tab:blue", label="approximate")
-            ax.legend()
+            unit = result.grid * np.log(10) if result.scale == "log" else 1.0
+            ax.plot(result.grid, unit * reference, color="black", label="exact")
+            plot_spectral_density(result, ax, label="approximate", width=result.width)
         plt.savefig(file, bbox_inches="tight")
 
 

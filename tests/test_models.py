@@ -1165,7 +1165,8 @@ def test_loader(cls: type, shuffle: bool):
     for _ in range(3):
         assert_close(A.to_dense(), expected)
     # only batches that repeat are kept
-    assert bool(A.risk._recordings) is not shuffle
+    kept = {form for form in A.status().batches if form != "recomputed"}
+    assert bool(kept) is not shuffle
 
 
 def test_loader_without_check_is_read_in_every_product():
@@ -1176,7 +1177,7 @@ def test_loader_without_check_is_read_in_every_product():
     expected = dense_now(references.ggn, (model, loss_func, params, data))
     for _ in range(3):
         assert_close(A.to_dense(), expected)
-    assert not A.risk._recordings
+    assert set(A.status().batches) == {"recomputed"}
 
 
 def test_samples_need_a_fixed_order():
@@ -1197,23 +1198,24 @@ def test_recordings_stay_within_the_budget(cls: type):
     built = build()
     whole = cls(*built)
     whole @ vectors(whole)
-    assert len(whole.risk._recordings) == len(SIZES)
+    assert whole.status().batches == ("graph",) * len(SIZES)
     sizes = [b.nbytes for b in whole.risk._recordings.values()]
     expected = dense_now(DENSE[cls], built)
     for budget in (0, 1, max(sizes), sum(sizes) - 1, 10 * sum(sizes)):
         A = cls(*built, cache=budget)
         for _ in range(2):
             assert_close(A.to_dense(), expected)
-            kept = A.risk._recordings
-            assert sum(batch.nbytes for batch in kept.values()) <= budget
-        assert (len(kept) == len(SIZES)) == (budget > sum(sizes))
+            assert A.status().held <= budget
+        complete = "recomputed" not in A.status().batches
+        assert complete == (budget > sum(sizes))
 
 
 @pytest.mark.parametrize("cls", PAIR)
 def test_nothing_is_kept_without_a_cache(cls: type):
     A = cls(*build(), cache="off")
     A @ vectors(A)
-    assert not A.risk._recordings and not A.risk._ledger.used()
+    assert A.status().batches == ("recomputed",) * len(SIZES)
+    assert A.status().held == 0
 
 
 def test_first_batches_stay():
@@ -1225,11 +1227,12 @@ def test_first_batches_stay():
     built[0].register_forward_pre_hook(lambda *_: calls.append(1))
     # more than the graphs of the first batch take up, less than those of two
     A = GGNLinearOperator(*built, cache=int(1.5 * first))
+    rest = [True] * (len(SIZES) - 1)
     A @ vectors(A)
     for _ in range(3):
         calls.clear()
         A @ vectors(A)
-        assert list(A.risk._recordings) == [0]
+        assert [b == "recomputed" for b in A.status().batches] == [False, *rest]
         assert len(calls) == len(SIZES) - 1
 
 

@@ -46,7 +46,7 @@ T = TypeVar("T")
 Parameters = Mapping[str, Tensor] | Iterable[nn.Parameter] | str
 
 
-def named_parameters(
+def named_parameters(  # noqa: C901
     model_func: Callable[..., Any], params: Parameters
 ) -> dict[str, Tensor]:
     """Return the parameters as a dict after checking that they are the model's.

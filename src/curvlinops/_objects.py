@@ -73,7 +73,7 @@ def _have_no_parts(kind: type) -> bool:
     return issubclass(kind, (Tensor, *_VALUES, *_HANDLES))
 
 
-def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:
+def parts_of(value: Any) -> tuple[list[Any], list[Any]] | None:  # noqa: C901
     """Return what a container or an object is made of.
 
     Returns

@@ -229,7 +229,7 @@ class Walk:
             self.marks.append(value.__name__)
         self.value(value.__self__)
 
-    def _function(self, function: FunctionType) -> None:
+    def _function(self, function: FunctionType) -> None:  # noqa: C901
         code, surroundings = function.__code__, function.__globals__
         self._same(code)
         if function.__defaults__ or function.__kwdefaults__:

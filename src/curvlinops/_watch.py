@@ -94,7 +94,7 @@ class Watch:
                 "list, e.g. `DataLoader(batches, batch_size=None)`."
             )
 
-    def _list(self) -> tuple[list[Any], list[Any]]:
+    def _list(self) -> tuple[list[Any], list[Any]]:  # noqa: C901
         """Return all objects that are looked at, and all values, in a fixed order."""
         objects: list[Any] = list(self._params.values())
         values: list[Any] = []

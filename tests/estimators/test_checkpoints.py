@@ -47,6 +47,9 @@ TASKS = {
     "xdiag": lambda A, **o: est.xdiag(A, 40, **o),
     "density": density,
     "logdet": lambda A, **o: est.logdet(A, ncv=10, num_repeats=4, **o),
+    "layers": lambda A, **o: est.layer_summary(
+        A, 0.1, 4, 3, blocks={"first": slice(0, 30), "rest": slice(30, N)}, **o
+    ),
     "eigenpairs": lambda A, **o: np.concatenate(
         [x.ravel() for x in est.top_eigenpairs(A, 3, **o)]
     ),

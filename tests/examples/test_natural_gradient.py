@@ -14,9 +14,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from curvlinops.examples import natural_gradient
-from curvlinops.examples.natural_gradient import BATCH_SIZE, Check, main
+from curvlinops.examples._page import Check
+from curvlinops.examples.natural_gradient import BATCH_SIZE, main
 
-SMALL = ["--hidden", "6", "--epochs", "120", "--quiet"]
+SMALL = ["--quick", "--quiet"]
 README = Path(__file__).parents[2] / "README.rst"
 FIGURES = {"matrices.png", "neumann.png", "convergence.png"}
 
@@ -167,8 +168,8 @@ def test_too_low_accuracy(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "nonsense"], "--device nonsense cannot be used here: Expected"),
-        (["--device", "meta"], "--device meta cannot be used here: "),
+        (["--device", "nonsense"], "--device: nonsense cannot be used here: Expected"),
+        (["--device", "meta"], "--device: meta cannot be used here: "),
         (["--seed", "-1"], "'-1' is not an integer from 0 to 4294967295"),
         (["--epochs", "many"], "'many' is not an integer from 1 to 10000"),
         (["--hidden", "0"], "'0' is not an integer from 1 to 64"),
@@ -186,7 +187,7 @@ def test_wrong_arguments(options, message, tmp_path, capsys):
 def test_no_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--output", str(tmp_path), "--device", "cuda"])
-    assert "--device cuda cannot be used here" in capsys.readouterr().err
+    assert "--device: cuda cannot be used here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["file", "file/folder"])

@@ -6,7 +6,7 @@ results live where the matrix lives: tensors on its device for tensors and opera
 this package, NumPy for everything else.
 """
 
-from curvlinops._journal import JournalledOperator
+from curvlinops._journal import Checkpoint, JournalledOperator
 from curvlinops.estimators._base import Estimate
 from curvlinops.estimators._run import Options
 from curvlinops.estimators.density import SpectralDensity
@@ -20,6 +20,7 @@ from curvlinops.estimators.functions import (
     schatten_norm,
     trace_of_function,
 )
+from curvlinops.estimators.layers import LayerSummary, layer_summary
 from curvlinops.estimators.norm import (
     condition_number,
     hutchinson_squared_fro,
@@ -39,16 +40,20 @@ from curvlinops.estimators.trace import (
     xtrace,
 )
 from curvlinops.estimators.tracking import Track, track
+from curvlinops.estimators.training import TrainingCallback, training_callback
 
 __all__ = [
     "Eigenpairs",
     "Estimate",
+    "Checkpoint",
     "JournalledOperator",
+    "LayerSummary",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
     "Options",
     "SpectralDensity",
     "Track",
+    "TrainingCallback",
     "apply_function",
     "condition_number",
     "effective_dimension",
@@ -57,6 +62,7 @@ __all__ = [
     "hutchinson_squared_fro",
     "hutchinson_trace",
     "hutchpp_trace",
+    "layer_summary",
     "lanczos_approximate_log_spectrum",
     "lanczos_approximate_spectrum",
     "logdet",
@@ -66,6 +72,7 @@ __all__ = [
     "top_eigenpairs",
     "trace_of_function",
     "track",
+    "training_callback",
     "xdiag",
     "xnystrace",
     "xtrace",

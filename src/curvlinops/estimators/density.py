@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from curvlinops._operand import to_json, to_numpy
+from curvlinops._files import ArrayFile
+from curvlinops._operand import to_numpy
 from curvlinops.estimators._base import (
     ArrayResult,
     require_choice,
@@ -21,6 +21,9 @@ from curvlinops.estimators._base import (
 from curvlinops.estimators.smoothing import beta_means, node_spacing
 
 SCALES = ("linear", "log", "abs")
+#: What densities' files are, and the fields that are arrays.
+FILE = ArrayFile("spectral density", "curvlinops-density", 2)
+ARRAYS = ("nodes", "weights", "spikes")
 
 
 def _identity(x: Any) -> Any:
@@ -194,8 +197,8 @@ class SpectralDensity(ArrayResult):
         return points, np.r_[points[:1], (points[1:] + points[:-1]) / 2, points[-1:]]
 
     @cached_property
-    def _width(self) -> float:
-        """Standard deviation of all kernels, in their axis."""
+    def width(self) -> float:
+        """Standard deviation of kernels where nothing widens them, in their axis."""
         low, high = self._ends
         steps = max(self._exact["nodes"].shape[1] - 1, 1)
         width = (high - low) / steps / np.sqrt(8 * np.log(self.kappa))
@@ -249,16 +252,16 @@ class SpectralDensity(ArrayResult):
         centers = self._coordinate(x)
         slope = 1 / (np.abs(x) + self.epsilon) if self.scale == "log" else 1.0
         reach = slope * blur
-        kernels = self._normal(centers, np.hypot(self._width, reach))
-        bent = reach > self._width / 4
+        kernels = self._normal(centers, np.hypot(self.width, reach))
+        bent = reach > self.width / 4
         if self.scale == "log" and bent.any():
             # Their image is not normal in the logarithm: smoothed cell by cell.
             c, s = x[bent, None], blur[bent, None]
             top = np.log((np.abs(c) + 8 * s).max() + self.epsilon)
-            axis = np.arange(np.log(self.epsilon), top, self._width / 8)
+            axis = np.arange(np.log(self.epsilon), top, self.width / 8)
             size = np.append(np.exp(axis) - self.epsilon, np.inf)
             mass = np.diff(ndtr((size - c) / s) - ndtr((-size - c) / s))
-            kernels[bent] = mass @ self._normal(axis + self._width / 16, self._width)
+            kernels[bent] = mass @ self._normal(axis + self.width / 16, self.width)
         low, high = self._ends
         inside = (centers + reach >= low) & (centers - reach <= high)
         scale = np.where(inside, kernels.sum(1), 1.0)
@@ -384,15 +387,23 @@ class SpectralDensity(ArrayResult):
         Parameters
         ----------
         path : str or path-like
-            File to write. Grid and density are in it for other programs to read.
+            File to write. Grid and density are in it for other programs to read. It
+            replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
         """
         plain = {f.name: getattr(self, f.name) for f in fields(self)} | self._exact
         del plain["convert"], plain["_exact"]
-        plain["provenance"] = to_json(self.provenance)
+        about = {name: plain.pop(name) for name in [*plain] if name not in ARRAYS}
         grid, density = self.numpy()
         error = to_numpy(self.standard_error)
-        with open(path, "wb") as file:
-            np.savez(file, grid=grid, density=density, standard_error=error, **plain)
+        shown = {"grid": grid, "density": density, "standard_error": error}
+        FILE.write(path, about, plain | shown)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SpectralDensity:
@@ -402,46 +413,15 @@ class SpectralDensity(ArrayResult):
         ----------
         path : str or path-like
             The file.
+
+        Raises
+        ------
+        ValueError
+            If it is another file, of another version, cut off, or damaged; the message
+            says which.
+        OSError
+            If there is no such file, or it cannot be read.
         """
-        names = {f.name for f in fields(cls) if f.init}
-        with np.load(path) as file:
-            plain = {name: file[name] for name in names.intersection(file.files)}
-        values = {name: x if x.ndim else x.item() for name, x in plain.items()}
-        values["boundaries"] = tuple(values["boundaries"].tolist())
-        values["provenance"] = json.loads(values["provenance"])
-        return cls(**{"min_width": 0.0} | values)  # files of old have none
-
-    def plot(self, ax: Any = None, level: float = 0.95, **style: Any) -> Any:
-        """Draw density, confidence band, and spikes.
-
-        Parameters
-        ----------
-        ax : matplotlib.axes.Axes, optional
-            Where to; default: the current axes.
-        level : float, optional
-            Of the band.
-        **style
-            Passed on to ``ax.plot``.
-
-        Returns
-        -------
-        matplotlib.axes.Axes
-            What was drawn on. Needs Matplotlib (an extra of this package).
-        """
-        import matplotlib.pyplot as plt
-
-        ax = plt.gca() if ax is None else ax
-        grid, density = self.numpy()
-        (line,) = ax.plot(grid, density, **style)
-        color = line.get_color()
-        low, high = (to_numpy(end) for end in self.band(level))
-        ax.fill_between(grid, low, high, color=color, alpha=0.3, linewidth=0)
-        if len(self._exact["spikes"]):
-            ax.vlines(self._exact["spikes"], 0, density.max() / 10, color=color)
-        if self.scale == "log":
-            ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_ylim(1e-3 / self.dim / (grid[-1] - grid[0]), 3 * density.max())
-        ax.set_xlabel("eigenvalue")
-        ax.set_ylabel("density")
-        return ax
+        about, arrays = FILE.read(path)
+        about["boundaries"] = tuple(about["boundaries"])
+        return cls(**about | {name: arrays[name] for name in ARRAYS})

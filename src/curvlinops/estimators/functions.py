@@ -79,7 +79,7 @@ def _compared(function: Function) -> Integrand:
     return integrand
 
 
-def _bracketed(function: Function, eps: float, bounded: bool = True) -> Integrand:
+def bracketed(function: Function, eps: float, bounded: bool = True) -> Integrand:
     r"""Return the middle between Gauss's and Radau's rule with a node at zero.
 
     They enclose :math:`v^{\mathrm{H}} f(A) v` if no eigenvalue is negative, and
@@ -320,7 +320,7 @@ def logdet(
     """
     log = _checked("logdet", lambda nodes: np.log(nodes + damping))
     with _start(A, "logdet", ncv, num_repeats, options) as run:
-        integrand = _bracketed(log, run.operand.eps, bounded=damping > 0)
+        integrand = bracketed(log, run.operand.eps, bounded=damping > 0)
         return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
@@ -368,7 +368,7 @@ def effective_dimension(
     task = "effective_dimension"
     share = _checked(task, lambda x: np.where(x > -damping, x / (x + damping), np.nan))
     with _start(A, task, ncv, num_repeats, options) as run:
-        integrand = _bracketed(share, run.operand.eps)
+        integrand = bracketed(share, run.operand.eps)
         return _Trace(run, integrand).estimate(ncv, num_repeats)
 
 
@@ -494,7 +494,7 @@ def schatten_norm(
         elif rule.indefinite(run.operand.eps):
             raise Indefinite
         else:
-            value, error = _bracketed(power, run.operand.eps)(rule)
+            value, error = bracketed(power, run.operand.eps)(rule)
         return value, error + rule(lambda x: (np.abs(x) <= least) * least**p)
 
     def root(mean: Tensor, error: Any) -> tuple[Tensor, Any]:

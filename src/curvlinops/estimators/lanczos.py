@@ -6,7 +6,7 @@ Every rule is made of products that are at hand: with :math:`m` steps from a vec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -156,6 +156,39 @@ def lanczos(
     ----------
     Golub, Van Loan, "Matrix Computations", sections 10.1-10.3.
     """
+    steps = lanczos_steps(start, ncv, keep, stop, eps=eps, norm=norm, deflated=deflated)
+    return answer(steps, multiply)
+
+
+#: Yields blocks to be multiplied, is sent their products, and returns what it found.
+Steps = Generator[Tensor, Tensor, Recurrence]
+
+
+def answer(steps: Steps, multiply: Multiply) -> Recurrence:
+    """Return what a method finds that asks for its products."""
+    block = next(steps)
+    while True:
+        try:
+            block = steps.send(multiply(block))
+        except StopIteration as end:
+            found: Recurrence = end.value
+            return found
+
+
+def lanczos_steps(
+    start: Tensor,
+    ncv: int,
+    keep: bool = True,
+    stop: Stop | None = None,
+    *,
+    eps: float | None = None,
+    norm: float = 0.0,
+    deflated: Tensor | None = None,
+) -> Steps:
+    """Do the same as :func:`lanczos`, but ask for every product.
+
+    Parameters are those of :func:`lanczos`.
+    """
     norms = torch.linalg.vector_norm(start, dim=0)
     v = (start / norms).T.contiguous()
     (K, N), dtype = v.shape, v.dtype
@@ -168,7 +201,7 @@ def lanczos(
         if not keep and j > 1:
             basis[:, 0] = basis[:, -1]
         basis[:, seen - 1] = v
-        w = multiply(v.T).T.contiguous()
+        w = (yield v.T).T.contiguous()
         product = torch.linalg.vector_norm(w, dim=1).double()
         scale = torch.maximum(scale, product)
         known = basis[:, :seen]

@@ -15,19 +15,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
@@ -42,17 +38,18 @@ from curvlinops import (
     TensorLinearOperator,
 )
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops.examples._digits import (
+    Bar,
+    Batches,
+    accuracy,
+    load_digits_batches,
+    make_network,
+    train,
+)
+from curvlinops.examples._page import Array, Page, Stop, command, norm, number
 from curvlinops.examples.functorch import functorch_hessian
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
-
-Array = NDArray[np.float64]
 Params = Mapping[str, Tensor]
-Batches = list[tuple[Tensor, Tensor]]
-Bar = Callable[..., Any]
 
 #: Share of the test digits that the trained network must read correctly.
 TARGET_ACCURACY = 0.93
@@ -67,53 +64,6 @@ BATCH_SIZE = 500
 NUM_EIGENVALUES = 5
 NUM_TERMS = (10, 100, 1000)
 PICTURED_TERMS = (10, 100)
-
-
-# -- a trained network ------------------------------------------------------------
-
-
-def load_digits_batches(
-    batch_size: int, seed: int, device: torch.device
-) -> tuple[Batches, Batches]:
-    """Return mini-batches of training digits and one batch of test digits.
-
-    A fifth is kept for testing. Pixels are between 0 and 1, in float64.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(
-        pixels / 16, labels, test_size=0.2, stratify=labels, random_state=seed
-    )
-    X_train, X_test, y_train, y_test = (torch.from_numpy(p).to(device) for p in parts)
-    batches = zip(X_train.split(batch_size), y_train.split(batch_size), strict=True)
-    return list(batches), [(X_test, y_test)]
-
-
-def make_network(hidden: int, seed: int, device: torch.device) -> nn.Sequential:
-    """Return an untrained network 64-hidden-10 in float64."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10))
-    return network.to(device, torch.float64)
-
-
-def train(model: nn.Module, data: Batches, epochs: int, bar: Bar) -> None:
-    """Minimise the cross-entropy with torch's own Adam."""
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in bar(range(epochs), desc="Training"):
-        for X, y in data:
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(X), y).backward()
-            optimiser.step()
-
-
-def accuracy(model: nn.Module, data: Batches) -> float:
-    """Return the share of digits that are read correctly."""
-    with torch.no_grad():
-        hits = torch.cat([model(X).argmax(1) == y for X, y in data])
-    return hits.double().mean().item()
 
 
 # -- dense matrices, to compare with ----------------------------------------------
@@ -173,25 +123,6 @@ HEADER = f"{'method':<22}iterations/terms  relative residual  error vs dense  se
 
 
 @dataclass(frozen=True)
-class Check:
-    """A figure with the bound that it must not exceed."""
-
-    what: str
-    value: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the bound holds; it does not for NaN."""
-        return self.value <= self.bound
-
-    def __str__(self) -> str:
-        """Return the line to print."""
-        status, sign = ("ok    ", "<=") if self.passed else ("FAILED", "> ")
-        return f"{status} {self.what}: {self.value:.1e} {sign} {self.bound:.0e}"
-
-
-@dataclass(frozen=True)
 class System:
     """The equation ``A x = g``, with the dense matrix and its inverse."""
 
@@ -222,11 +153,6 @@ class System:
         return Row(method, steps, self.residual(x), self.error(x), seconds)
 
 
-def norm(x: Array) -> float:
-    """Return the Euclidean (of a matrix: Frobenius) norm."""
-    return float(np.linalg.norm(x))
-
-
 def eigenvalues(A: LinearOperator, seed: int) -> Array:
     """Return the largest eigenvalues in descending order, by SciPy's ``eigsh``."""
     start = np.random.default_rng(seed).standard_normal(A.shape[0])
@@ -234,12 +160,11 @@ def eigenvalues(A: LinearOperator, seed: int) -> Array:
     return np.sort(top)[::-1]
 
 
-def compare_eigenvalues(name: str, found: Array, dense: Array) -> Check:
-    """Compare the largest eigenvalues with all those of the dense matrix."""
+def worst_eigenvalue(found: Array, dense: Array) -> float:
+    """Return the largest relative error, by all eigenvalues of the dense matrix."""
     expected = torch.linalg.eigvalsh(torch.from_numpy(dense)).numpy()
     expected = expected[::-1][: len(found)]
-    worst = float(np.max(np.abs(found / expected - 1)))
-    return Check(f"{name}'s eigenvalues, error vs dense", worst, TOLERANCE)
+    return float(np.max(np.abs(found / expected - 1)))
 
 
 def natural_gradients(system: System, scale: float, bar: Bar) -> list[Row]:
@@ -261,7 +186,7 @@ def natural_gradients(system: System, scale: float, bar: Bar) -> list[Row]:
     return rows
 
 
-def dense_inverse(system: System, bar: Bar) -> tuple[Row, Check]:
+def dense_inverse(system: System, bar: Bar) -> tuple[Row, float]:
     """Invert ``A @ I``; return its row, and how far it is from the dense matrix."""
     start = perf_counter()
     matrix = multiply_identity(system.A, bar)
@@ -269,7 +194,7 @@ def dense_inverse(system: System, bar: Bar) -> tuple[Row, Check]:
     seconds = perf_counter() - start
     row = Row("A @ I, inverted", None, system.residual(x), system.error(x), seconds)
     difference = norm(matrix - system.dense) / norm(system.dense)
-    return row, Check("A @ I, difference from dense", difference, ROUNDING)
+    return row, difference
 
 
 def cg_curves(system: System) -> tuple[list[float], list[float]]:
@@ -300,14 +225,14 @@ def neumann_curves(system: System, scale: float, num_terms: int) -> list[Array]:
 COLORBAR: dict[str, Any] = {"label": r"$\log_{10}$ |entry|", "extend": "min"}
 
 
-def draw_matrix(ax: Axes, matrix: Array, title: str, top: float) -> AxesImage:
+def draw_matrix(ax: Any, matrix: Array, title: str, top: float) -> Any:
     """Draw the entries' magnitude over seven decades up to ``top``; zeros are blank."""
     magnitude = np.ma.log10(np.ma.masked_equal(np.abs(matrix), 0.0))
     ax.set_title(title, fontsize=10)
     return ax.imshow(magnitude, vmin=np.log10(top) - 7, vmax=np.log10(top))
 
 
-def label_parameters(axes: Sequence[Axes], params: Params) -> None:
+def label_parameters(axes: Any, params: Params) -> None:
     """Mark where each parameter's rows and columns are."""
     ends = np.cumsum([0, *(p.numel() for p in params.values())])
     centres = [(a + b - 1) / 2 for a, b in pairwise(ends)]
@@ -320,13 +245,10 @@ def label_parameters(axes: Sequence[Axes], params: Params) -> None:
             ax.axhline(end - 0.5, color="black", linewidth=0.4)
 
 
-def figure_matrices(system: System, params: Params, damping: float) -> Figure:
+def draw_matrices(axes: Any, system: System, params: Params, damping: float) -> None:
     """Draw the damped GGN beside its inverse."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    figure = axes[0].figure
     figure.suptitle("Magnitude of the entries, blank where they are zero")
-    axes = figure.subplots(ncols=2)
     name = rf"$G + {damping:g}\, I$"
     titles = f"damped GGN, {name}", f"its inverse, $(${name}$)^{{-1}}$"
     matrices = system.dense, system.inverse
@@ -334,17 +256,13 @@ def figure_matrices(system: System, params: Params, damping: float) -> Figure:
         image = draw_matrix(ax, matrix, title, np.abs(matrix).max())
         figure.colorbar(image, ax=ax, shrink=0.9, **COLORBAR)
     label_parameters(axes, params)
-    return figure
 
 
-def figure_neumann(system: System, params: Params, scale: float) -> Figure:
+def draw_neumann(axes: Any, system: System, params: Params, scale: float) -> None:
     """Draw truncated Neumann series of the matrix beside its exact inverse."""
-    from matplotlib.figure import Figure
-
     A, inverse = TensorLinearOperator(torch.from_numpy(system.dense)), system.inverse
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure = axes[0].figure
     figure.suptitle("Inverse of the damped GGN, magnitude of the entries")
-    axes = figure.subplots(ncols=len(PICTURED_TERMS) + 1)
     for ax, terms in zip(axes, PICTURED_TERMS, strict=False):
         series = NeumannInverseLinearOperator(A, num_terms=terms, scale=scale)
         matrix = series @ np.eye(len(system.g))
@@ -354,19 +272,16 @@ def figure_neumann(system: System, params: Params, scale: float) -> Figure:
     image = draw_matrix(axes[-1], inverse, "exact", np.abs(inverse).max())
     figure.colorbar(image, ax=axes, shrink=0.9, **COLORBAR)
     label_parameters(axes, params)
-    return figure
 
 
-def figure_convergence(system: System, scale: float, rows: Iterable[Row]) -> Figure:
+def draw_convergence(
+    ax: Any, system: System, scale: float, rows: Iterable[Row]
+) -> None:
     """Draw residual and error over iterations of CG and terms of the Neumann series."""
-    from matplotlib.figure import Figure
-
     curves: dict[str, Sequence[Any]] = {
         "CG": cg_curves(system),
         "Neumann": neumann_curves(system, scale, max(NUM_TERMS)),
     }
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    ax = figure.subplots()
     for color, (name, (errors, residuals)) in zip(
         ("C0", "C1"), curves.items(), strict=True
     ):
@@ -380,114 +295,64 @@ def figure_convergence(system: System, scale: float, rows: Iterable[Row]) -> Fig
     ax.set_title("Natural gradient: convergence of CG and of the Neumann series")
     ax.grid(alpha=0.3)
     ax.legend()
-    return figure
-
-
-def save(figures: dict[str, Figure], directory: Path) -> None:
-    """Write every figure as PNG."""
-    for name, figure in figures.items():
-        figure.savefig(directory / f"{name}.png", dpi=150)
 
 
 # -- the command ------------------------------------------------------------------
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments, checked; exits with status 2 if one is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m curvlinops.examples.natural_gradient",
-        description="Natural gradient of a network trained on scikit-learn's digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this page alone."""
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("natural_gradient_output"),
-        metavar="DIR",
-        help="folder for the figures, created if need be",
+        "--device", type=usable_device, default="cpu", help="cpu, cuda, cuda:1, ..."
     )
     for name, convert, default, text in (
-        ("seed", _number(int, 0, 2**32 - 1), 0, "of all randomness"),
-        ("epochs", _number(int, 1, 10_000), 60, "of the training"),
-        ("hidden", _number(int, 1, 64), 12, "number of hidden units"),
-        ("damping", _number(float, 1e-4, 1e2), 1e-2, "multiple of I that is added"),
+        ("epochs", number(int, 1, 10_000), None, "of the training (60, quick: 120)"),
+        ("hidden", number(int, 1, 64), None, "number of hidden units (12, quick: 6)"),
+        ("damping", number(float, 1e-4, 1e2), 1e-2, "multiple of I added (0.01)"),
     ):
         parser.add_argument(f"--{name}", type=convert, default=default, help=text)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    args = parser.parse_args(argv)
 
-    packages = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
-    if missing := [name for key, name in packages.items() if find_spec(key) is None]:
-        parser.error(
-            f"this example needs {' and '.join(missing)}. Run `pip install "
-            f"{' '.join(missing)}` (the extra `examples` of curvlinops-scipy)."
-        )
+
+def usable_device(name: str) -> torch.device:
+    """Return a device on which float64 can be computed."""
     try:
-        args.device = torch.device(args.device)
-        torch.zeros(1, dtype=torch.float64, device=args.device).tolist()
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device).tolist()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise_if_out_of_memory(error)
         reason = str(error).splitlines()[0]
-        parser.error(f"--device {args.device} cannot be used here: {reason}")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output):
-            pass
-    except OSError as error:
-        parser.error(f"--output {args.output} cannot be written to: {error.strerror}")
-    return args
+        message = f"{name} cannot be used here: {reason}"
+        raise argparse.ArgumentTypeError(message) from None
+    return device
 
 
-def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
-    """Return a converter of arguments that are numbers within bounds."""
-
-    def convert(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = None
-        if number is None or not low <= number <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'an integer' if kind is int else 'a number'} "
-                f"from {low} to {high}"
-            )
-        return number
-
-    return convert
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the example and return its exit status."""
-    args = parse_arguments(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # more are no faster at this size, slower on a busy machine
-    try:
-        return run(args)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train, multiply, solve, compare, draw; print what came out."""
-    device, delta = args.device, args.damping
-    bar: Bar = partial(tqdm, disable=args.quiet, leave=False)
-
-    # A network that has learned to read
-    data, test_data = load_digits_batches(BATCH_SIZE, args.seed, device)
-    model = make_network(args.hidden, args.seed, device)
-    train(model, data, args.epochs, bar)
+def trained_network(page: Page, bar: Bar) -> tuple[nn.Module, Batches]:
+    """Return a network that has learned to read, with its data."""
+    args = page.args
+    hidden = args.hidden or (6 if page.quick else 12)
+    epochs = args.epochs or (120 if page.quick else 60)
+    data, test_data = load_digits_batches(BATCH_SIZE, page.seed, args.device)
+    model = make_network(hidden, page.seed, args.device)
+    train(model, data, epochs, bar)
     score, sizes = accuracy(model, test_data), [len(X) for X, _ in data + test_data]
     print(f"Data      training digits in mini-batches of {sizes[:-1]}, ", end="")
     print(f"{sizes[-1]} test digits")
-    print(f"Training  {args.epochs} epochs, test accuracy {score:.1%} ", end="")
+    print(f"Training  {epochs} epochs, test accuracy {score:.1%} ", end="")
     print(f"(required: {TARGET_ACCURACY:.0%})")
     if score < TARGET_ACCURACY:
-        message = "The accuracy is too low. Increase --epochs or --hidden."
-        print(message, file=sys.stderr)
-        return 1
+        raise Stop("The accuracy is too low. Increase --epochs or --hidden.")
+    number_of_parameters = sum(p.numel() for p in model.parameters())
+    print(f"Network   64-{hidden}-10 with P = {number_of_parameters} ", end="")
+    print(f"parameters, float64 on {args.device}")
+    return model, data
+
+
+def body(page: Page) -> None:
+    """Train, multiply, solve, compare, draw; print what came out."""
+    delta = page.args.damping
+    bar: Bar = partial(tqdm, disable=page.args.quiet, leave=False)
+    model, data = trained_network(page, bar)
 
     # Its curvature matrices, as SciPy operators that share one risk
     params = dict(model.named_parameters())
@@ -496,8 +361,6 @@ def run(args: argparse.Namespace) -> int:
     A = G.damped(delta)
     gradient, loss = risk.gradient_and_loss()
     g = nn.utils.parameters_to_vector(gradient).cpu().numpy()
-    print(f"Network   64-{args.hidden}-10 with P = {len(g)} parameters, ", end="")
-    print(f"{G.dtype} on {device}")
     print(f"Loss      {loss:.4f}, its gradient g has norm {norm(g):.4f}")
 
     # The same matrices in dense form, by another road
@@ -506,7 +369,7 @@ def run(args: argparse.Namespace) -> int:
     dense_A = dense_G + delta * np.eye(len(g))
     system = System(A, g, dense_A, np.linalg.inv(dense_A))
 
-    top_G, top_H = eigenvalues(G, args.seed), eigenvalues(H, args.seed)
+    top_G, top_H = eigenvalues(G, page.seed), eigenvalues(H, page.seed)
     top = float(top_G[0]) + delta
     print(f"Damping   A = G + {delta:g} I, its condition number is {top / delta:.1f}")
     print("\nLeading eigenvalues by scipy.sparse.linalg.eigsh")
@@ -514,40 +377,32 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:<9} {'  '.join(f'{value:.6f}' for value in values)}")
 
     print("\nNatural gradient, the solution x of A x = g\n" + HEADER)
-    dense_row, dense_check = dense_inverse(system, bar)
+    dense_row, difference = dense_inverse(system, bar)
     A @ g  # prepares what later products reuse, so that no row pays for it
     rows = [dense_row, *natural_gradients(system, 1 / top, bar)]
     print(*rows, sep="\n")
     print("Seconds leave out what earlier products have prepared for later ones.")
 
     converged = next(row for row in rows if row.method == CONVERGED)
-    checks = [
-        dense_check,
-        compare_eigenvalues("GGN", top_G, dense_G),
-        compare_eigenvalues("Hessian", top_H, dense_H.cpu().numpy()),
-        Check("converged CG, relative residual", converged.residual, 2 * TOLERANCE),
-        # times the condition number, a relative residual bounds the relative error
-        Check(
-            "converged CG, error vs dense",
-            converged.error,
-            2 * TOLERANCE * top / delta,
-        ),
-    ]
-    print("\nChecks", *checks, sep="\n")
+    page.check("A @ I, difference from dense", difference, ROUNDING)
+    dense = {"GGN": (top_G, dense_G), "Hessian": (top_H, dense_H.cpu().numpy())}
+    for name, (found, matrix) in dense.items():
+        worst = worst_eigenvalue(found, matrix)
+        page.check(f"{name}'s eigenvalues, error vs dense", worst, TOLERANCE)
+    page.check("converged CG, relative residual", converged.residual, 2 * TOLERANCE)
+    # times the condition number, a relative residual bounds the relative error
+    bound = 2 * TOLERANCE * top / delta
+    page.check("converged CG, error vs dense", converged.error, bound)
 
-    # Figures
-    figures = {
-        "matrices": figure_matrices(system, params, delta),
-        "neumann": figure_neumann(system, params, 1 / top),
-        "convergence": figure_convergence(system, 1 / top, rows),
-    }
-    save(figures, args.output)
-    failed = sum(not check.passed for check in checks)
-    verdict = f"{failed} of {len(checks)} checks FAILED" if failed else "all passed"
-    names = ", ".join(f"{name}.png" for name in figures)
-    print(f"\nFigures: {names} in {args.output}. Checks: {verdict}.")
-    return int(failed > 0)
+    with page.figure("matrices", 11, 5.2, ncols=2) as axes:
+        draw_matrices(axes, system, params, delta)
+    with page.figure("neumann", 13, 4.8, ncols=len(PICTURED_TERMS) + 1) as axes:
+        draw_neumann(axes, system, params, 1 / top)
+    with page.figure("convergence", 7.5, 4.8) as ax:
+        draw_convergence(ax, system, 1 / top, rows)
 
+
+main = command(body, add_options)
 
 if __name__ == "__main__":
     sys.exit(main())
