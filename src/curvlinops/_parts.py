@@ -13,6 +13,7 @@ from curvlinops._agreement import agree, rows_agree
 from curvlinops._data import cloned, cut, holds_objects, mapped, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import GraphFreedError, Linearization
+from curvlinops._locks import load
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding
 
@@ -167,6 +168,7 @@ def jacobian_by_datum(
         pull_back = vjp(lambda *p: risk.model.at(X, p).reshape(-1), *leaves)[1]
         return vmap(pull_back, chunk_size=chunk)(basis)
 
+    load("torch._dynamo")  # as `vjp` does
     try:
         with torch.no_grad(), risk.model.left_as_it_is():
             parts = vmap(rows)(*filter(has_axis, tensors_in(inputs)))
