@@ -65,6 +65,9 @@ if TYPE_CHECKING:
 SLICES = [2, 3], [1, 2], [1]
 #: Operations, and the bytes alive after each.
 Line = list[tuple[Any, int]]
+#: Share of a bound that predictions fill; the rest is for what they miss: copies of a
+#: few data, and tensors whose sizes do not grow with the batch as its first data say.
+_FILLED = 0.99
 #: Most products until a batch's route has settled.
 _MAX_PRODUCTS = RECORD_LATE + FOLD_LATE * MAX_RANK + 4
 
@@ -125,7 +128,7 @@ class Product:
         return {
             "push_forward": (dim, rows),
             "pull_back": (rows, dim),
-            "gradient_and_loss": (0, dim),
+            "gradient_and_loss": (dim, dim),  # beside that of an earlier pass
         }.get(self.method, (dim, dim))
 
 
@@ -418,6 +421,11 @@ class Probe:
     limit : int, optional
         Bytes that are not to be exceeded, the user's operand included: products stop
         before. Only what a single datum takes is measured in any case.
+
+    Attributes
+    ----------
+    usable : float
+        What of these is filled.
     """
 
     risk: EmpiricalRisk
@@ -427,6 +435,11 @@ class Probe:
     budget: int = 0
     limit: float = inf
     _kept: dict[Any, dict[float, int]] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> float:
+        """Return the bytes of the bound that predictions fill."""
+        return self.limit * _FILLED
 
     def footprints(
         self, loads: Iterable[float], width: int | None = None, part: bool = False
@@ -581,7 +594,7 @@ class Probe:
         Return bytes alive, bytes kept, the risk, and whether it was, which must not be
         in the first product: that is ``bounded``, or measured in any case.
         """
-        shapes, K, pays = self._look(make(), factor, bounded)
+        shapes, K, pays, largest = self._look(make(), factor, bounded)
         key, probe = self.products[0].key, make()
         probe._output_shapes = shapes
         keeps = self.risk._repeats and self.risk.cache != "off"
@@ -593,6 +606,7 @@ class Probe:
         with Tracker() as tracker:
             tracker.limit = self._allowed(rows) if bounded else inf
             tracker.next = self._expected()
+            probe._columns.planned = _announced(probe._columns, tracker, largest)
             while len(held) < (_MAX_PRODUCTS if keeps else 1):
                 all_series.append([])
                 for product, V, result in zip(
@@ -626,7 +640,7 @@ class Probe:
         space = self.risk.space
         lengths = [p.lengths(rows, space.dim)[0] for p in self.products]
         given = self.K * lengths[0] + min(self.K, 2) * sum(lengths)
-        return self.limit - given * space.dtype.itemsize
+        return self.usable - given * space.dtype.itemsize
 
     def _expected(self) -> int:
         """Return what may be created before it is noticed: by a recording, vectors."""
@@ -634,11 +648,11 @@ class Probe:
 
     def _look(
         self, look: EmpiricalRisk, factor: float, bounded: bool
-    ) -> tuple[tuple[torch.Size, ...], int, bool]:
+    ) -> tuple[tuple[torch.Size, ...], int, bool, int]:
         """Multiply single vectors, which makes what is made once in a process.
 
-        Return shapes of outputs, how many columns to multiply, and whether Jacobians
-        are kept as matrices.
+        Return shapes of outputs, how many columns to multiply, whether Jacobians are
+        kept as matrices, and the bytes of the largest tensor.
         """
         with Tracker() as tracker:
             tracker.limit = self._allowed() if bounded else inf
@@ -657,7 +671,7 @@ class Probe:
                 if tracker.exceeded and number == 0:
                     raise LimitExceededError
                 tracker.limit = self._allowed(shapes[0].numel())
-        return shapes, K, pays
+        return shapes, K, pays, tracker.largest
 
     def _jacobians_pay(self, probe: EmpiricalRisk, factor: float) -> bool:
         """Whether batches' Jacobians are kept as matrices, after a first product."""
@@ -711,6 +725,24 @@ class Probe:
         products = ceil(cost / dense.cost(key, self.K, batches))
         # Jacobians are computed in the second product.
         return Kept(max(products, 2 if factored else 1), nbytes, work)
+
+
+def _announced(
+    columns: Columns, tracker: Tracker, largest: int
+) -> Callable[[Columns, Any, Any], int]:
+    """Say to a tracker what follows once it is planned how many columns go at once.
+
+    Tensors are as many times larger then than the largest for one.
+    """
+    planned = columns.planned
+    assert planned is not None
+
+    def choose(columns: Columns, key: Any, batch: Any) -> int:
+        wide = planned(columns, key, batch)
+        tracker.next = max(tracker.next, wide * largest)
+        return wide
+
+    return choose
 
 
 def _compare(risk: EmpiricalRisk, item: tuple[Any, Any]) -> None:
@@ -795,7 +827,7 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
     MemoryError
         If they do not fit; the message says how many bytes would do.
     """
-    data, risk, limit = probe.data, probe.risk, probe.limit
+    data, risk, limit = probe.data, probe.risk, probe.usable
     with Tracker() as tracker:
         risk._watch.state()  # compared before every product
     load, most = max(data.loads), None
@@ -841,7 +873,7 @@ def _widest(
 
     What more columns take is estimated before it is tried, since trying takes it.
     """
-    space, limit = probe.risk.space, probe.limit
+    space, limit = probe.risk.space, probe.usable
     most = column_bytes(space.device) // (space.dim * space.dtype.itemsize)
     if probe.K == 1 or most < 4:
         return 1, lambda _: narrow
@@ -900,7 +932,7 @@ def check_parts(probe: Probe, fit: Fit) -> None:
     """
     risk = probe.risk
     device, twin = risk.space.device, None
-    room = int(probe.limit) - _operand(risk, probe.products, probe.K)
+    room = int(probe.usable) - _operand(risk, probe.products, probe.K)
     with preserved_rng(device):
         for index, (X, y) in enumerate(risk.pairs()):
             size = risk._size_or_none(X)
@@ -938,6 +970,7 @@ def _operand(risk: EmpiricalRisk, products: Sequence[Product], K: int) -> int:
 def _refusal(probe: Probe, needed: int, what: str, cause: str) -> str:
     """Say why products do not fit into a bound, and what would do."""
     (product, *_), K = probe.products, probe.K
+    needed = ceil(needed / _FILLED)
     alone = what == "even with one datum at a time"
     return (
         f"{product.title} with {K} column{'s' * (K > 1)} needs {needed} bytes, {what}, "
