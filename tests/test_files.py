@@ -52,7 +52,7 @@ def network(width=0, seed=0):
 
 def factored(cls):
     def make(size):
-        return cls(*network(20 * (size - 1)))
+        return cls(*network(20 * (size - 1)), fisher_type="type-2")
 
     def numbers(path):
         matrix = load_factors(path)

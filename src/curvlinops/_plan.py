@@ -65,9 +65,6 @@ if TYPE_CHECKING:
 SLICES = [2, 3], [1, 2], [1]
 #: Operations, and the bytes alive after each.
 Line = list[tuple[Any, int]]
-#: Share of a bound that predictions fill; the rest is for what they miss: copies of a
-#: few data, and tensors whose sizes do not grow with the batch as its first data say.
-_FILLED = 0.99
 #: Most products until a batch's route has settled.
 _MAX_PRODUCTS = RECORD_LATE + FOLD_LATE * MAX_RANK + 4
 
@@ -400,6 +397,11 @@ class Joined(NamedTuple):
     nbytes: int
     peak: int
     matrix: Kept | None
+
+
+#: Share of a bound that predictions fill; the rest is for what they miss: copies of a
+#: few data, and tensors whose sizes do not grow with the batch as its first data say.
+_FILLED = 0.99
 
 
 @dataclass(frozen=True, eq=False)
