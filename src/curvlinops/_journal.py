@@ -21,7 +21,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from threading import Lock
 from time import monotonic
 from typing import Any
 from weakref import WeakSet
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from curvlinops._counts import optional_count
 from curvlinops._files import regular_file
+from curvlinops._locks import new_lock
 from curvlinops._operand import Operand, to_json, to_numpy
 from curvlinops._random import Probes
 
@@ -318,7 +318,7 @@ class Journal:
         #: Bytes of products since the last state, recorded or not.
         self._bytes, self._warned = 0, False
         self.identity = json.loads(to_json(identity | {"versions": VERSIONS}))
-        self._lock, self._process = Lock(), os.getpid()
+        self._lock, self._process = new_lock(), os.getpid()
         self._position, self._synced = 0, monotonic()
         self._db, stored = _open(self.path)
         try:

@@ -18,7 +18,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from curvlinops._backward import grad
-from curvlinops._data import cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._data import cloned, cut, moved, tensors_in
+from curvlinops._draws import preserved_rng
 from curvlinops._interrupts import isolated
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
@@ -274,7 +275,7 @@ def _twin(A: Any, **changes: Any) -> Any:
 
 def _samples(A: Any) -> int:
     """Return the number of Monte-Carlo samples per term, 0 for an exact operator."""
-    return getattr(getattr(A, "_middle", None), "mc_samples", 0)
+    return getattr(getattr(A, "middle", None), "mc_samples", 0)
 
 
 class _Halves:
@@ -543,7 +544,7 @@ def _sampled_outer_mul(A: Any, plain: _Plain, U: Outputs) -> Outputs:
     """Multiply by the mean of the samples' outer products."""
     share, results = plain.share_of_a_term, []
     for index, (loss, u) in enumerate(zip(plain.losses(), U, strict=True)):
-        generator = Generator().manual_seed(A._middle.seed + index)
+        generator = Generator().manual_seed(A.middle.seed + index)
         G = loss.sample_gradients(_samples(A), generator)
         products = torch.stack([loss.outer_mul(g, u) for g in G])
         results.append(share * products.mean(0))

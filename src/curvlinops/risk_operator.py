@@ -13,9 +13,13 @@ from torch import Tensor
 
 from curvlinops._closed_forms import require_square
 from curvlinops._counts import count
+from curvlinops._forms import Form as Form
+from curvlinops._forms import Middle as Middle
+from curvlinops._forms import Side as Side
+from curvlinops._forms import congruence as congruence
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
-from curvlinops._plan import Plan, plan, products_of
+from curvlinops._plan import Plan, loops_of, plan
 from curvlinops._random import Rng
 from curvlinops._spaces import TensorSpace
 from curvlinops._status import Status
@@ -35,6 +39,9 @@ class RiskOperator(TorchOperator):
     """
 
     risk: EmpiricalRisk
+    #: What a product multiplies by, the first form first. Operators that multiply by
+    #: something else have none.
+    forms: Sequence[Form] = ()
 
     def __init__(
         self,
@@ -44,6 +51,9 @@ class RiskOperator(TorchOperator):
     ) -> None:
         super().__init__(in_space or risk.space, out_space or risk.space)
         self.risk = risk
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self.risk.apply(self.forms, V, self._title(), self.shape[0])
 
     def _of(self, risk: EmpiricalRisk) -> Self:
         """Return the same matrix of another risk."""
@@ -224,8 +234,8 @@ class RiskOperator(TorchOperator):
         >>> G.status().batches
         ('graph', 'graph', 'graph', 'graph')
         """
-        products, _ = products_of(self, 1)
-        return self.risk.status([product.key for product in products])
+        loops, _ = loops_of(self, 1)
+        return self.risk.status([loop.key for loop in loops])
 
     def verify(self, rng: Rng = 0) -> Report:
         """Check this operator on its own model, loss and data.

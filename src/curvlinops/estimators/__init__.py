@@ -40,6 +40,7 @@ from curvlinops.estimators.trace import (
     xtrace,
 )
 from curvlinops.estimators.tracking import Track, track
+from curvlinops.estimators.training import TrainingCallback, training_callback
 
 __all__ = [
     "Eigenpairs",
@@ -52,6 +53,7 @@ __all__ = [
     "Options",
     "SpectralDensity",
     "Track",
+    "TrainingCallback",
     "apply_function",
     "condition_number",
     "effective_dimension",
@@ -70,6 +72,7 @@ __all__ = [
     "top_eigenpairs",
     "trace_of_function",
     "track",
+    "training_callback",
     "xdiag",
     "xnystrace",
     "xtrace",

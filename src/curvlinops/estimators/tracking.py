@@ -191,30 +191,67 @@ def track(
     >>> bool(np.allclose(table["overlap"][1:], 1.0))  # the eigenvectors stayed
     True
     """
-    seed = as_seed(rng)
-    functions = _functions(quantities, num_matvecs, seed)
-    rows: list[dict[str, Any]] = []
+    follower = Follower(quantities, k, which, num_matvecs, rng, start)
     names = iter(steps) if steps is not None else None
-    pairs = start
     items = tqdm(operators_or_checkpoints, "track", disable=not progressbar)
     for index, item in enumerate(items):
         A = _matrix(item, build)
-        row = {"step": index if names is None else next(names, None)}
-        if row["step"] is None:
+        step = index if names is None else next(names, None)
+        if step is None:
             raise ValueError(f"steps names {index} rows, and there are more matrices.")
-        for name, function in functions.items():
+        follower.measure(A, step)
+    if not follower.rows:
+        raise ValueError("operators_or_checkpoints is empty: nothing to track.")
+    return follower.track
+
+
+class Follower:
+    """A table that grows by one row per matrix; arguments are those of :func:`track`.
+
+    Attributes
+    ----------
+    rows : list of dict
+        What was found, by column.
+    """
+
+    def __init__(
+        self,
+        quantities: Quantities,
+        k: int,
+        which: str,
+        num_matvecs: int,
+        rng: Rng,
+        start: Eigenpairs | None = None,
+    ) -> None:
+        self._seed, self._k, self._which = as_seed(rng), k, which
+        self._functions = _functions(quantities, num_matvecs, self._seed)
+        self._pairs = start
+        self.rows: list[dict[str, Any]] = []
+
+    def measure(self, A: Any, step: Any, **known: float) -> None:
+        """Append a row: its name, what is known of it, and what the matrix says."""
+        row = {"step": step, **known}
+        for name, function in self._functions.items():
             if name == EIGENVALUES:
-                before = pairs
-                count = min(k, A.shape[0])
-                pairs = top_eigenpairs(A, count, which, start=before, rng=seed)
+                before, count = self._pairs, min(self._k, A.shape[0])
+                pairs = top_eigenpairs(
+                    A, count, self._which, start=before, rng=self._seed
+                )
                 row |= _eigenvalue_columns(pairs, before, count)
+                self._pairs = pairs
             elif function is not None:
                 row |= _columns(name, function(A))
-        rows.append(row)
-    if not rows:
-        raise ValueError("operators_or_checkpoints is empty: nothing to track.")
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return Track(columns, pairs)
+        self.rows.append(row)
+
+    @property
+    def track(self) -> Track:
+        """The table up to now; what a row does not know is NaN."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        columns = {
+            name: np.array([row.get(name, np.nan) for row in self.rows])
+            for name in names
+        }
+        return Track(columns, self._pairs)
 
 
 def _functions(

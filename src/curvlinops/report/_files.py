@@ -16,11 +16,12 @@ import numpy as np
 
 from curvlinops._files import replacing
 from curvlinops.report._contents import FORMAT, VERSION, Report
+from curvlinops.report._mistakes import MistakeError
 
 JSON, NPZ = "report.json", "report.npz"
 
 
-class ReportError(ValueError):
+class ReportError(MistakeError):
     """A file is no report, or one that cannot be read here; the message says why."""
 
 
