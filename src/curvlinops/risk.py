@@ -271,10 +271,12 @@ class EmpiricalRisk:
     evaluations of the model without gradients (twice as many where some parameter is
     zero, which might hide a difference); and :math:`J^\top u` of every batch's first
     part with that of its halves. So evaluating a whole batch without gradients has to
-    fit. A tensor is cut if it is as long as the batch in all batches. What operations
-    of torch use inside, and estimating Kronecker factors, is not counted; products in
-    several threads take their bytes each. No sensitivities are kept, and no factors of
-    small matrices.
+    fit. A tensor is cut if it is as long as the batch in all batches. Counted are all
+    tensors, in the check, too. Not counted are what operations of torch use inside,
+    NumPy vectors of another dtype than the operator's, which are converted, the matrix
+    that ``to_dense()`` returns, and estimating Kronecker factors, which takes whole
+    batches. Products in several threads take their bytes each. No sensitivities are
+    kept, and no factors of small matrices.
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless

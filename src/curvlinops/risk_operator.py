@@ -179,6 +179,10 @@ class RiskOperator(TorchOperator):
         ``max_memory``, one more that compares parts with whole batches, where these are
         cut. Models, recordings and random states stay as they are.
 
+        The check at construction evaluates whole batches. To plan before anything does,
+        build with ``check_deterministic=False``, or with a ``max_memory``, which bounds
+        the check as well.
+
         Examples
         --------
         >>> import torch

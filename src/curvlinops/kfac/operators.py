@@ -152,7 +152,8 @@ num_per_example_loss_terms, batch_size_fn, **options
     parameters, buffers, modes or listed data have changed (of other changes, tell
     :meth:`refresh`): one pass over the data, with one forward pass and backward passes
     to the layers' outputs, but no gradients by weights. Operators of one risk with
-    equal settings share them. Memory: a gradient's, and the factors. A product: two
+    equal settings share them. Memory: a gradient's, of whole batches, and the factors;
+    ``max_memory`` bounds the check, and not this. A product: two
     matrix products per layer, and the look for changes, which reads parameters and
     listed data once. :meth:`frozen` returns the matrix as it is, which does without:
     for loops that keep factors for several steps.
