@@ -130,6 +130,9 @@ batch_size_fn, **options
     def _apply(self, V: Tensor) -> Tensor:
         return self.risk.congruence(self._middle, V, self._title())
 
+    def _whole(self) -> Tensor | None:
+        return self._whole_congruence(self._middle)
+
 
 class FisherMCLinearOperator(RiskOperator, LinearOperator):
     r"""Monte-Carlo approximation of the Fisher information matrix.
@@ -221,6 +224,9 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.risk.congruence(self._middle, V, self._title())
+
+    def _whole(self) -> Tensor | None:
+        return self._whole_congruence(self._middle)
 
 
 class LossHessian(Middle):

@@ -126,6 +126,9 @@ num_per_example_loss_terms, batch_size_fn, **options
     def _apply(self, V: Tensor) -> Tensor:
         return self.risk.congruence(self._middle, V, self._title())
 
+    def _whole(self) -> Tensor | None:
+        return self._whole_congruence(self._middle)
+
 
 class LossGradients(Middle):
     r"""The terms' :math:`\sum_t g_t g_t^\top` in output space.

@@ -126,6 +126,9 @@ batch_size_fn, **options
     def _apply(self, V: Tensor) -> Tensor:
         return self.risk.push_forward(push_forward, V, self.shape[0], self._title())
 
+    def _whole(self) -> Tensor | None:
+        return self._whole_jacobian(self.shape[0])
+
     def _adjoint(self) -> TransposedJacobianLinearOperator:
         return TransposedJacobianLinearOperator(self.risk)
 
@@ -194,6 +197,10 @@ batch_size_fn, **options
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.risk.pull_back(pull_back, V, self._title())
+
+    def _whole(self) -> Tensor | None:
+        J = self._whole_jacobian(self.shape[1])
+        return None if J is None else J.T
 
     def _adjoint(self) -> JacobianLinearOperator:
         return JacobianLinearOperator(self.risk)

@@ -82,6 +82,7 @@ from curvlinops._plan import (
 )
 from curvlinops._reach import CopyLeaksError, Reach
 from curvlinops._reading import PLAIN, ClassesElsewhereError
+from curvlinops._rows import LEAST_COLUMNS, DataRows, ProductOfRows, Wanted
 from curvlinops._shuffling import shuffles, warn_about_shuffling, why_nothing_is_kept
 from curvlinops._spaces import TensorSpace, numeric_array, to_numpy
 from curvlinops._status import Status, status_of
@@ -425,6 +426,7 @@ class EmpiricalRisk:
             self._entries: float | None = None
             self._tables = Tables()
             self._grouping = Grouping()
+            self._rows = DataRows(self.space, self._ledger)
             self._columns.most = None
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
@@ -622,6 +624,10 @@ class EmpiricalRisk:
             Of shape ``(P, K)``.
         """
         key = key_of("congruence", middle, self, key)
+        if V.shape[1] >= LEAST_COLUMNS:
+            product = self.by_rows(middle, ProductOfRows(V), title, key)
+            if product is not None:
+                return product
 
         def multiply(V: Tensor, title: str) -> Tensor:
             if (jacobians := self._small_jacobians(key)) is None:
@@ -645,6 +651,51 @@ class EmpiricalRisk:
             self._fit(Product("congruence", middle, title, key), K=V.shape[1])
             return self._product(multiply, V, title, key)
         return self._product(multiply, V, title, key, left_factor)
+
+    @isolated()
+    def by_rows(
+        self, middle: Middle | None, wanted: Wanted, title: str, key: Hashable
+    ) -> Tensor | None:
+        r"""Return what is made of the rows of single data, if these pay and are right.
+
+        Parameters
+        ----------
+        middle : Middle or None
+            The matrix :math:`M_b` between them, in which case the result is divided by
+            :math:`\sum_b D_b`; ``None`` for the Jacobian's rows.
+        wanted : Wanted
+            What is made of them.
+        title : str
+            Description of the progress bar.
+        key : hashable
+            Name of the matrix, under which it is kept if it is wanted as a whole.
+
+        Returns
+        -------
+        Tensor or None
+            The result.
+        """
+
+        def run() -> Tensor | None:
+            if self.plain or self._rehearses or self.max_memory is not None:
+                return None
+            rows, count = self._rows, list[Any]()
+
+            def counted() -> Iterator[Linearization]:
+                for batch in self.batches(title):
+                    count.append(0 if middle is None else batch.count)
+                    yield batch
+                    del batch
+
+            def divide(total: Tensor) -> Tensor:
+                D = 1 if middle is None else self._denominator(sum(count))
+                return total / D
+
+            width_of = partial(self._columns.at_once, key)
+            options = self.model, self._size_or_none, width_of
+            return rows.make(wanted, key, middle, counted(), divide, *options)
+
+        return self.session(run)
 
     def _left_factor(self, middle: Middle, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from curvlinops._closed_forms import require_square
 from curvlinops._counts import count
+from curvlinops._identity import key_of
+from curvlinops._linearization import Middle
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
 from curvlinops._plan import Plan, plan, products_of
 from curvlinops._random import Rng
+from curvlinops._rows import JACOBIAN, JacobianOfRows, MatrixOfRows
 from curvlinops._spaces import TensorSpace
 from curvlinops._status import Status
 from curvlinops._verify import Report, verify
@@ -81,6 +84,23 @@ class RiskOperator(TorchOperator):
             digest.update(name.encode())
             digest.update(bits.numpy().data)
         return digest.hexdigest()
+
+    def to_dense(self, block_size: int = 64) -> Tensor:
+        matrix = self._whole()
+        return super().to_dense(block_size) if matrix is None else matrix
+
+    def _whole(self) -> Tensor | None:
+        """Return the matrix where computing it at once costs less."""
+        return None
+
+    def _whole_congruence(self, middle: Middle) -> Tensor | None:
+        risk, wanted = self.risk, MatrixOfRows(self.risk.space)
+        key = key_of("congruence", middle, risk, None)
+        return risk.by_rows(middle, wanted, self._title(), key)
+
+    def _whole_jacobian(self, length: int) -> Tensor | None:
+        wanted = JacobianOfRows(self.risk.space, length)
+        return self.risk.by_rows(None, wanted, self._title(), JACOBIAN)
 
     def refresh(self) -> None:
         """Forget recordings, after changes that cannot be seen.
