@@ -132,47 +132,44 @@ class RefusedError(Exception):
 
 
 class RowsByDatum:
-    r"""The products :math:`J_n^\top U_n` of every datum of a batch, computed alone.
+    r"""The products :math:`J_n^\top U_n` of every datum, computed alone.
 
     Parameters
     ----------
     model : Model
         The model.
-    batch : Linearization
-        The batch.
+    X : Any
+        Inputs.
     size : int
-        Its number of data.
+        Their number of data.
+    U : Tensor
+        The vectors, of shape ``[size, vectors, outputs]``.
     space : TensorSpace
         Space of the parameters.
-    U : Tensor, optional
-        The vectors, of shape ``[size, vectors, outputs]``; all unit vectors by default.
     width : int, optional
         Number of vectors of each datum that go back at once.
 
     Notes
     -----
-    They are to be compared with the batch's own products: they are right only if no
+    They are to be compared with products of whole batches: they are right only if no
     datum has a part in another's outputs.
     """
 
     def __init__(
         self,
         model: Model,
-        batch: Linearization,
+        X: Any,
         size: int,
+        U: Tensor,
         space: TensorSpace,
-        U: Tensor | None = None,
         width: int | None = None,
     ) -> None:
-        if holds_objects(batch.X):
+        if holds_objects(X):
             raise RefusedError
-        f = batch.output_space
-        self._model, self._size, self._space = model, size, space
-        self._X = cloned(batch.X)  # what leaves a batch alone may write into a datum
+        self._model, self._size, self._U, self._space = model, size, U, space
+        self._X = cloned(X)  # what leaves a batch alone may write into a datum
         self._leaves = [leaf.detach() for leaf in model.leaves]
-        units = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
-        self._U = units.expand(size, -1, -1) if U is None else U
-        self._width = width if width and width < self._U.shape[1] else None
+        self._width = width if width and width < U.shape[1] else None
 
     def __call__(self, part: slice) -> Tensor:
         """Return those of some data, ``[data, vectors, parameters]``.
@@ -207,6 +204,13 @@ class RowsByDatum:
         return vmap(pull_back, chunk_size=self._width)(U)
 
 
+def units(batch: Linearization, size: int) -> Tensor:
+    """Return all unit vectors for each of so many data."""
+    f = batch.output_space
+    identity = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
+    return identity.expand(size, -1, -1)
+
+
 def jacobian_by_datum(
     risk: EmpiricalRisk, batch: Linearization, width: int
 ) -> Tensor | None:
@@ -231,7 +235,8 @@ def jacobian_by_datum(
     if not size or not f.shapes[0] or f.shapes[0][0] % size:
         return None
     try:
-        rows = RowsByDatum(risk.model, batch, size, risk.space, width=width)
+        U, space = units(batch, size), risk.space
+        rows = RowsByDatum(risk.model, batch.X, size, U, space, width)
         return rows(slice(None)).reshape(f.dim, -1)
     except RefusedError:
         return None

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from curvlinops._agreement import agree, random_like
+from curvlinops._data import joined
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import Linearization, Middle
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model, graph_nodes
-from curvlinops._parts import RefusedError, RowsByDatum
+from curvlinops._parts import RefusedError, RowsByDatum, units
 from curvlinops._spaces import TensorSpace, rounding
 
 #: Least number of columns for which it is worth asking.
@@ -29,6 +30,8 @@ LEAST_COLUMNS = 8
 JACOBIAN = "Jacobian"
 #: Bytes of rows, with what going back keeps, that are there at once.
 CHUNK_BYTES = 1 << 26
+#: Bytes of rows that are looked at several times in a row.
+CACHED_BYTES = 1 << 20
 #: Most outputs of a datum.
 MOST_OUTPUTS = 1024
 #: Costs in floating-point operations of a large matrix product: of starting a product
@@ -224,26 +227,93 @@ class DataRows:
             return None
         if wanted.columns < LEAST_COLUMNS:
             return None
+        found = self._found(wanted, middle, batches, model, size_of, width_of)
         total: Tensor | None = None
+        try:
+            for rows in found:
+                total = wanted.zeros() if total is None else total
+                wanted.add(total, rows)
+        except RefusedError:
+            model.by_datum = False
+        except _UnpaidError:
+            pass
+        else:
+            if total is not None:
+                return self._kept(wanted, key, divide(total))
+        return None
+
+    def _found(
+        self,
+        wanted: Wanted,
+        middle: Middle | None,
+        batches: Iterable[Linearization],
+        model: Model,
+        size_of: Callable[[Any], int | None],
+        width_of: Callable[[Linearization], int],
+    ) -> Iterator[Rows]:
+        """Yield all rows; several small batches' are computed at once."""
+        group, nbytes = list[_Part](), 0
         J, start = self.matrices.get(JACOBIAN), 0
         for batch in batches:
             size, f = size_of(batch.X), batch.output_space
             if not size or not f.shapes[0] or f.shapes[0][0] % size:
-                return None
+                raise _UnpaidError
             if J is not None:
-                own = J[start : start + f.dim]
-                found = iter([_kept_rows(own, batch, size, middle, start)])
-            elif self.pay(batch, size, middle, wanted, width_of(batch)):
-                found = self.chunks(model, batch, size, middle, start)
+                M = _between(batch, size, middle, units=True)[1]
+                yield Rows(
+                    J[start : start + f.dim].view(size, -1, J.shape[1]), M, start
+                )
+            elif not self.pay(batch, size, middle, wanted, width_of(batch)):
+                raise _UnpaidError
             else:
-                return None
-            total = wanted.zeros() if total is None else total
-            if not _add(wanted, total, found):
-                model.by_datum = False
-                return None
+                part = _part_of(batch, size, middle, start)
+                each = self._bytes(part) * size * part.U.shape[1]
+                if group and nbytes + each > CHUNK_BYTES:
+                    yield from self._rows(model, group)
+                    group, nbytes = [], 0
+                group, nbytes = [*group, part], nbytes + each
             start += f.dim
             del batch
-        return None if total is None else self._kept(wanted, key, divide(total))
+        yield from self._rows(model, group)
+
+    def _bytes(self, part: _Part) -> int:
+        """Return how many bytes going back with one vector of a datum takes."""
+        space = self._space
+        return space.dim * space.dtype.itemsize + part.batch.nbytes // part.size
+
+    def _rows(self, model: Model, group: list[_Part]) -> Iterator[Rows]:
+        """Yield the rows of some batches, and compare each batch's in the end.
+
+        Raises
+        ------
+        RefusedError
+            If they cannot be computed so, or are not the batches'.
+        """
+        checks = [_Check(part, self._space) for part in group]
+        if len(group) > 1 and (whole := _joined(group)) is not None:
+            pull = RowsByDatum(model, whole[0], sum(whole[1]), whole[2], self._space)
+            blocks = pull(slice(None)).split(whole[1])
+            for part, check, B in zip(group, checks, blocks, strict=True):
+                check.see(B, slice(None))
+                yield Rows(B, part.M, part.start)
+        else:
+            for part, check in zip(group, checks, strict=True):
+                yield from self._chunks(model, part, check)
+        if not all(check.passes() for check in checks):
+            raise RefusedError
+
+    def _chunks(self, model: Model, part: _Part, check: _Check) -> Iterator[Rows]:
+        """Yield the rows of a batch, some data at a time."""
+        batch, size, U, M, start = part
+        width = max(1, CHUNK_BYTES // self._bytes(part))
+        pull = RowsByDatum(model, batch.X, size, U, self._space, width)
+        step = max(1, width // max(U.shape[1], 1))
+        for first in range(0, size, step):
+            some = slice(first, min(first + step, size))
+            B = pull(some)
+            check.see(B, some)
+            before = start + first * (batch.output_space.dim // size)
+            yield Rows(B, None if M is None else M[some], before)
 
     def _kept(self, wanted: Wanted, key: Hashable, total: Tensor) -> Tensor:
         """Keep a whole matrix if there is room, and return what the user gets."""
@@ -288,71 +358,41 @@ class DataRows:
         rows += 2 * wanted.multiplies * K * entries
         return rows + 10 * STARTING < products
 
-    def chunks(
-        self,
-        model: Model,
-        batch: Linearization,
-        size: int,
-        middle: Middle | None,
-        start: int,
-    ) -> Iterator[Rows]:
-        """Yield the rows of a batch, some data at a time, and compare them in the end.
 
-        Parameters
-        ----------
-        model : Model
-            The model.
-        batch : Linearization
-            The batch.
-        size : int
-            Its number of data.
-        middle : Middle or None
-            The matrix between; ``None`` for rows of the Jacobian itself.
-        start : int
-            Number of outputs of the batches before.
-
-        Raises
-        ------
-        RefusedError
-            If they cannot be computed so, or are not the batch's.
-        """
-        space, f = self._space, batch.output_space
-        try:
-            U, M = _between(batch, size, middle)
-            vectors = f.dim // size if U is None else U.shape[1]
-            each = space.dim * space.dtype.itemsize + batch.nbytes // size
-            width = max(1, CHUNK_BYTES // each)
-            pull = RowsByDatum(model, batch, size, space, U, width)
-            check = _Check(batch, size, vectors, space)
-            step = max(1, width // max(vectors, 1))
-        except Exception as error:  # whatever a loss raises with several vectors
-            raise_if_out_of_memory(error)
-            raise RefusedError from error
-        for first in range(0, size, step):
-            part = slice(first, min(first + step, size))
-            B, outputs = pull(part), f.dim // size
-            check.see(B, part)
-            yield Rows(B, None if M is None else M[part], start + first * outputs)
-        if not check.passes(U):
-            raise RefusedError
+class _UnpaidError(Exception):
+    """Rows cost more than products, or it is not known which outputs are a datum's."""
 
 
-def _add(wanted: Wanted, total: Tensor, found: Iterator[Rows]) -> bool:
-    """Add what is made of a batch's rows; return whether they are right."""
+class _Part(NamedTuple):
+    """A batch, with the vectors of every datum and the matrices between."""
+
+    batch: Linearization
+    size: int
+    U: Tensor
+    M: Tensor | None
+    start: int
+
+
+def _part_of(
+    batch: Linearization, size: int, middle: Middle | None, start: int
+) -> _Part:
     try:
-        for rows in found:
-            wanted.add(total, rows)
-    except RefusedError:
-        return False
-    return True
+        U, M = _between(batch, size, middle)
+    except Exception as error:  # whatever a loss raises with several vectors
+        raise_if_out_of_memory(error)
+        raise RefusedError from error
+    return _Part(batch, size, units(batch, size) if U is None else U, M, start)
 
 
-def _kept_rows(
-    J: Tensor, batch: Linearization, size: int, middle: Middle | None, start: int
-) -> Rows:
-    """Return rows of a batch whose Jacobian is known."""
-    _, M = _between(batch, size, middle, units=True)
-    return Rows(J.view(size, -1, J.shape[1]), M, start)
+def _joined(group: list[_Part]) -> tuple[Any, list[int], Tensor] | None:
+    """Put inputs and vectors of some batches together, if they fit."""
+    sizes = [part.size for part in group]
+    try:
+        X = joined([part.batch.X for part in group], sizes)
+        return X, sizes, torch.cat([part.U for part in group])
+    except (ValueError, RuntimeError) as error:
+        raise_if_out_of_memory(error)
+        return None
 
 
 def _between(
@@ -384,47 +424,46 @@ def _between(
 
 
 class _Check:
-    r"""Whether rows are those of a batch: random sums of theirs are compared.
+    r"""Whether rows are those of a batch: a random sum of theirs is compared.
 
-    Once with weights of the same size, and once with such that rows are of the same
-    size, so that none hides behind others. Entry by entry of the parameters.
+    With weights by which all rows are of the same size, so that none hides behind
+    others, and entry by entry of the parameters.
     """
 
-    def __init__(
-        self, batch: Linearization, size: int, vectors: int, space: TensorSpace
-    ) -> None:
-        self._batch, self._space = batch, space
-        like = torch.empty(size, vectors, dtype=space.dtype, device=space.device)
-        self._weights = torch.stack(random_like([like, like]))
-        self._found = like.new_zeros(2, space.dim)
-        self._squares = like.new_zeros(2, space.dim)
+    def __init__(self, part: _Part, space: TensorSpace) -> None:
+        self._part, self._space = part, space
+        shape = part.U.shape[:2]
+        like = torch.empty(shape, dtype=space.dtype, device=space.device)
+        [self._weights] = random_like([like])
+        self._found = like.new_zeros(1, space.dim)
+        self._squares = like.new_zeros(1, space.dim)
 
-    def see(self, B: Tensor, part: slice) -> None:
+    def see(self, B: Tensor, some: slice) -> None:
         """Count some data's rows."""
-        rows, weights = B.flatten(0, 1), self._weights[:, part]
-        largest = torch.linalg.vector_norm(B, torch.inf, dim=2)
-        weights[1] *= torch.where(largest > 0, 1 / largest, 0.0)
-        weights = weights.flatten(1)
-        self._found.addmm_(weights, rows)
-        self._squares.addmm_(weights.square(), rows.square())
+        step = max(1, CACHED_BYTES // max(B[:1].nbytes, 1))
+        pairs = zip(B.split(step), self._weights[some].split(step), strict=True)
+        for block, weights in pairs:
+            squares = block.square()
+            norms = squares.sum(2).sqrt_()
+            weights *= torch.where(norms > 0, 1 / norms, 0.0)
+            flat = weights.reshape(1, -1)
+            self._found.addmm_(flat, block.flatten(0, 1))
+            self._squares.addmm_(flat.square(), squares.flatten(0, 1))
 
-    def passes(self, U: Tensor | None) -> bool:
-        """Whether they agree with backward passes of the batch."""
-        batch, (shape,) = self._batch, self._batch.output_space.shapes
+    def passes(self) -> bool:
+        """Whether they agree with a backward pass of the batch."""
+        batch, (shape,) = self._part.batch, self._part.batch.output_space.shapes
         eps = rounding(self._found.dtype, self._found.device, batch.convolves)
+        u = torch.bmm(self._weights.unsqueeze(1).to(self._part.U.dtype), self._part.U)
+        u = u.reshape(shape)
 
         def pull_back(vectors: list[Tensor]) -> list[Tensor]:
             return batch.vjp(vectors[0])
 
-        for weights, found, squares in zip(
-            self._weights, self._found, self._squares, strict=True
-        ):
-            u = weights if U is None else torch.bmm(weights.unsqueeze(1), U)
-            u = u.reshape(shape).to(batch.output_space.dtype)
-            parts, sizes = map(self._space.split, (found, squares.sqrt()))
-            if not agree(parts, pull_back([u]), eps, 0.75, pull_back, [u], [*sizes]):
-                return False
-        return True
+        # No sum of sizes is above this, by Cauchy and Schwarz.
+        most = (self._weights.numel() * self._squares[0]).sqrt()
+        found, sizes = map(self._space.split, (self._found[0], most))
+        return agree(found, pull_back([u]), eps, 0.75, pull_back, [u], [*sizes])
 
 
 def _work(output: Tensor) -> int:

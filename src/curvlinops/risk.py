@@ -689,7 +689,7 @@ class EmpiricalRisk:
 
             def divide(total: Tensor) -> Tensor:
                 D = 1 if middle is None else self._denominator(sum(count))
-                return total / D
+                return total.div_(D)
 
             width_of = partial(self._columns.at_once, key)
             options = self.model, self._size_or_none, width_of
