@@ -147,6 +147,7 @@ LEVELS = [
     [
         *["_adjoint", "_agreement", "_backward", "_caching", "_closed_forms"],
         *["_compiled", "_conflicts", "_copies", "_counts", "_cuda_graph", "_data"],
+        *["_draws"],
         *[
             "_differences",
             "_failures",
@@ -169,7 +170,16 @@ LEVELS = [
         *["_apart", "_columns", "_dense", "_determinism", "_folding", "_grouping"],
         *["_joining"],
         *["_ledger", "_linearization", "_loss_leaves", "_order", "_parts", "_plan"],
-        *["_reach", "_status", "_structure", "_terms", "_tracker", "_verify", "diag"],
+        *[
+            "_reach",
+            "_rows",
+            "_status",
+            "_structure",
+            "_terms",
+            "_tracker",
+            "_verify",
+            "diag",
+        ],
         *["structured"],
     ],
     ["_krylov", "kronecker", "nystrom", "risk", "risk_operator"],

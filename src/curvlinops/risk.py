@@ -1264,11 +1264,12 @@ class EmpiricalRisk:
         if self.progressbar:
             total = self._num_batches or length_of(self.data)
             items = self._shown(items, title, total)
-        place = -1
+        place, first_row = -1, 0
         shapes: list[torch.Size] = []
         for place, (index, item, share) in enumerate(items):
             batch = kept.pop(place, None) or self._linearize(index, item, place, share)
             shape = batch.output_space.shapes[0]
+            batch.first_row, first_row = first_row, first_row + (shape or [1])[0]
             if share is None or share.start == 0:
                 shapes.append(shape)
             else:  # goes on where the part before it ended
