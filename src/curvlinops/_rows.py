@@ -37,6 +37,8 @@ MOST_OUTPUTS = 1024
 #: Costs in floating-point operations of a large matrix product: of starting a product
 #: with a vector, of an operation inside of one, and of writing an entry of a matrix.
 STARTING, OPERATION, ENTRY = 5e6, 4, 16
+#: The same of starting to compute rows.
+OVERHEAD = 10 * STARTING
 
 
 class Rows(NamedTuple):
@@ -356,7 +358,7 @@ class DataRows:
         entries = size * vectors * P
         rows = OPERATION * (1 + 2 * vectors) * forward + ENTRY * entries
         rows += 2 * wanted.multiplies * K * entries
-        return rows + 10 * STARTING < products
+        return rows + OVERHEAD < products
 
 
 class _UnpaidError(Exception):

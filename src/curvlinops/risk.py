@@ -286,6 +286,15 @@ class EmpiricalRisk:
     with that of halves. This costs one evaluation of the model without gradients (two
     where some parameter is zero), and three backward passes for a few hundred batches.
 
+    Where data contribute apart and columns are many (``A.to_dense()``, wide blocks),
+    the rows :math:`J_n` of every datum :math:`n` are computed by ``torch.func.vmap``,
+    and the GGN, Fisher matrices and the Jacobian are made of these: as many backward
+    passes as a datum has outputs (or samples), and one product of large matrices, in
+    chunks of 64 MiB. That is so where it costs less, by counted operations, and where a
+    random combination of the rows agrees with a backward pass of every batch; not with
+    ``max_memory``, in half precision, or for models with hooks. A matrix that was asked
+    for as a whole is kept within the budget until parameters or data change.
+
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
 
@@ -1621,7 +1630,7 @@ class EmpiricalRisk:
                 self._recordings,
                 self._num_batches,
                 keys,
-                self._dense.matrices,
+                {**self._dense.matrices, **self._rows.matrices},
                 self._ledger.used(),
                 self._ledger.full,
                 self.why_nothing_is_kept(),
