@@ -4,13 +4,14 @@ Run ``python benchmarks/block_columns.py [MATRIX ...]`` with ``ggn``, ``hessian`
 ``ef``. Multi-layer perceptrons of growing width and batch; for each, blocks are
 multiplied at once in chunks of 4, 16 and 64 columns and one by one, in turns within
 one process (CPU time, one thread, best of three). The bytes are what ``_columns.py``
-compares with ``MAX_COLUMN_BYTES``: recordings and parameters times the columns of a
+compares with ``Policy.column_bytes``: recordings and parameters times the columns of a
 chunk. The last lines say where single products take over.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from time import process_time
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import curvlinops
-from curvlinops import _columns, _dense
+from curvlinops._policy import Policy
 
 SIZES = (
     ((8, 24, 24, 4), 64),
@@ -38,8 +39,8 @@ CHUNKS = (1, 4, 16, 64)
 
 def seconds_per_column(A: Any, X: np.ndarray, chunk: int) -> float:
     """Multiply a block in chunks of so many columns."""
-    _columns.MAX_COLUMNS = chunk
-    _columns.MAX_COLUMN_BYTES = (1 << 40) if chunk > 1 else 0
+    columns = A.risk._columns
+    columns.policy = replace(columns.policy, columns=chunk, column_bytes=1 << 40)
     start = process_time()
     A @ X
     return (process_time() - start) / X.shape[1]
@@ -48,8 +49,7 @@ def seconds_per_column(A: Any, X: np.ndarray, chunk: int) -> float:
 def main(matrices: list[str]) -> None:
     """Print a table per matrix."""
     torch.set_num_threads(1)
-    _dense.MAX_DENSE_DIM = 0  # no materialised matrices
-    documented = _columns.MAX_COLUMN_BYTES
+    policy = Policy(dense_dim=0)  # no materialised matrices
     for matrix in matrices:
         crossings = []
         heads = "".join(f"{f'x{c}':>8}{'KiB':>9}" for c in CHUNKS[1:])
@@ -57,7 +57,11 @@ def main(matrices: list[str]) -> None:
         for widths, batch in tqdm(SIZES, desc=matrix):
             model, data = multilayer(widths, batch, 1, nn.ReLU)
             A = getattr(curvlinops, MATRICES[matrix])(
-                model, nn.CrossEntropyLoss(), list(model.parameters()), data
+                model,
+                nn.CrossEntropyLoss(),
+                list(model.parameters()),
+                data,
+                policy=policy,
             )
             P = A.shape[1]
             rng = np.random.default_rng(0)
@@ -85,7 +89,7 @@ def main(matrices: list[str]) -> None:
             high = max((w[i] for w in won), default=0) / 1024
             low = min((n[i] for n in lost), default=float("inf")) / 1024
             print(f"largest winning {what}: {high:.0f} KiB; smallest losing: {low:.0f}")
-        print(f"MAX_COLUMN_BYTES: {documented / 1024:.0f} KiB per chunk\n")
+        print(f"in use: {policy.column_bytes / 1024:.0f} KiB per chunk\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from curvlinops import (
 )
 from curvlinops._checksum import Checksum
 from curvlinops._cuda_graph import CapturedProgram, captured
+from curvlinops._policy import Policy
 from curvlinops._spaces import TensorSpace, rounding, to_numpy, to_torch
 from tolerances import assert_close
 
@@ -38,9 +39,8 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(*layers).to(CUDA, dtype)
 
 
-@pytest.fixture
-def never_dense(monkeypatch):
-    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)
+#: Never materialise matrices.
+NEVER = Policy(dense_dim=0)
 
 
 def routes(A) -> list:
@@ -63,6 +63,7 @@ def ggn(model: nn.Module | None = None, data: list | None = None, **options):
     model = network() if model is None else model
     params = dict(model.named_parameters())
     loss = nn.CrossEntropyLoss()
+    options = {"policy": NEVER, **options}
     return GGNLinearOperator(model, loss, params, data or batches(), **options)
 
 
@@ -120,7 +121,7 @@ def test_data_on_the_cpu_arrive_in_order(monkeypatch):
 # -- captured operations ------------------------------------------------------------
 
 
-def test_what_waits_for_the_gpu_is_replayed_without_a_graph(never_dense):
+def test_what_waits_for_the_gpu_is_replayed_without_a_graph():
     model = Masked().to(CUDA, torch.float64)
     A, plain = ggn(model), ggn(model, cache="off")
     v = torch.randn(A.shape[1], dtype=torch.float64, device=CUDA)
@@ -146,7 +147,7 @@ def test_a_capture_that_fails_leaves_everything_working():
 
 
 @pytest.mark.parametrize("tokens", [500, 5000])
-def test_embeddings_are_captured(tokens: int, never_dense):
+def test_embeddings_are_captured(tokens: int):
     torch.manual_seed(0)
     layers = nn.Embedding(50, 4), nn.Flatten(), nn.Linear(40, 3)
     net = nn.Sequential(*layers).to(CUDA, torch.float64)
@@ -195,7 +196,7 @@ def test_graphs_share_their_memory():
     assert sum(own[1:]) <= 3 * 2 * v.nbytes
 
 
-def test_threads_share_captured_products(never_dense):
+def test_threads_share_captured_products():
     A, plain = ggn(), ggn(cache="off")
     V = torch.randn(A.shape[1], 8, dtype=torch.float64, device=CUDA)
     expected = torch.stack([plain @ v for v in V.T], dim=1)
@@ -219,7 +220,7 @@ def test_threads_share_captured_products(never_dense):
     assert not errors
 
 
-def test_kept_bytes_count_what_graphs_hold(never_dense):
+def test_kept_bytes_count_what_graphs_hold():
     A = ggn()
     v = torch.randn(A.shape[1], dtype=torch.float64, device=CUDA)
     for _ in range(12):
@@ -229,7 +230,7 @@ def test_kept_bytes_count_what_graphs_hold(never_dense):
         assert batch.nbytes >= route.captured[1].nbytes > 0
 
 
-def test_blocks_of_columns_are_captured_by_their_width(never_dense):
+def test_blocks_of_columns_are_captured_by_their_width():
     A, plain = ggn(), ggn(cache="off")
     for width in (8, 5, 8, 8, 5, 5):
         V = torch.randn(A.shape[1], width, dtype=torch.float64, device=CUDA)
@@ -271,7 +272,7 @@ def test_changes_are_seen_after_the_look_is_captured():
         assert look() == before
 
 
-def test_products_are_never_stale(never_dense):
+def test_products_are_never_stale():
     net = network()
     A = ggn(net)
     v = torch.randn(A.shape[1], dtype=torch.float64, device=CUDA)
@@ -291,7 +292,7 @@ def test_products_are_never_stale(never_dense):
 # -- precision ----------------------------------------------------------------------
 
 
-def test_single_precision_with_and_without_tf32(tf32, never_dense):
+def test_single_precision_with_and_without_tf32(tf32):
     A = ggn().to_dense().cpu()
     for allowed in (False, True):
         for backend in tf32:

@@ -1,6 +1,7 @@
 """Sensitivities that are kept: the same numbers, half of the matrix products."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,30 +16,25 @@ from curvlinops import (
     FisherMCLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
-    _folding,
-    _linearization,
 )
-from curvlinops._plan import products_of
+from curvlinops._plan import loops_of
+from curvlinops._policy import Policy
 from tolerances import assert_close
 
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """Fold after two products, and have neither Jacobians nor matrices instead."""
-    monkeypatch.setattr(_linearization, "RECORD_LATE", 2)
-    monkeypatch.setattr(_linearization, "FOLD_LATE", 0)
-    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)
+#: Fold after two products, and have neither Jacobians nor matrices instead.
+SOON = Policy(record_late=2, fold_late=0, dense_dim=0)
+#: Fold whether it pays or not.
+ALWAYS = replace(SOON, entry_cost=-1)
 
 
-@pytest.fixture
-def always(monkeypatch):
-    """Fold whether it pays or not."""
-    monkeypatch.setattr(_folding, "ENTRY_COST", -1)
+def is_folded(A) -> bool:
+    """Whether all batches are multiplied by their sensitivities."""
+    return set(A.status().batches) == {"sensitivities"}
 
 
 def folded(A) -> list:
     """Return what was folded, batch by batch."""
-    [product], _ = products_of(A, 1)
+    [product], _ = loops_of(A, 1)
     return [b._folded.get(product.key) for b in A.risk._recordings.values()]
 
 
@@ -77,14 +73,14 @@ def perceptron(width: int = 40, n: int = 12) -> tuple:
 )
 @pytest.mark.parametrize("problem", problems(without=["heavy", "no-samples", "half"]))
 @pytest.mark.filterwarnings("ignore:The model's output does not depend on")
-def test_every_problem_keeps_its_numbers(problem: Problem, operator, dense, always):
+def test_every_problem_keeps_its_numbers(problem: Problem, operator, dense):
     if "generic-loss" in problem.tags and dense not in (
         references.ggn,
         references.empirical_fisher,
     ):
         pytest.skip("no samples")
     built = problem.build()
-    A = operator(*built, check_deterministic=False)
+    A = operator(*built, check_deterministic=False, policy=ALWAYS)
     reference, dtype = dense(*problem.build()), dtype_of(built[2])
     generator = torch.Generator().manual_seed(0)
     V = torch.randn(A.shape[1], 3, generator=generator, dtype=torch.float64)
@@ -110,24 +106,25 @@ def test_every_problem_keeps_its_numbers(problem: Problem, operator, dense, alwa
     ],
     ids=["perceptron", "convolutions", "layer-norm"],
 )
-def test_data_apart_are_folded(make, always):
+def test_data_apart_are_folded(make):
     built = make()
-    A, plain = GGNLinearOperator(*built), GGNLinearOperator(*built, cache="off")
-    E = EFLinearOperator(*built)
+    A, plain = (
+        GGNLinearOperator(*built, policy=ALWAYS),
+        GGNLinearOperator(*built, cache="off", policy=ALWAYS),
+    )
+    E = EFLinearOperator(*built, policy=ALWAYS)
     for _ in range(6):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, plain @ v, size=4 * len(v))
         E @ v
-    assert all(folded(A))
-    assert all(folded(E))
-    routes = [r for b in A.risk._recordings.values() for r in b._routes.values()]
-    assert all(route.trusted for route in routes)
+    assert is_folded(A)
+    assert is_folded(E)
 
 
 def test_a_folded_product_takes_two_matrix_products_per_layer():
     net, loss, params, data = perceptron(width=200, n=30)
     data = data[:1]
-    A = EFLinearOperator(net, loss, params, data)
+    A = EFLinearOperator(net, loss, params, data, policy=SOON)
     v = torch.randn(A.shape[1], dtype=torch.float64)
 
     n, weights = len(data[0][0]), sum(p.numel() for p in params.values() if p.ndim == 2)
@@ -142,7 +139,7 @@ def test_a_folded_product_takes_two_matrix_products_per_layer():
 
         for _ in range(6):
             A @ v
-        assert all(folded(A))
+        assert is_folded(A)
         assert count() == 2 * n * 2 * weights
         A.risk.plain += 1
         assert count() >= 2 * n * (2 * weights + 2 * inner)
@@ -153,10 +150,10 @@ def test_it_is_not_done_where_it_does_not_pay():
         lambda: perceptron(width=4),
         lambda: network(nn.Flatten(), nn.Linear(6, 3)),
     ):
-        A = GGNLinearOperator(*make())
+        A = GGNLinearOperator(*make(), policy=SOON)
         for _ in range(6):
             A @ torch.ones(A.shape[1], dtype=torch.float64)
-        assert folded(A) == [None, None]
+        assert A.status().batches == ("recording", "recording")
 
 
 class Coupled(nn.Module):
@@ -171,11 +168,13 @@ class Coupled(nn.Module):
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-4])
-def test_coupled_data_are_not_folded_where_that_matters(share: float, always):
+def test_coupled_data_are_not_folded_where_that_matters(share: float):
     layers = nn.Linear(6, 20), nn.Tanh(), Coupled(share), nn.Linear(20, 20), nn.Tanh()
     built = network(*layers, nn.Linear(20, 3))
-    A = GGNLinearOperator(*built, check_deterministic=False)
-    plain = GGNLinearOperator(*built, check_deterministic=False, cache="off")
+    A = GGNLinearOperator(*built, check_deterministic=False, policy=ALWAYS)
+    plain = GGNLinearOperator(
+        *built, check_deterministic=False, cache="off", policy=ALWAYS
+    )
     for _ in range(6):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, plain @ v, size=4 * len(v))
@@ -186,63 +185,72 @@ def test_coupled_data_are_not_folded_where_that_matters(share: float, always):
         assert shapes == [(n, 3, 3), (n, 3, 20), (n, 3, 20)]
 
 
-def test_train_mode_normalisation_is_right(always):
+def test_train_mode_normalisation_is_right():
     built = network(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Linear(20, 3))
-    A = GGNLinearOperator(*built, check_deterministic=False)
-    plain = GGNLinearOperator(*built, check_deterministic=False, cache="off")
+    A = GGNLinearOperator(*built, check_deterministic=False, policy=ALWAYS)
+    plain = GGNLinearOperator(
+        *built, check_deterministic=False, cache="off", policy=ALWAYS
+    )
     for _ in range(6):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, plain @ v, size=4 * len(v))
 
 
-def test_changes_are_seen(always):
+def test_changes_are_seen():
     net, *rest = perceptron()
-    A, plain = (GGNLinearOperator(net, *rest, cache=c) for c in ("auto", "off"))
+    A, plain = (
+        GGNLinearOperator(net, *rest, cache=c, policy=ALWAYS) for c in ("auto", "off")
+    )
     v = torch.randn(A.shape[1], dtype=torch.float64)
     for _ in range(3):
         for _ in range(6):
             assert_close(A @ v, plain @ v, size=4 * len(v))
-        assert all(folded(A))
+        assert is_folded(A)
         net[0].weight.data.mul_(1.5)
 
 
-def test_blocks_of_columns_are_folded(always):
-    A, plain = (GGNLinearOperator(*perceptron(), cache=c) for c in ("auto", "off"))
+def test_blocks_of_columns_are_folded():
+    A, plain = (
+        GGNLinearOperator(*perceptron(), cache=c, policy=ALWAYS)
+        for c in ("auto", "off")
+    )
     for K in (4, 4, 2, 5, 1):
         V = torch.randn(A.shape[1], K, dtype=torch.float64)
         assert_close(A @ V, plain @ V, size=4 * len(V))
-    assert all(folded(A))
+    assert is_folded(A)
 
 
-def test_few_samples_need_few_sensitivities(always):
-    A = FisherMCLinearOperator(*perceptron(), mc_samples=2)
-    plain = FisherMCLinearOperator(*perceptron(), mc_samples=2, cache="off")
+def test_few_samples_need_few_sensitivities():
+    A = FisherMCLinearOperator(*perceptron(), mc_samples=2, policy=ALWAYS)
+    plain = FisherMCLinearOperator(
+        *perceptron(), mc_samples=2, cache="off", policy=ALWAYS
+    )
     for _ in range(6):
         v = torch.randn(A.shape[1], dtype=torch.float64)
         assert_close(A @ v, plain @ v, size=4 * len(v))
     assert {p.u.shape[1] for p, _ in folded(A)} == {2}
 
 
-def test_sensitivities_count_and_must_fit(always):
-    A = GGNLinearOperator(*perceptron())
+def test_sensitivities_count_and_must_fit():
+    A = GGNLinearOperator(*perceptron(), policy=ALWAYS)
     v = torch.ones(A.shape[1], dtype=torch.float64)
     for _ in range(8):
         A @ v
     for batch, (pulled, _) in zip(A.risk._recordings.values(), folded(A), strict=True):
         assert batch.nbytes >= sum(t.nbytes for t in pulled.held) > 0
-    needed = sum(n for n in (b.nbytes for b in A.risk._recordings.values()))
-    tight = GGNLinearOperator(*perceptron(), cache=needed // 2)
+    needed = A.status().held
+    tight = GGNLinearOperator(*perceptron(), cache=needed // 2, policy=ALWAYS)
     for _ in range(8):
         assert_close(tight @ v, A @ v, size=4 * len(v))
-    assert not all(folded(tight)) or len(tight.risk._recordings) < 2
-    bounded = GGNLinearOperator(*perceptron(), max_memory=1 << 30)
+    assert not is_folded(tight)
+    bounded = GGNLinearOperator(*perceptron(), max_memory=1 << 30, policy=ALWAYS)
     for _ in range(8):
         bounded @ v
-    assert not any(folded(bounded))
+    assert "sensitivities" not in bounded.status().batches
 
 
-def test_a_fixed_route_is_not_folded(always):
-    A = GGNLinearOperator(*perceptron())
+def test_a_fixed_route_is_not_folded():
+    A = GGNLinearOperator(*perceptron(), policy=ALWAYS)
     v = torch.randn(A.shape[1], dtype=torch.float64)
     A.fix_route("plain")
     first = [A @ v for _ in range(2)][1]
@@ -256,28 +264,28 @@ def test_a_fixed_route_is_not_folded(always):
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad]
 )
-def test_folding_needs_no_mode_and_leaves_other_matrices_alone(mode, always):
+def test_folding_needs_no_mode_and_leaves_other_matrices_alone(mode):
     args = perceptron()
-    risk = EmpiricalRisk(*args)
+    risk = EmpiricalRisk(*args, policy=ALWAYS)
     G, H = GGNLinearOperator(risk), HessianLinearOperator(risk)
-    plain = HessianLinearOperator(*args, cache="off")
+    plain = HessianLinearOperator(*args, cache="off", policy=ALWAYS)
     v = torch.randn(G.shape[1], dtype=torch.float64)
     expected = plain @ v
     for _ in range(12):
         with mode():
             G @ v
         assert_close(H @ v, expected, size=16 * len(v))
-    assert all(folded(G))
+    assert is_folded(G)
 
 
-def test_folding_leaves_the_random_state_alone(always):
+def test_folding_leaves_the_random_state_alone():
     class Noisy(nn.Module):
         def forward(self, h):
             return h + 0 * torch.rand(h.shape)
 
     args = network(nn.Linear(6, 20), nn.Tanh(), Noisy(), nn.Linear(20, 3))
     for operator in (GGNLinearOperator, EFLinearOperator):
-        A = operator(*args)
+        A = operator(*args, policy=ALWAYS)
         v = torch.ones(A.shape[1], dtype=torch.float64)
         for _ in range(12):
             before = torch.get_rng_state()
@@ -285,36 +293,32 @@ def test_folding_leaves_the_random_state_alone(always):
             assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_tight_budget_keeps_what_it_kept(monkeypatch):
+def test_a_tight_budget_keeps_what_it_kept():
     def kept(A) -> list[int]:
         v = torch.ones(A.shape[1], dtype=torch.float64)
         counts = []
         for _ in range(12):
             A @ v
-            counts.append(len(A.risk._recordings))
+            counts.append(sum(b != "recomputed" for b in A.status().batches))
         return counts
 
-    monkeypatch.setattr(_folding, "ENTRY_COST", -1)
-    free = EFLinearOperator(*perceptron(n=200))
+    free = EFLinearOperator(*perceptron(n=200), policy=ALWAYS)
     kept(free)
-    most = sum(batch.nbytes for batch in free.risk._recordings.values())
-    monkeypatch.setattr(_folding, "MAX_RANK", 0)
-    unfolded = EFLinearOperator(*perceptron(n=200))
-    monkeypatch.setattr(_linearization, "MAX_RANK", 0)
+    most = free.status().held
+    never = replace(ALWAYS, max_rank=0)
+    unfolded = EFLinearOperator(*perceptron(n=200), policy=never)
     kept(unfolded)
-    least = sum(batch.nbytes for batch in unfolded.risk._recordings.values())
-    monkeypatch.undo()
-    monkeypatch.setattr(_linearization, "RECORD_LATE", 2)
-    monkeypatch.setattr(_folding, "ENTRY_COST", -1)
-    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)
+    least = unfolded.status().held
     for budget in torch.linspace(1.6 * least, 1.6 * max(most, least), 8).tolist():
-        counts = kept(EFLinearOperator(*perceptron(n=200), cache=int(budget)))
+        counts = kept(
+            EFLinearOperator(*perceptron(n=200), cache=int(budget), policy=ALWAYS)
+        )
         # no batch is given up for sensitivities, which come with the third product
         assert counts[1:] == sorted(counts[1:])
 
 
-def test_waiting_for_it_costs_no_evaluations(monkeypatch):
-    monkeypatch.setattr(_linearization, "FOLD_LATE", 3)
+def test_waiting_for_it_costs_no_evaluations():
+    later = replace(SOON, fold_late=3)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 15)).double()
     shaped = nn.Sequential(net, nn.Unflatten(1, (3, 5)))
@@ -322,7 +326,7 @@ def test_waiting_for_it_costs_no_evaluations(monkeypatch):
     calls: list[int] = []
     shaped.register_forward_pre_hook(lambda *_: calls.append(1))
     A = EFLinearOperator(
-        shaped, nn.CrossEntropyLoss(), list(net.parameters()), [(X, y)]
+        shaped, nn.CrossEntropyLoss(), list(net.parameters()), [(X, y)], policy=later
     )
     v = torch.ones(A.shape[1], dtype=torch.float64)
     late = []
@@ -333,8 +337,11 @@ def test_waiting_for_it_costs_no_evaluations(monkeypatch):
     assert sum(late[4:]) <= 4  # when it is looked at, and not in between
 
 
-def test_threads_may_fold_together(always):
-    A, plain = (GGNLinearOperator(*perceptron(), cache=c) for c in ("auto", "off"))
+def test_threads_may_fold_together():
+    A, plain = (
+        GGNLinearOperator(*perceptron(), cache=c, policy=ALWAYS)
+        for c in ("auto", "off")
+    )
     v = torch.randn(A.shape[1], dtype=torch.float64)
     expected = plain @ v
     errors: list[BaseException] = []

@@ -32,10 +32,10 @@ from curvlinops import (
     HessianLinearOperator,
     JacobianLinearOperator,
 )
-from curvlinops import risk as _risk
-from curvlinops._identity import UNRECORDED, identity_of
-from curvlinops._linearization import Middle
-from curvlinops._plan import products_of
+from curvlinops._forms import Form, Middle, Side, congruence
+from curvlinops._identity import identity_of
+from curvlinops._plan import loops_of
+from curvlinops._policy import Policy
 from curvlinops.ggn import LossHessian
 from curvlinops.risk_operator import RiskOperator
 from tolerances import assert_close
@@ -54,10 +54,7 @@ class Operator(RiskOperator, LinearOperator):
 
     def __init__(self, risk, body, *settings):
         super().__init__(risk)
-        self.body, self.settings = body, settings
-
-    def _apply(self, V):
-        return self.risk.mean(self.body, V, self._title())
+        self.forms, self.settings = (Form(body),), settings
 
 
 class Scaled(RiskOperator, LinearOperator):
@@ -67,8 +64,9 @@ class Scaled(RiskOperator, LinearOperator):
         super().__init__(risk)
         self.scale = scale
 
-    def _apply(self, V):
-        return self.risk.mean(lambda b, v: self._body(b, v), V, self._title())
+    @property
+    def forms(self):
+        return (Form(lambda b, v: self._body(b, v)),)
 
     def _body(self, b, v):
         return [self.scale * g for g in b.vjp(b.jvp(v))]
@@ -102,10 +100,7 @@ class Halved(LossHessian):
 class Sandwich(RiskOperator, LinearOperator):
     def __init__(self, risk, middle):
         super().__init__(risk)
-        self.middle = middle
-
-    def _apply(self, V):
-        return self.risk.congruence(self.middle, V, self._title())
+        self.forms = (congruence(middle),)
 
 
 @dataclass(frozen=True)
@@ -132,8 +127,9 @@ class ByClass(RiskOperator, LinearOperator):
     scale = 1.0
     settings: ClassVar = {"scale": 1.0}
 
-    def _apply(self, V):
-        return self.risk.mean(lambda b, v: self._body(b, v), V, self._title())
+    @property
+    def forms(self):
+        return (Form(lambda b, v: self._body(b, v)),)
 
     def _body(self, b, v):
         return scaled(self.scale, gram(b, v))
@@ -228,7 +224,7 @@ def assert_all_right(operators, expected):
 
 
 def is_recorded(A):
-    [product], _ = products_of(A, 1)
+    [product], _ = loops_of(A, 1)
     return product.key is not None
 
 
@@ -277,7 +273,7 @@ def test_captured_values_count(risk, make):
     JTJ, _, _ = references_of(risk)
     operators = [Operator(risk, make(s)) for s in (1.0, 2.0, 1.0)]
     assert_all_right(operators, [JTJ, 2 * JTJ, JTJ])
-    keys = [products_of(A, 1)[0][0].key for A in operators]
+    keys = [loops_of(A, 1)[0][0].key for A in operators]
     assert keys[0] == keys[2] != keys[1]
     assert None not in keys
 
@@ -336,7 +332,7 @@ def test_global_variables_count_wherever_they_are_read(risk, monkeypatch, make):
 def test_classes_may_change(risk, monkeypatch, make, owner, name, value):
     JTJ, _, _ = references_of(risk)
     A = make(risk)
-    first = 2.0 if isinstance(getattr(A, "body", None), Inherited) else 1.0
+    first = 2.0 if isinstance(A.forms[0].body, Inherited) else 1.0
     assert_all_right([A], [first * JTJ])
     assert is_recorded(A)
     monkeypatch.setattr(owner, name, value)
@@ -433,8 +429,9 @@ def test_functions_made_of_others(risk):
 
         one, two = partialmethod(_times, scale=1.0), partialmethod(_times, scale=2.0)
 
-        def _apply(self, V):
-            return self.risk.mean(getattr(self, self.name), V, self._title())
+        @property
+        def forms(self):
+            return (Form(getattr(self, self.name)),)
 
     JTJ, _, H = references_of(risk)
     operators = [
@@ -487,13 +484,13 @@ def test_a_diagonal_and_its_subclass(risk):
     assert_all_right(operators, [D, 2 * D, 3 * D])
 
 
-def test_bodies_that_never_stay_the_same_do_not_pile_up(risk, monkeypatch):
+def test_bodies_that_never_stay_the_same_do_not_pile_up(risk):
     class Counted(Scaled):
         def _apply(self, V):
             self.products = getattr(self, "products", 0) + 1
             return super()._apply(V)
 
-    monkeypatch.setattr(_risk, "MAX_MATRICES", 5)
+    risk = risk.twin(policy=Policy(matrices=5))
     JTJ, _, H = references_of(risk)
     A, other = Counted(risk, 2.0), HessianLinearOperator(risk)
     assert_all_right([other, A], [H, 2 * JTJ])
@@ -517,7 +514,7 @@ def test_middles_with_other_settings_or_bodies(risk):
         Sandwich(risk, Weighted(1.0)),
         Sandwich(risk, Weighted(2.5)),
         Sandwich(risk, WeightedTwice(1.0)),
-        Sandwich(risk, Halved(risk, 0, 0)),
+        Sandwich(risk, Halved(0)),
         GGNLinearOperator(risk),
     ]
     assert_all_right(operators, [JTJ, 2.5 * JTJ, 2 * JTJ, G / 2, G])
@@ -575,13 +572,21 @@ def test_what_reads_variables_unseen_is_not_recorded(risk, body):
     assert not is_recorded(Operator(risk, body))
 
 
-@pytest.mark.parametrize("name", ["JTJ", ("my", "JTJ"), 1, gram])
-@pytest.mark.parametrize("loop", ["mean", "congruence", "push_forward", "pull_back"])
-def test_names_are_refused(risk, name, loop):
-    V = torch.zeros(risk.space.dim, 1, dtype=torch.float64)
-    rows = (1,) if loop == "push_forward" else ()
-    with pytest.raises(TypeError, match=rf"self\.risk\.{loop}\(body, V, self._title"):
-        getattr(risk, loop)(gram, V, *rows, "title", name)
+def test_forms_from_outputs_to_outputs_are_refused():
+    with pytest.raises(TypeError, match="compose two forms"):
+        Form(gram, cols=Side.OUTPUTS, rows=Side.OUTPUTS)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_sums_and_means_have_matrices_of_their_own(risk, columns):
+    JTJ, _, _ = references_of(risk)
+    D, V = sum(len(y) for _, y in risk.data), torch.randn(len(JTJ), columns).double()
+    J = JacobianLinearOperator(risk).to_dense()
+    weighted = Form(lambda b, v: [b.jvp(v)], rows=Side.OUTPUTS)
+    for _ in range(MANY):
+        assert_close(risk.apply(Form(gram), V), JTJ @ V, size=1e4)
+        assert_close(risk.apply(Form(gram, mean=False), V), D * JTJ @ V, size=1e4)
+        assert_close(risk.apply(weighted, V), J @ V / D, size=1e4)
 
 
 def test_results_are_kept_for_their_owner_only(risk):
@@ -598,33 +603,32 @@ def test_results_are_kept_for_their_owner_only(risk):
 
 def test_ours_share_their_recordings(risk):
     for make in (GGNLinearOperator, HessianLinearOperator, EFLinearOperator):
-        keys = {products_of(make(risk), 1)[0][0].key for _ in range(2)}
+        keys = {loops_of(make(risk), 1)[0][0].key for _ in range(2)}
         assert len(keys) == 1
         assert None not in keys
     samples = [
         FisherMCLinearOperator(risk, seed=seed, mc_samples=M)
         for seed, M in ((0, 1), (1, 1), (0, 2), (0, 1))
     ]
-    keys = [products_of(A, 1)[0][0].key for A in samples]
+    keys = [loops_of(A, 1)[0][0].key for A in samples]
     assert len(set(keys)) == 3
     assert keys[0] == keys[3]
     exact = GGNLinearOperator(risk, seed=5)
     assert (
-        products_of(exact, 1)[0][0].key
-        == products_of(GGNLinearOperator(risk), 1)[0][0].key
+        loops_of(exact, 1)[0][0].key == loops_of(GGNLinearOperator(risk), 1)[0][0].key
     )
     J = JacobianLinearOperator(risk)
-    loops, _ = products_of(GramLinearOperator(risk, weighted=False), 1)
-    [forward], _ = products_of(J, 1)
-    [backward], _ = products_of(J.adjoint(), 1)
+    loops, _ = loops_of(GramLinearOperator(risk, weighted=False), 1)
+    [forward], _ = loops_of(J, 1)
+    [backward], _ = loops_of(J.adjoint(), 1)
     assert [loop.key for loop in loops] == [backward.key, forward.key]
 
 
 def test_copies_have_the_same_name(risk):
     A = Operator(risk, Body(2.0))
-    [product], _ = products_of(A, 1)
+    [product], _ = loops_of(A, 1)
     for other in (copy.copy(A), pickle.loads(pickle.dumps(A))):
-        [same], _ = products_of(other, 1)
+        [same], _ = loops_of(other, 1)
         assert same.key == product.key
     JTJ, _, _ = references_of(risk)
     assert_close(A.to_dense(), 2 * JTJ, size=4 * len(JTJ))
@@ -707,6 +711,6 @@ def test_what_is_no_linear_function_is_not_recorded(risk):
     batches = len(list(risk.data))
     D = sum(len(y) for _, y in risk.data)
     for _ in range(MANY):
-        found = risk.mean(ones, V, "ones", UNRECORDED)
+        found = risk.apply(Form(ones, linear=False), V)
         assert_close(found, V * batches / D)
     assert all(not b._routes for b in risk._recordings.values())

@@ -14,11 +14,10 @@ from cases import find
 from curvlinops import (
     GGNLinearOperator,
     HessianLinearOperator,
-    _dense,
-    _linearization,
 )
 from curvlinops._linearization import Linearization, graph_bytes
 from curvlinops._model import Model
+from curvlinops._policy import Policy
 from curvlinops.losses import as_loss_function
 from tolerances import assert_close
 
@@ -30,6 +29,10 @@ def batch():
     X, y = data[0]
     loss = as_loss_function(loss_func)
     return model.run(lambda: Linearization(model, X, y, loss))
+
+
+#: Never materialise, and record soon instead.
+SOON = Policy(record_soon=1, record_late=1, dense_dim=0)
 
 
 def random_vectors(batch, *leading):
@@ -99,39 +102,30 @@ def test_graph_bytes_leaves_checkpoints_alone():
 
 
 @pytest.mark.parametrize("operator", [GGNLinearOperator, HessianLinearOperator])
-def test_recordings_stay_within_the_budget(operator, monkeypatch):
-    monkeypatch.setattr(_dense, "MAX_DENSE_DIM", 0)
-    monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
-    monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
+def test_recordings_stay_within_the_budget(operator):
     problem = find("mlp-tanh-ce").build()
-    A = operator(*problem)
+    A = operator(*problem, policy=SOON)
     v = torch.ones(A.shape[1], dtype=torch.float64)
     expected = [A @ v for _ in range(5)][-1]
     sizes = [b.nbytes for b in A.risk._recordings.values()]
     assert len(sizes) == len(problem[3]) > 1
+    assert A.status().held == sum(sizes)
     for budget in (0, sizes[0] - 1, 4 * sizes[0], 10 * sum(sizes)):
-        B = operator(*problem, cache=budget)
+        B = operator(*problem, cache=budget, policy=SOON)
         for _ in range(5):
             assert_close(B @ v, expected, size=200)
-            assert B.risk._ledger.used() <= budget
-        assert len(B.risk._recordings) <= len(sizes)
-    assert len(B.risk._recordings) == len(sizes)
+            assert B.status().held <= budget
+    assert B.status().batches == ("recording",) * len(sizes)
 
 
 # -- recordings ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def record_soon(monkeypatch):
-    monkeypatch.setattr(_dense, "MAX_DENSE_DIM", 0)
-    monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
-    monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
-
-
-def warmed_up(model, data, loss=None):
+def warmed_up(model, data, loss=None, **options):
     """Return a GGN after some products, and those of its recordings trusted or not."""
     loss = loss or torch.nn.CrossEntropyLoss()
-    A = GGNLinearOperator(model, loss, dict(model.named_parameters()), data)
+    params = dict(model.named_parameters())
+    A = GGNLinearOperator(model, loss, params, data, **options)
     for _ in range(4):
         A @ torch.ones(A.shape[1], dtype=A.torch_dtype)
     return A
@@ -179,9 +173,10 @@ class Masked(torch.nn.Module):
         return self.out(weights @ q).mean(1)
 
 
-def test_infinite_buffers_keep_recordings(record_soon):
+def test_infinite_buffers_keep_recordings():
     model = Masked()
-    A = warmed_up(model, [(torch.rand(5, 4, 3), torch.randint(2, (5,)))])
+    data = [(torch.rand(5, 4, 3), torch.randint(2, (5,)))]
+    A = warmed_up(model, data, policy=SOON)
     assert trusted(A) == [True]
     model.mask[2, 1] = -torch.inf
     fresh = warmed_up(model, A.risk.data)
@@ -274,9 +269,10 @@ def test_frozen_parameters_that_a_copy_would_miss_are_found():
     assert_close(A.to_dense(), expected, torch.float32, 1000)
 
 
-def test_a_mapping_with_a_constructor_of_its_own_is_protected(record_soon):
+def test_a_mapping_with_a_constructor_of_its_own_is_protected():
     X = collections.defaultdict(list, x=torch.rand(6, 3), A=torch.eye(6).to_sparse())
-    assert trusted(warmed_up(Graph(), [(X, torch.randint(2, (6,)))]))
+    data = [(X, torch.randint(2, (6,)))]
+    assert trusted(warmed_up(Graph(), data, policy=SOON))
 
 
 class Weighted(torch.nn.Module):

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import references
-from cases import OPERATORS, Operator, find
+from cases import IN_PLACE, OPERATORS, Operator, Uncopied, find
 from curvlinops import (
     EmpiricalRisk,
     FisherMCLinearOperator,
@@ -29,12 +29,13 @@ from curvlinops import (
     HessianLinearOperator,
     KFACLinearOperator,
 )
-from curvlinops._isolation import Changes, Owner, _Switches
+from curvlinops._isolation import Changes, Owner, _attention, _Switches
 from curvlinops._linearization import GraphFreedError
 from curvlinops._model import Model
 from curvlinops._reach import CopyLeaksError
 from tolerances import assert_close
 
+pytestmark = IN_PLACE
 SIZES = (3, 2, 1)
 PAIR = (GGNLinearOperator, HessianLinearOperator)
 DENSE = {
@@ -81,7 +82,7 @@ class WithLock(Everything):
     """Cannot be deep-copied: it is evaluated in place."""
 
     def extend(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Uncopied()
 
 
 class WithClosure(Everything):
@@ -394,6 +395,7 @@ def test_interrupt_anywhere_leaves_nothing_changed(kind: type[nn.Module]):
     built = build(kind)
     before = Snapshot(*built)
     model = Model(built[0], built[2])
+    model.attends = True
     started = 0
 
     def body() -> None:
@@ -432,7 +434,7 @@ def test_changes_are_undone_when_their_owner_is_gone():
 
 def test_users_that_are_gone_do_not_keep_attention_as_it_is():
     before = torch.backends.cuda.flash_sdp_enabled()
-    attention = _Switches()
+    attention = _Switches(_attention)
     attention.add(1, lambda: None)  # a weak reference to what is gone
     assert torch.backends.cuda.flash_sdp_enabled() == before
     attention.add(2, object)
@@ -510,7 +512,7 @@ def test_parameters_used_without_gradient_are_named(kind: type[nn.Module]):
             self.parts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
             self.options = options
             if kind is WithLock:
-                self.lock = threading.Lock()
+                self.lock = Uncopied()
 
         def forward(self, X: Tensor) -> Tensor:
             h = checkpoint(self.parts[0], X, **self.options)
@@ -1163,7 +1165,8 @@ def test_loader(cls: type, shuffle: bool):
     for _ in range(3):
         assert_close(A.to_dense(), expected)
     # only batches that repeat are kept
-    assert bool(A.risk._recordings) is not shuffle
+    kept = {form for form in A.status().batches if form != "recomputed"}
+    assert bool(kept) is not shuffle
 
 
 def test_loader_without_check_is_read_in_every_product():
@@ -1174,7 +1177,7 @@ def test_loader_without_check_is_read_in_every_product():
     expected = dense_now(references.ggn, (model, loss_func, params, data))
     for _ in range(3):
         assert_close(A.to_dense(), expected)
-    assert not A.risk._recordings
+    assert set(A.status().batches) == {"recomputed"}
 
 
 def test_samples_need_a_fixed_order():
@@ -1195,23 +1198,24 @@ def test_recordings_stay_within_the_budget(cls: type):
     built = build()
     whole = cls(*built)
     whole @ vectors(whole)
-    assert len(whole.risk._recordings) == len(SIZES)
+    assert whole.status().batches == ("graph",) * len(SIZES)
     sizes = [b.nbytes for b in whole.risk._recordings.values()]
     expected = dense_now(DENSE[cls], built)
     for budget in (0, 1, max(sizes), sum(sizes) - 1, 10 * sum(sizes)):
         A = cls(*built, cache=budget)
         for _ in range(2):
             assert_close(A.to_dense(), expected)
-            kept = A.risk._recordings
-            assert sum(batch.nbytes for batch in kept.values()) <= budget
-        assert (len(kept) == len(SIZES)) == (budget > sum(sizes))
+            assert A.status().held <= budget
+        complete = "recomputed" not in A.status().batches
+        assert complete == (budget > sum(sizes))
 
 
 @pytest.mark.parametrize("cls", PAIR)
 def test_nothing_is_kept_without_a_cache(cls: type):
     A = cls(*build(), cache="off")
     A @ vectors(A)
-    assert not A.risk._recordings and not A.risk._ledger.used()
+    assert A.status().batches == ("recomputed",) * len(SIZES)
+    assert A.status().held == 0
 
 
 def test_first_batches_stay():
@@ -1223,11 +1227,12 @@ def test_first_batches_stay():
     built[0].register_forward_pre_hook(lambda *_: calls.append(1))
     # more than the graphs of the first batch take up, less than those of two
     A = GGNLinearOperator(*built, cache=int(1.5 * first))
+    rest = [True] * (len(SIZES) - 1)
     A @ vectors(A)
     for _ in range(3):
         calls.clear()
         A @ vectors(A)
-        assert list(A.risk._recordings) == [0]
+        assert [b == "recomputed" for b in A.status().batches] == [False, *rest]
         assert len(calls) == len(SIZES) - 1
 
 

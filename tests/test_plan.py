@@ -24,7 +24,8 @@ from curvlinops import (
     KFACLinearOperator,
     TransposedJacobianLinearOperator,
 )
-from curvlinops._plan import SLICES, Data, Probe, products_of
+from curvlinops._plan import SLICES, Data, Probe, loops_of
+from curvlinops._policy import Policy
 from curvlinops._tracker import Tracker
 from references import ggn, hessian
 from tolerances import assert_close
@@ -103,7 +104,7 @@ def enough(run):
 
 
 def held(A):
-    return A.risk._ledger.used()
+    return A.status().held if A.forms else 0
 
 
 MATRICES = {
@@ -130,9 +131,9 @@ MATRICES = {
     [("ggn", 1), ("hessian", 1), ("ef", 1), ("mc", 1), ("ggn", 6)],
 )
 @pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
-def test_predicted_bytes_are_those_of_products(name, matrix, columns, monkeypatch):
-    monkeypatch.setattr("curvlinops._dense.MAX_DENSE_DIM", 0)  # a test of its own
-    A = MATRICES[matrix](*problem(name, [48, 48, 20]))
+def test_predicted_bytes_are_those_of_products(name, matrix, columns):
+    never_dense = Policy(dense_dim=0)  # a test of its own
+    A = MATRICES[matrix](*problem(name, [48, 48, 20]), policy=never_dense)
     plan, X = A.plan(columns), torch.randn(A.shape[1], columns).double()
     peak = tracked(A, X, 60)  # sensitivities come late
     assert plan.held == pytest.approx(held(A), rel=1e-3)
@@ -141,7 +142,8 @@ def test_predicted_bytes_are_those_of_products(name, matrix, columns, monkeypatc
     assert [b.held for b in plan.batches] == pytest.approx(
         [recordings[i].nbytes for i in range(3)], rel=1e-3
     )
-    assert {b.route for b in plan.batches} == {"recording kept"}
+    assert tuple(b.form for b in plan.batches) == A.status().batches
+    assert {b.form for b in plan.batches} <= {"recording", "sensitivities"}
     assert all(b.settled(key) for b in recordings.values() for key in b._routes)
 
 
@@ -160,7 +162,7 @@ def test_batches_that_do_not_fit_into_the_cache_are_recomputed():
     A = HessianLinearOperator(*arguments, cache=budget)
     plan, X = A.plan(), torch.randn(A.shape[1], 1).double()
     peak = tracked(A, X)
-    kept = [i in A.risk._recordings for i in range(3)]
+    kept = [form != "recomputed" for form in A.status().batches]
     assert [b.kept == 1 for b in plan.batches] == kept
     assert [b.route == "recomputed" for b in plan.batches] == [not k for k in kept]
     assert 0 < plan.held == held(A) <= budget == plan.budget
@@ -180,7 +182,7 @@ def test_small_matrices_are_predicted():
     plan = A.plan()
     x = torch.randn(A.shape[1], 1).double()
     products = 0
-    while not A.risk._dense.matrices:
+    while not A.status().matrix:
         A @ x
         products += 1
     assert products == plan.dense_after + 1
@@ -190,7 +192,7 @@ def test_small_matrices_are_predicted():
     plan = G.plan()
     tracked(G, x, plan.dense_after + 1)
     assert G.risk._dense.jacobians
-    assert G.risk._dense.matrices
+    assert G.status().matrix
     assert plan.batches[0].form == "Jacobian"
     assert plan.held == pytest.approx(held(G), rel=0.01)
 
@@ -221,15 +223,15 @@ def test_batches_that_are_joined_are_predicted():
     assert "multiplied as one" in str(plan)
     x = torch.randn(A.shape[1], 1).double()
     tracked(A, x)
-    [product], _ = products_of(A, 1)
+    [product], _ = loops_of(A, 1)
     assert A.risk._joined_batch(product.key) is not None
     assert plan.joined + sum(b.held for b in plan.batches) == held(A)
     tracked(A, x, plan.dense_after - SETTLED)
-    assert not A.risk._dense.matrices
+    assert not A.status().matrix
     before = held(A)
     peak = before + tracked(A, x, 1)
     assert peak <= plan.peak <= 1.6 * peak
-    assert A.risk._dense.matrices
+    assert A.status().matrix
     assert plan.held == held(A)
     for options in ({"cache": "off"}, {"cache": 1 << 30}, {"max_memory": 1 << 30}):
         other = HessianLinearOperator(model, loss, params, data, **options).plan()
@@ -466,11 +468,11 @@ def test_small_matrices_of_other_products_make_room():
     x = torch.randn(45).double()
     for _ in range(300):
         G @ x
-    assert risk._dense.matrices
+    assert G.status().matrix
     with Tracker() as tracker:
         dense = H @ torch.eye(45).double()
     assert tracker.peak + 2 * dense.nbytes <= peak
-    assert not [key for key in risk._dense.matrices if key != "hessian"]
+    assert not G.status().matrix and not H.status().matrix
 
 
 def test_batches_that_other_tensors_tie_to_their_size_are_not_cut():
@@ -712,7 +714,7 @@ def coupled_data(*sizes):
 
 def whole(A):
     """Return the bytes of a product with whole batches that keeps nothing."""
-    (products, K), data = products_of(A, 1), Data.of(A.risk)
+    (products, K), data = loops_of(A, 1), Data.of(A.risk)
     load = max(data.loads)
     footprint = Probe(A.risk, data, products, K).footprint(load, 1)
     return footprint.peak(load) + footprint.total + footprint.spare

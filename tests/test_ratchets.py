@@ -34,7 +34,7 @@ from test_repository import (
 )
 
 #: New pages beside the house: they may grow.
-PAGES = ["examples", "examples.*", "report", "report.*", "plots", "__main__"]
+PAGES = ["examples", "examples.*", "report", "report.*", "plots", "plots.*", "__main__"]
 
 Tree = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -269,7 +269,6 @@ METHODS: dict[str, int] = {
     "_operator.TorchOperator": 30,
     "_walk.Walk": 21,
     "estimators._run.Run": 25,
-    "estimators.density.SpectralDensity": 21,
     "ggn_diagonal.GGNDiagonalLinearOperator": 44,
     "kfac._blocks.BlockwiseLinearOperator": 37,
     "kfac._family.KroneckerFactored": 59,
@@ -426,6 +425,7 @@ PRIVATE: dict[str, int] = {
     "_data": 1,
     "_dense": 1,
     "_determinism": 9,
+    "_interrupts": 1,
     "_joining": 1,
     "_krylov": 4,
     "_linearization": 2,
@@ -433,12 +433,13 @@ PRIVATE: dict[str, int] = {
     "_objects": 1,
     "_operator": 2,
     "_parts": 3,
-    "_plan": 40,
+    "_plan": 39,
     "_reach": 1,
-    "_verify": 8,
+    "_verify": 6,
     "_walk": 2,
     "_watch": 1,
     "diag": 5,
+    "estimators._blocks": 1,
     "inverse": 1,
     "kfac._corrections": 1,
     "kfac._estimation": 1,
@@ -556,19 +557,20 @@ def code_per_folder(package: Path) -> dict[str, int]:
 LONG_FILES: dict[str, int] = {
     "_journal": 520,
     "_krylov": 540,
-    "_linearization": 930,
-    "_model": 910,
+    "_linearization": 890,
+    "_model": 710,
     "_operator": 480,
-    "_plan": 1240,
+    "_plan": 1150,
     "_program": 470,
     "_verify": 620,
     "estimators._run": 560,
     "estimators.functions": 660,
+    "estimators.layers": 500,
     "estimators.spectrum": 540,
     "inverse": 530,
     "kfac.operators": 600,
     "kronecker": 730,
-    "risk": 1580,
+    "risk": 1510,
     "structured": 500,
 }
 #: Lines of functions with more than 60.
@@ -576,12 +578,11 @@ LONG_FUNCTIONS: dict[str, int] = {
     "_plan.plan": 66,
     "estimators.eigenpairs.top_eigenpairs": 61,
     "losses._categorical.CrossEntropy.__init__": 64,
-    "risk.EmpiricalRisk.__init__": 61,
 }
 #: Most lines of code in each folder, with room for work that is under way.
 CODE: dict[str, int] = {
     ".": 13000,
-    "estimators": 2410,
+    "estimators": 2900,
     "kfac": 3260,
     "losses": 1010,
     "papyan2020traces": 20,

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 import references
-from cases import find, problems
+from cases import IN_PLACE, find, problems
 from curvlinops import (
     EFLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
-    _dense,
     _linearization,
     risk,
 )
 from curvlinops._model import Model
+from curvlinops._policy import Policy
 from curvlinops._replay import Route, Unrecordable, record
 from tolerances import assert_close
 
@@ -28,12 +28,8 @@ directional = Model.directional
 OPERATORS = [GGNLinearOperator, HessianLinearOperator]
 
 
-@pytest.fixture
-def never_materialise(monkeypatch):
-    """Record soon instead."""
-    monkeypatch.setattr(_dense, "MAX_DENSE_DIM", 0)
-    monkeypatch.setattr(_linearization, "RECORD_LATE", 1)
-    monkeypatch.setattr(_linearization, "RECORD_SOON", 1)
+#: Never materialise, and record soon instead.
+SOON = Policy(record_soon=1, record_late=1, dense_dim=0)
 
 
 def routes(A):
@@ -234,9 +230,9 @@ def test_blocks_take_the_vectorised_recording_and_fall_back():
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("problem", problems(without=("heavy",)))
 @pytest.mark.filterwarnings("ignore:The model's output does not depend")
-def test_replayed_products_equal_plain_ones(operator, problem, never_materialise):
+def test_replayed_products_equal_plain_ones(operator, problem):
     args = problem.build()
-    A, plain = operator(*args), operator(*args, cache="off")
+    A, plain = operator(*args, policy=SOON), operator(*args, cache="off")
     N, dtype = A.shape[1], A.torch_dtype
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
@@ -248,9 +244,9 @@ def test_replayed_products_equal_plain_ones(operator, problem, never_materialise
     assert_close(A @ V, plain @ V, dtype, 16 * N)
 
 
-def test_one_risk_serves_two_replayed_operators(never_materialise):
+def test_one_risk_serves_two_replayed_operators():
     model, loss, params, data = find("mlp-tanh-ce").build()
-    shared = risk.EmpiricalRisk(model, loss, params, data)
+    shared = risk.EmpiricalRisk(model, loss, params, data, policy=SOON)
     H, G = HessianLinearOperator(shared), GGNLinearOperator(shared)
     dense_H = HessianLinearOperator(model, loss, params, data, cache="off").to_dense()
     dense_G = GGNLinearOperator(model, loss, params, data, cache="off").to_dense()
@@ -260,9 +256,9 @@ def test_one_risk_serves_two_replayed_operators(never_materialise):
         assert_close(G @ v, dense_G @ v)
 
 
-def test_replays_follow_changed_parameters(never_materialise):
+def test_replays_follow_changed_parameters():
     model, loss, params, data = find("conv2d").build()
-    A = GGNLinearOperator(model, loss, params, data)
+    A = GGNLinearOperator(model, loss, params, data, policy=SOON)
     v = torch.randn(A.shape[1], dtype=torch.float64)
     for _ in range(5):
         A @ v
@@ -272,9 +268,9 @@ def test_replays_follow_changed_parameters(never_materialise):
     assert_close(A @ v, fresh @ v)
 
 
-def test_autocast_around_a_replay_changes_nothing(never_materialise):
+def test_autocast_around_a_replay_changes_nothing():
     model, loss, params, data = find("mlp-float32").build()
-    A = GGNLinearOperator(model, loss, params, data)
+    A = GGNLinearOperator(model, loss, params, data, policy=SOON)
     v = torch.randn(A.shape[1])
     expected = [A @ v for _ in range(5)][-1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -297,7 +293,7 @@ def test_small_matrices_are_materialised_once_that_pays(operator):
         next(iter(params.values())).mul_(2)
     fresh = operator(model, loss, params, data, cache="off")
     assert_close(A @ v, fresh @ v)
-    assert not A.risk._dense.matrices
+    assert not A.status().matrix
 
 
 @pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
@@ -312,7 +308,7 @@ def test_products_with_kept_jacobians_equal_plain_ones(operator, problem):
         V = torch.randn(N, K, generator=generator).to(dtype)
         assert_close(A @ V, plain @ V, dtype, 16 * N)
     assert bool(A.risk._dense.jacobians) == (A.risk._repeats and dtype.itemsize >= 4)
-    assert bool(A.risk._dense.matrices) == bool(A.risk._dense.jacobians)
+    assert A.status().matrix == bool(A.risk._dense.jacobians)
 
 
 class Single(nn.Linear):
@@ -364,7 +360,7 @@ def test_programs_on_the_cpu_are_not_captured():
 
 @pytest.mark.cuda
 @needs_gpu
-def test_captured_products_equal_plain_ones(never_materialise):
+def test_captured_products_equal_plain_ones():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Tanh(), nn.Linear(108, 2))
     net = net.double().cuda()
@@ -374,7 +370,7 @@ def test_captured_products_equal_plain_ones(never_materialise):
     ]
     args = net, nn.CrossEntropyLoss(), list(net.parameters()), data
     for operator in OPERATORS:
-        A, plain = operator(*args), operator(*args, cache="off")
+        A, plain = operator(*args, policy=SOON), operator(*args, cache="off")
         for _ in range(12):
             v = torch.randn(A.shape[1], dtype=torch.float64).cuda()
             first = A @ v
@@ -485,6 +481,7 @@ class Uncopied(nn.Sequential):
         raise TypeError
 
 
+@IN_PLACE
 def test_kept_jacobians_of_a_module_in_place_need_its_parameters():
     model = Uncopied(nn.Linear(6, 15), nn.Tanh(), nn.Linear(15, 3)).double()
     params = {n: 3 * p.detach() for n, p in model.named_parameters()}
@@ -534,8 +531,8 @@ def test_nothing_is_materialised_without_cache():
     A = GGNLinearOperator(model, loss, params, data, cache="off")
     for _ in range(2 * A.shape[1]):
         A @ torch.ones(A.shape[1], dtype=torch.float64)
-    assert not A.risk._dense.matrices
-    assert not A.risk._recordings
+    assert not A.status().matrix
+    assert set(A.status().batches) == {"recomputed"}
 
 
 def test_scalar_outputs_are_multiplied_repeatedly():

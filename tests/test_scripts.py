@@ -71,14 +71,14 @@ def test_every_product_shows_one_bar(built, cls, columns):
         assert sum("100%" in line for line in lines) == 1
         assert any(re.search(bar, line) for line in lines)
     # The last ones were products with a matrix:
-    assert jacobian or A.risk._dense.matrices
+    assert jacobian or A.status().matrix
 
 
 def test_no_bars_unless_asked_for(built, capsys):
     A = GGNLinearOperator(*built)
     for _ in range(100):
         A @ np.ones(A.shape[1])
-    assert A.risk._dense.matrices and capsys.readouterr().err == ""
+    assert A.status().matrix and capsys.readouterr().err == ""
 
 
 # Half precision

@@ -12,7 +12,8 @@ from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperato
 from curvlinops._copies import _deep_copy, _is_ordinary
 from curvlinops._dense import is_jacobian
 from curvlinops._parts import jacobian_by_datum
-from curvlinops._plan import products_of
+from curvlinops._plan import loops_of
+from curvlinops._policy import Policy
 from curvlinops._replay import _ByTensor, record
 from tolerances import assert_close
 
@@ -34,7 +35,7 @@ def batches(*sizes):
 
 
 def key_of(A):
-    return products_of(A, 1)[0][0].key
+    return loops_of(A, 1)[0][0].key
 
 
 def joined(A):
@@ -192,11 +193,11 @@ def test_factors_are_multiplied_unless_the_matrix_is_less_work(operator, sizes, 
 
 
 def test_large_jacobians_become_factors_later(monkeypatch):
-    monkeypatch.setattr("curvlinops._dense.FACTOR_BYTES", 256)
     monkeypatch.setattr(
         "curvlinops._dense.Dense.cost_of_matrix", lambda *_, **__: float("inf")
     )
-    A, plain = pair(GGNLinearOperator, multilayer(nn.Tanh()), batches(4))
+    later, model = Policy(factor_bytes=256), multilayer(nn.Tanh())
+    A, plain = pair(GGNLinearOperator, model, batches(4), policy=later)
     assert_products_agree(A, plain, (1, 1, 1, 1, 1))
     assert A.risk._dense.jacobians
     assert number_of_factors(A) == []

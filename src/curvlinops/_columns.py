@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from curvlinops._agreement import random_like, same_operations_agree
+from curvlinops._forms import Body
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._policy import POLICY, Policy
 from curvlinops._spaces import TensorSpace, rounding
 
-Body = Callable[[Linearization, list[Tensor]], Sequence[Tensor]]
-
-#: Most columns that one vectorised backward pass takes.
-MAX_COLUMNS = 64
-#: Bytes that its intermediate results may take up, and the graphs of batches that are
-#: multiplied as one. Measured on a CPU: beyond about 1 MiB per column, single passes
-#: are faster (``benchmarks/block_columns.py``).
-MAX_COLUMN_BYTES = 4 << 20
-#: The same on a GPU, where many columns at once are faster as long as they fit.
-MAX_COLUMN_BYTES_ON_GPU = 1 << 30
 #: Key of products with the transposed Jacobian alone.
 VJPS = "vjps"
-
-
-def column_bytes(device: torch.device) -> int:
-    """Return how many bytes several columns may take up in one backward pass."""
-    return MAX_COLUMN_BYTES if device.type == "cpu" else MAX_COLUMN_BYTES_ON_GPU
 
 
 class Columns:
@@ -39,10 +25,12 @@ class Columns:
     ----------
     space : TensorSpace
         Space of the parameters.
+    policy : Policy, optional
+        How many there may be.
     """
 
-    def __init__(self, space: TensorSpace) -> None:
-        self._space = space
+    def __init__(self, space: TensorSpace, policy: Policy = POLICY) -> None:
+        self._space, self.policy = space, policy
         # Whether each product, by key, agrees with itself vectorised.
         self._vectorises: dict[Hashable, bool] = {}
         #: Most of them, where a bound for memory says so.
@@ -90,8 +78,9 @@ class Columns:
     def fitting(self, key: Hashable, nbytes: int) -> int:
         """Return how many may be, with a batch that keeps so many bytes."""
         per_column = nbytes + self._space.dim * self._space.dtype.itemsize
-        most = MAX_COLUMNS if self.most is None else self.most
-        width = min(column_bytes(self._space.device) // per_column, most)
+        policy, device = self.policy, self._space.device
+        most = policy.columns if self.most is None else self.most
+        width = min(policy.bytes_of_columns(device) // per_column, most)
         return width if width >= 4 and self.vectorises(key) else 1
 
     def vectorises(self, key: Hashable) -> bool:

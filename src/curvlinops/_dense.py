@@ -19,18 +19,11 @@ from curvlinops._ledger import Ledger
 from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._parts import jacobian_by_datum
+from curvlinops._policy import Policy
 from curvlinops._spaces import TensorSpace, rounding
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
-
-#: Largest dimension of a matrix that is materialised.
-MAX_DENSE_DIM = 4096
-#: Largest number of products that a batch's Jacobian may cost to be kept as a matrix.
-MAX_JACOBIAN_COST = 32
-#: Bytes of a batch's Jacobian `J` per product after which `M J` is computed. That takes
-#: what four times as many products save: done early, since solvers make dozens.
-FACTOR_BYTES = 1 << 19
 
 Batches = list[Linearization]
 Jacobians = list[tuple[Linearization, Tensor]]
@@ -38,9 +31,9 @@ Jacobians = list[tuple[Linearization, Tensor]]
 Factors = tuple[Tensor, ...]
 
 
-def may_be_dense(space: TensorSpace) -> bool:
+def may_be_dense(space: TensorSpace, policy: Policy) -> bool:
     """Whether matrices with so many columns, of this type, may be kept if that pays."""
-    return space.dim <= MAX_DENSE_DIM and space.dtype.itemsize >= 4
+    return space.dim <= policy.dense_dim and space.dtype.itemsize >= 4
 
 
 class Dense:
@@ -88,7 +81,7 @@ class Dense:
 
     def cost_of_factors(self, nbytes: int, batches: int) -> float:
         """Return the cost of the products after which Jacobians become factors."""
-        return nbytes / batches / FACTOR_BYTES
+        return nbytes / batches / self._columns.policy.factor_bytes
 
     def has_factors(self) -> bool:
         """Whether there are Jacobians, which lose no digits in :math:`M J`."""
@@ -193,7 +186,8 @@ class Dense:
 
     def jacobians_pay(self, sizes: Iterable[int], batches: Batches) -> bool:
         """Whether Jacobians with so many rows each cost few products."""
-        return self.cost(VJPS, max(sizes), batches) <= MAX_JACOBIAN_COST
+        most = self._columns.policy.jacobian_cost
+        return self.cost(VJPS, max(sizes), batches) <= most
 
     def keep_jacobians(
         self, risk: EmpiricalRisk, kept: Jacobians, batches: Batches, asked: bool

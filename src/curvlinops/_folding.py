@@ -20,16 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvlinops._policy import Policy
 from curvlinops._program import Call, Program, Slot, replaced
 from curvlinops._spaces import rounding
 
 aten = torch.ops.aten
 Values = dict[Slot, Tensor]
-
-#: Most sensitivities per datum and entry of a tensor.
-MAX_RANK = 16
-#: What reading a sensitivity costs, in floating-point operations of a matrix product.
-ENTRY_COST = 32
 
 
 class Folded(NamedTuple):
@@ -54,7 +50,7 @@ class Folded(NamedTuple):
 
 
 def fold(
-    program: Program, columns: Tensor, room: float, convolves: bool
+    program: Program, columns: Tensor, room: float, convolves: bool, policy: Policy
 ) -> Folded | None:
     r"""Fold a recorded :math:`u \mapsto J^\top u`, if that pays.
 
@@ -69,6 +65,8 @@ def fold(
         Bytes that the sensitivities may take.
     convolves : bool
         Whether there are convolutions.
+    policy : Policy
+        How many sensitivities there may be, and what reading one costs.
 
     Returns
     -------
@@ -83,12 +81,13 @@ def fold(
     calls = [part for call in program.calls for part in _single(_detached(call))]
     [source], outputs = program.inputs, program.outputs
     rank, n = columns.shape[:2]
-    if rank > MAX_RANK or any(call.mutates for call in calls):
+    if rank > policy.max_rank or any(call.mutates for call in calls):
         return None
     above, below, cut = _cut(calls, source, outputs, columns, convolves)
     entries = rank * sum(s.shape.numel() for s in cut)
     saved = sum(map(_work, above))
-    if saved <= ENTRY_COST * entries or entries * columns.element_size() > room:
+    pays = saved > policy.entry_cost * entries
+    if not pays or entries * columns.element_size() > room:
         return None
     kept = [columns.new_empty(n, rank, *slot.shape[1:]) for slot in cut]
     for i, column in enumerate(columns):

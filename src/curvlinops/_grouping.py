@@ -12,9 +12,10 @@ from torch import Tensor
 from curvlinops._agreement import agree, random_like, rows_agree
 from curvlinops._apart import without_zeros
 from curvlinops._data import cloned, joined, length_of, moved, tensors_in
-from curvlinops._linearization import SMALL, Linearization
+from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model
+from curvlinops._policy import POLICY
 from curvlinops._spaces import rounding
 from curvlinops.losses import Loss
 
@@ -23,7 +24,7 @@ LEAST_BATCHES = 256
 #: Most batches that become one, ...
 MOST_TOGETHER = 256
 #: ... and most entries of their inputs.
-MOST_ENTRIES = SMALL // 2
+MOST_ENTRIES = POLICY.small // 2
 
 Pair = tuple[Any, Any]
 LossMaker = Callable[[Any], Callable[[Tensor, Any], Loss] | None]
@@ -129,7 +130,7 @@ def find_groups(
     """
     try:
         check, found = _Check(model, loss_of), []
-        for batches, sizes in _cut(pairs, size_of, SMALL - model.space.dim):
+        for batches, sizes in _cut(pairs, size_of, POLICY.small - model.space.dim):
             if not (all(sizes) and check(batches, sizes)):
                 return None
             found.append(sizes)

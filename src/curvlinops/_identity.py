@@ -37,49 +37,29 @@ class Identity:
         return self._hash
 
 
-#: In place of an identity: the product is not recorded, since its body is no linear
-#: function of the vectors.
-UNRECORDED = Identity((), [])
-
-
-def key_of(method: str, body: Any, risk: Any, given: Any = None) -> Identity | None:
-    """Return the name under which a product with ``body`` is recorded.
+def key_of(body: Any, risk: Any, *marks: Hashable) -> Identity | None:
+    """Return the name under which products with ``body`` are recorded.
 
     Parameters
     ----------
-    method : str
-        The loop over data that runs it.
     body : callable
         A function, or an object that can be called.
     risk : EmpiricalRisk
         The risk, to which the body may refer.
-    given : Identity, optional
-        The name, where it is known already, or :data:`UNRECORDED`.
+    *marks : hashable
+        What else tells the products apart.
 
     Returns
     -------
     Identity or None
         ``None`` if the body cannot be told from others, hence is not recorded; or if
         the risk has met too many.
-
-    Raises
-    ------
-    TypeError
-        If a name is given that others might use, too.
     """
-    if given is None:
-        walk = walked(body, risk)
-        if walk is None:
-            return None
-        known: Identity | None = risk.admitted((method, *walk.marks), walk.held)
-        return known
-    if isinstance(given, Identity):
-        return None if given is UNRECORDED else given
-    raise TypeError(
-        f"A matrix is not named by {given!r}: two operators of one name would multiply "
-        "by each other's matrix. The body tells it apart from others, so leave the "
-        f"name out: `self.risk.{method}(body, V, self._title())`."
-    )
+    walk = walked(body, risk)
+    if walk is None:
+        return None
+    known: Identity | None = risk.admitted((*marks, *walk.marks), walk.held)
+    return known
 
 
 def checked_owner(key: Any) -> Any:

@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 
 from curvlinops._agreement import matrices_agree
-from curvlinops._columns import MAX_COLUMN_BYTES
 from curvlinops._data import joined
 from curvlinops._ledger import Ledger
-from curvlinops._linearization import SMALL, Linearization
+from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._policy import Policy
 from curvlinops._spaces import rounding
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
 
 
-def joining_pays(batches: list[Linearization], nbytes: int, ledger: Ledger) -> bool:
+def joining_pays(
+    batches: list[Linearization], nbytes: int, ledger: Ledger, policy: Policy
+) -> bool:
     """Whether batches are several that cost more for overhead than they compute.
 
     They, and what is made from them, keep ``nbytes``.
     """
     return (
         len(batches) > 1
-        and nbytes <= MAX_COLUMN_BYTES
+        and nbytes <= policy.column_bytes
         and ledger.room_for(3 * nbytes)
-        and not any(batch.size > SMALL or batch.pays_early for batch in batches)
+        and not any(not batch.is_small or batch.pays_early for batch in batches)
     )
 
 
@@ -64,7 +66,7 @@ def joined_batch(
         sizes = [risk.batch_size(b.X) for b in batches]
         X = joined([b.X for b in batches], sizes)
         y = joined([b.y for b in batches], sizes, several=True)
-        one = Linearization(risk.model, X, y, risk._loss_maker(X))
+        one = Linearization(risk.model, X, y, risk._loss_maker(X), policy=risk.policy)
         found, expected = partial(product, one), partial(product, None)
         return one if matrices_agree(found, expected, like, eps, 0.75) else None
     except Exception as error:  # whatever a model or a loss raises on another batch

@@ -8,6 +8,7 @@ from threading import Lock
 import torch
 
 from curvlinops._memory import budget_bytes
+from curvlinops._policy import POLICY
 
 
 class Ledger:
@@ -17,6 +18,8 @@ class Ledger:
     ----------
     bounded : bool
         Whether there is a bound for all memory, which limits the budget.
+    fraction : float, optional
+        Fraction of the free memory that ``cache="auto"`` may fill.
 
     Notes
     -----
@@ -24,8 +27,8 @@ class Ledger:
     every batch.
     """
 
-    def __init__(self, bounded: bool) -> None:
-        self._bounded = bounded
+    def __init__(self, bounded: bool, fraction: float = POLICY.cache_fraction) -> None:
+        self._bounded, self._fraction = bounded, fraction
         #: Bytes that may be kept; `None` until something was to be.
         self.budget: int | None = None
         self._allowed: int | None = None  # by the setting, within a bound
@@ -39,12 +42,12 @@ class Ledger:
     def open(self, cache: str | int, device: torch.device) -> None:
         """Allow what a setting of ``cache`` does, unless something is allowed."""
         if self.budget is None:
-            self.budget = budget_bytes(cache, device)
+            self.budget = budget_bytes(cache, device, self._fraction)
 
     def limit(self, most: int, cache: str | int, device: torch.device) -> bool:
         """Allow no more than ``most`` of it; return whether that is a change."""
         if self._allowed is None:
-            self._allowed = budget_bytes(cache, device)
+            self._allowed = budget_bytes(cache, device, self._fraction)
         budget = min(self._allowed, most)
         if budget == self.budget:
             return False

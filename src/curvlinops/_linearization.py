@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache, cached_property, partial
 from math import inf
-from threading import RLock
 from typing import Any, Self, TypeVar, overload
 
 import numpy as np
@@ -31,10 +30,12 @@ from curvlinops._backward import grad
 from curvlinops._data import Share, cloned, leaves_in, marks_of, strided, tensors_in
 from curvlinops._differences import misfits
 from curvlinops._finite import all_finite, named, warn_about_product
-from curvlinops._folding import MAX_RANK, Folded, fold
+from curvlinops._folding import Folded, fold
 from curvlinops._foreign import foreign_parts, not_differentiable
+from curvlinops._forms import Congruence, Middle, Vectors
 from curvlinops._hidden import refuse_reentrant
 from curvlinops._identity import checked_owner
+from curvlinops._locks import new_lock
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import (
     ForwardModeBusyError,
@@ -43,27 +44,13 @@ from curvlinops._model import (
     graph_nodes,
 )
 from curvlinops._objects import content_of
+from curvlinops._policy import POLICY, Policy
 from curvlinops._reading import not_a_tensor
-from curvlinops._replay import (
-    RECORD_EARLY,
-    RECORD_LATE,
-    RECORD_SOON,
-    Product,
-    Route,
-    record,
-    recording,
-)
+from curvlinops._replay import Product, Route, record, recording
 from curvlinops._spaces import TensorSpace, rounding
 from curvlinops.losses import Loss
 
-#: Products after the first few before a batch is folded, for every sensitivity.
-FOLD_LATE = 8
-#: Most entries of parameters and inputs with which operations take little longer than
-#: starting them.
-SMALL = 1 << 14
-
 T = TypeVar("T")
-Vectors = list[Tensor]
 Graph = Sequence[Tensor | GradientEdge | None]
 
 #: Attributes of a linearization that hold autograd graphs.
@@ -72,37 +59,6 @@ _GRAPHS = ("output", "loss", "_transposed", "_gradient")
 
 class GraphFreedError(Exception):
     """A graph was gone through for the last time, and is needed again all the same."""
-
-
-class Middle:
-    r"""A matrix :math:`M` between :math:`J^\top` and :math:`J`, of every batch."""
-
-    def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
-        """Multiply a batch's output-space vectors ``[*leading, *output.shape]``."""
-        raise NotImplementedError
-
-    def columns(self, batch: Linearization) -> Tensor | None:
-        r"""Return ``[rank, *output.shape]`` with :math:`M = \sum_r b_r b_r^\top`.
-
-        For every datum by itself. ``None`` if no fewer than outputs per datum will do.
-        """
-        return None
-
-    def rank(self, batch: Linearization) -> int:
-        """Return the number of columns, or of outputs per datum."""
-        columns, shape = self.columns(batch), batch.output_space.shapes[0]
-        return shape[1:].numel() if columns is None else len(columns)
-
-
-class Congruence:
-    r"""The product with :math:`J^\top M J` as a function of a batch and vectors."""
-
-    def __init__(self, middle: Middle) -> None:
-        self.middle = middle
-
-    def __call__(self, batch: Linearization, V: Vectors) -> Vectors:
-        """Multiply."""
-        return batch.congruence(self.middle, V)
 
 
 class _kept(cached_property[T]):
@@ -148,6 +104,8 @@ class Linearization:
         Whether the model sees a copy of the inputs, since it may write into them.
     see : callable, optional
         Is told of all that is called in the first evaluation.
+    policy : Policy, optional
+        When products change their route.
 
     Notes
     -----
@@ -172,8 +130,10 @@ class Linearization:
         index: int = 0,
         protect: bool = True,
         see: Callable[..., None] | None = None,
+        policy: Policy = POLICY,
     ) -> None:
         self.index = index
+        self._policy = policy
         #: Position among what a risk multiplies, and, of a part, which part it is.
         self.place = index
         self.share: Share | None = None
@@ -185,7 +145,7 @@ class Linearization:
         self._model = model
         self._leaves = model.leaves
         self.make_loss = make_loss
-        self._lock = RLock()
+        self._lock = new_lock()
         self._notes: dict[Any, Any] = {}
         self._routes: dict[Hashable, Route] = {}
         # Products asked for, and what has been folded since: `None` if that is no use.
@@ -196,23 +156,24 @@ class Linearization:
         self.multiplied = False
         #: Whether the next product is the last one, which may drop the graphs.
         self.final = False
-        self._see = see
-        f = self.output
-        self._see = None
+        f = vars(self)["output"] = self._evaluated(see)
         #: Space of the output, known also while the output is not kept.
         self.output_space = TensorSpace([f.shape], f.dtype, f.device)
 
     @_kept
     def output(self) -> Tensor:
         """The model's output, with its graph."""
+        return self._evaluated()
+
+    def _evaluated(self, see: Callable[..., None] | None = None) -> Tensor:
         if not self.writes:
-            return _checked_output(self._model(self.X, self._see), self.index)
+            return _checked_output(self._model(self.X, see), self.index)
         X = cloned(self.X)
         form: list[Any] = []
         given = leaves_in(X, form)
         seen = strided(filter(torch.is_tensor, given))
         versions, marks = [t._version for t in seen], marks_of(seen)
-        output = _checked_output(self._model(X, self._see), self.index)
+        output = _checked_output(self._model(X, see), self.index)
         form_now: list[Any] = []
         self.writes = (
             [*map(id, given)] != [*map(id, leaves_in(X, form_now))]
@@ -325,7 +286,7 @@ class Linearization:
             for folded, _ in filter(None, list(self._folded.values())):
                 kept += [*folded.held, *folded.pulled]
             loss = self.__dict__.get("loss")
-            held = [list(self._notes.values()), vars(loss) if loss else None]
+            held = [list(self._notes.values()), dict(vars(loss)) if loss else None]
             kept += tensors_in(held)
             roots = [t for t in kept if t is not None]
             # Data may be a view of far more, which is not kept by this batch alone.
@@ -363,9 +324,8 @@ class Linearization:
             return body(self, vectors)
         is_first = (route := self._routes.get(key)) is None
         if route is None:
-            route = self._routes.setdefault(
-                key, Route(self._record_after, self.convolves)
-            )
+            late = self._policy.record_after(self.pays_early, self.is_small)
+            route = self._routes.setdefault(key, Route(late, self.convolves))
         if route.trusted and all(r.trusted for r in list(self._routes.values())):
             self._drop_graphs()  # nobody has needed them lately
         product: Product = partial(body, self)
@@ -387,18 +347,8 @@ class Linearization:
         if not known[name] and all_finite(vectors) and self._model.warns:
             names = named(self._model.params, products)
             first = not all_finite(self._pulled(torch.ones_like(self.output)))
-            by_loss = not first and self._is_loss_at_fault()
+            by_loss = not first and _is_loss_at_fault(self)
             warn_about_product(names, self.index, first, by_loss)
-
-    def _is_loss_at_fault(self) -> bool:
-        """Whether a loss's second derivative by the output is not finite."""
-        if self.make_loss is None:
-            return False
-        try:
-            product = self.loss.hessian_mul(torch.ones_like(self.output))
-        except NotImplementedError:  # there is no loss beside the model
-            return False
-        return not all_finite([product])
 
     def fold_due(self, key: Hashable, body: Any, number: int) -> bool:
         """Whether as many products have been asked for as folding would cost.
@@ -412,18 +362,19 @@ class Linearization:
         number : int
             How many products are asked for now.
         """
-        asked = self._asked[key]
+        asked, policy = self._asked[key], self._policy
         self._asked[key] += number
-        late = RECORD_LATE - 1  # a recording comes next
+        late = policy.record_late - 1  # a recording comes next
         if key in self._folded or asked < late:
             return False
         if not isinstance(body, Congruence):
             self._folded[key] = None
             return False
         rank = self.once((Middle.rank, key), lambda: body.middle.rank(self))
-        if rank > MAX_RANK:
+        if rank > policy.max_rank:
             self._folded[key] = None
-        return rank <= MAX_RANK and asked >= late + FOLD_LATE * (rank - 1)
+            return False
+        return asked >= late + policy.fold_late * (rank - 1)
 
     def fold(self, key: Hashable, body: Congruence, room: float) -> None:
         r"""Fold :math:`J^\top M J` if that pays and takes no more than some bytes.
@@ -460,6 +411,10 @@ class Linearization:
         same = matrices_agree(found, multiply, like, eps, 0.75, in_units)
         return folded if same else None
 
+    def is_folded(self, key: Hashable) -> bool:
+        """Whether a product is made from sensitivities."""
+        return self._folded.get(key) is not None
+
     def unfold(self) -> bool:
         """Give up what has been folded; return whether there was anything."""
         with self._lock:
@@ -490,7 +445,7 @@ class Linearization:
             unit = torch.eye(outputs.numel(), dtype=f.dtype, device=f.device)
             columns = unit.view(-1, 1, *outputs).expand(-1, len(f), *outputs)
             middle = body.middle
-        folded = fold(program, columns, room, self.convolves)
+        folded = fold(program, columns, room, self.convolves, self._policy)
         return folded and (folded, middle)
 
     def _multiply_folded(
@@ -515,17 +470,11 @@ class Linearization:
         nodes = graph_nodes(self.output)
         return any("Convolution" in node.name() for node in nodes)
 
-    @property
-    def _record_after(self) -> int:
-        """Number of plain products before one is recorded."""
-        if self.pays_early:
-            return RECORD_EARLY
-        return RECORD_SOON if self.size <= SMALL else RECORD_LATE
-
     @_kept
-    def size(self) -> int:
-        """Number of entries of parameters and inputs."""
-        return sum(t.numel() for t in (*self._leaves, *tensors_in(self.X)))
+    def is_small(self) -> bool:
+        """Whether operations take little longer than starting them."""
+        size = sum(t.numel() for t in (*self._leaves, *tensors_in(self.X)))
+        return size <= self._policy.small
 
     def settled(self, key: Hashable) -> bool:
         """Whether further products change nothing about how one is computed."""
@@ -751,6 +700,17 @@ class Linearization:
         else:
             grads = _grad([self._value()], self._leaves, [None])
         return _filled(grads, self._leaves, torch.Size())
+
+
+def _is_loss_at_fault(batch: Linearization) -> bool:
+    """Whether a loss's second derivative by the output is not finite."""
+    if batch.make_loss is None:
+        return False
+    try:
+        product = batch.loss.hessian_mul(torch.ones_like(batch.output))
+    except NotImplementedError:  # there is no loss beside the model
+        return False
+    return not all_finite([product])
 
 
 def _edge(output: Tensor | GradientEdge | None) -> GradientEdge | None:

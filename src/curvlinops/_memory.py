@@ -9,9 +9,8 @@ import torch
 
 from curvlinops._counts import as_count
 from curvlinops._interrupts import hidden_interrupt
+from curvlinops._policy import POLICY
 
-#: Fraction of a device's free memory that ``cache="auto"`` may fill with recordings.
-AUTO_FRACTION = 0.4
 #: What torch says where it raises a mere `RuntimeError`: its allocators for a CPU and
 #: for Apple's GPUs, CUDA with its libraries, and what maps files into memory.
 _OUT_OF_MEMORY = re.compile(
@@ -102,8 +101,13 @@ def checked_cache(cache: str | int) -> str | int:
     )
 
 
-def budget_bytes(cache: str | int, device: torch.device) -> int:
-    """Return how many bytes of recordings a setting of ``cache`` allows."""
+def budget_bytes(
+    cache: str | int, device: torch.device, fraction: float = POLICY.cache_fraction
+) -> int:
+    """Return how many bytes of recordings a setting of ``cache`` allows.
+
+    ``"auto"`` is a fraction of the memory that is free.
+    """
     if isinstance(cache, int):
         return cache
-    return int(AUTO_FRACTION * free_memory(device)) if cache == "auto" else 0
+    return int(fraction * free_memory(device)) if cache == "auto" else 0

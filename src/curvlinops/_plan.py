@@ -25,19 +25,13 @@ from torch import Tensor
 
 from curvlinops._agreement import rows_agree
 from curvlinops._apart import Batch, evaluated, without_zeros
-from curvlinops._columns import (
-    MAX_COLUMN_BYTES,
-    MAX_COLUMNS,
-    Columns,
-    column_bytes,
-)
+from curvlinops._columns import Columns
 from curvlinops._data import (
     Share,
     Tables,
     cloned,
     moved,
     part_of,
-    preserved_rng,
     rows_in,
     shares,
     strided,
@@ -45,14 +39,14 @@ from curvlinops._data import (
     tensors_in,
 )
 from curvlinops._determinism import close
-from curvlinops._folding import MAX_RANK
-from curvlinops._identity import UNRECORDED, Identity, key_of
+from curvlinops._draws import preserved_rng
+from curvlinops._forms import Form, Side
+from curvlinops._identity import Identity
 from curvlinops._interrupts import isolated
-from curvlinops._linearization import FOLD_LATE
 from curvlinops._memory import budget_bytes, raise_if_out_of_memory
 from curvlinops._parts import one_by_one
-from curvlinops._replay import RECORD_EARLY, RECORD_LATE
 from curvlinops._spaces import rounding
+from curvlinops._status import form_of
 from curvlinops._tracker import LimitExceededError, Tracker
 
 if TYPE_CHECKING:
@@ -65,52 +59,34 @@ if TYPE_CHECKING:
 SLICES = [2, 3], [1, 2], [1]
 #: Operations, and the bytes alive after each.
 Line = list[tuple[Any, int]]
-#: Most products until a batch's route has settled.
-_MAX_PRODUCTS = RECORD_LATE + FOLD_LATE * MAX_RANK + 4
 
 
 # -- what is multiplied --------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Product:
+class Loop(NamedTuple):
     """One of a risk's loops over data.
 
     Parameters
     ----------
-    method : str
-        ``"mean"``, ``"congruence"``, ``"push_forward"``, ``"pull_back"``, or
-        ``"gradient_and_loss"``.
-    body, title, key, options : optional
-        Arguments of that method.
+    form : Form
+        What is multiplied.
+    title : str
+        Who multiplies.
+    key : Identity, optional
+        The form's name, under which it is recorded.
     """
 
-    method: str
-    body: Callable[..., Any] | None = None
-    title: str = "gradient and loss"
+    form: Form
+    title: str
     key: Identity | None = None
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def named(self, risk: EmpiricalRisk) -> Product:
-        """Return the loop with its name, as it is recorded."""
-        return replace(self, key=key_of(self.method, self.body, risk, self.key))
 
     def run(self, risk: EmpiricalRisk, V: Tensor) -> Tensor:
         """Multiply vectors, see :meth:`operand`."""
-        if self.method == "gradient_and_loss":
+        if self is GRADIENT:
             risk.gradient_and_loss()
             return V
-        rows = sum(shape.numel() for shape in risk.output_shapes)
-        place = (rows,) if self.method == "push_forward" else ()
-        result: Tensor = getattr(risk, self.method)(
-            self.body,
-            V,
-            *place,
-            title=self.title,
-            key=self.key or UNRECORDED,
-            **dict(self.options),
-        )
-        return result
+        return risk.run(self, V)
 
     def operand(self, risk: EmpiricalRisk, K: int) -> Tensor:
         """Return a random vector ``K`` times, in the memory of one or two."""
@@ -122,100 +98,31 @@ class Product:
 
     def lengths(self, rows: int, dim: int) -> tuple[int, int]:
         """Return the length of the vectors and of the results."""
-        return {
-            "push_forward": (dim, rows),
-            "pull_back": (rows, dim),
-            "gradient_and_loss": (0, dim),
-        }.get(self.method, (dim, dim))
+        if self is GRADIENT:
+            return 0, dim
+        known = {Side.PARAMETERS: dim, Side.OUTPUTS: rows}
+        return known[self.form.cols], known[self.form.rows]
 
 
-GRADIENT = Product("gradient_and_loss")
+#: Gradient and loss, whatever vector there is.
+GRADIENT = Loop(Form(lambda b, _: b.gradient(), linear=False), "gradient and loss")
 
 
-class _Listener:
-    """Stands in for the risk of an operator to learn which products it asks for."""
-
-    def __init__(self, risk: EmpiricalRisk) -> None:
-        self._risk = risk
-        self.products: list[Product] = []
-        self.columns = 1
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("session", "batches", "_fresh_batches"):
-            raise TypeError(
-                "Plans are made for operators whose products run over the data; this "
-                "one computes a matrix of its own at first use."
-            )
-        return getattr(self._risk, name)
-
-    def _note(self, product: Product) -> None:
-        self.products.append(product.named(self._risk))
-
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Compute it, for what it asks for."""
-        return compute()
-
-    def in_turn(self, loops: Sequence[Product], V: Tensor) -> Tensor:
-        """Note the products and return zeros."""
-        for loop in loops:
-            V = loop.named(self._risk).run(self, V)  # type: ignore[arg-type]
-        return V
-
-    def mean(
-        self, body: Any, V: Tensor, title: str = "_matmat", key: Identity | None = None
-    ) -> Tensor:
-        """Note the product and return zeros."""
-        self._note(Product("mean", body, title, key))
-        self.columns = V.shape[1]
-        return torch.zeros_like(V)
-
-    def congruence(
-        self,
-        middle: Any,
-        V: Tensor,
-        title: str = "_matmat",
-        key: Identity | None = None,
-    ) -> Tensor:
-        """Note the product and return zeros."""
-        self._note(Product("congruence", middle, title, key))
-        self.columns = V.shape[1]
-        return torch.zeros_like(V)
-
-    def push_forward(
-        self,
-        body: Any,
-        V: Tensor,
-        rows: int,
-        title: str = "_matmat",
-        key: Identity | None = None,
-    ) -> Tensor:
-        """Note the product and return zeros."""
-        self._note(Product("push_forward", body, title, key))
-        self.columns = V.shape[1]
-        return V.new_zeros(rows, V.shape[1])
-
-    def pull_back(
-        self,
-        body: Any,
-        U: Tensor,
-        title: str = "_matmat",
-        key: Identity | None = None,
-        mean: bool = False,
-    ) -> Tensor:
-        """Note the product and return zeros."""
-        options = (("mean", mean),)
-        self._note(Product("pull_back", body, title, key, options))
-        self.columns = U.shape[1]
-        return U.new_zeros(self._risk.space.dim, U.shape[1])
-
-
-def products_of(operator: RiskOperator, columns: int) -> tuple[list[Product], int]:
+def loops_of(operator: RiskOperator, columns: int) -> tuple[list[Loop], int]:
     """Return the loops over data that a product makes, and their columns."""
-    listener = _Listener(operator.risk)
-    other = operator._of(listener)  # type: ignore[arg-type]
-    V = torch.zeros(operator.shape[1], 1, dtype=operator.torch_dtype)
-    other._apply(V.to(operator.device).expand(-1, columns))
-    return listener.products, listener.columns
+    if not operator.forms:
+        raise TypeError(
+            "Plans are made for operators whose products run over the data; this one "
+            "declares no `forms`, or computes a matrix of its own at first use."
+        )
+    loops = loops_over(operator.risk, operator.forms, operator._title())
+    linear = all(form.linear for form in operator.forms)
+    return loops, columns if linear else 1
+
+
+def loops_over(risk: EmpiricalRisk, forms: Sequence[Form], title: str) -> list[Loop]:
+    """Return the loops that multiply by forms, one after the other."""
+    return [Loop(form, title, form.key(risk)) for form in forms]
 
 
 def twin_of(risk: EmpiricalRisk, data: list[Any], cache: str | int) -> EmpiricalRisk:
@@ -409,7 +316,7 @@ class Probe:
         The risk, of which nothing is changed.
     data : Data
         Its data.
-    products : sequence of Product
+    products : sequence of Loop
         The loops over data that make up a product.
     K : int
         Number of columns.
@@ -422,7 +329,7 @@ class Probe:
 
     risk: EmpiricalRisk
     data: Data
-    products: Sequence[Product]
+    products: Sequence[Loop]
     K: int
     budget: int = 0
     limit: float = inf
@@ -507,9 +414,7 @@ class Probe:
             any(exceeds for *_, exceeds in runs),
             "Jacobian"
             if probe._dense.jacobians
-            else "recording"
-            if all(probe._replays(p.key) for p in self.products)
-            else "graph",
+            else form_of(probe._recordings.values(), [p.key for p in self.products]),
             self._matrix(probe, outputs, load / n),
         )
 
@@ -543,8 +448,8 @@ class Probe:
         They do with few bytes only: those kept after one product are given.
         """
         risk, (product, *others) = self.risk, self.products
-        small = nbytes <= MAX_COLUMN_BYTES and len(self.data.sizes) > 1
-        if others or product.method != "mean" or not small:
+        small = nbytes <= risk.policy.column_bytes and len(self.data.sizes) > 1
+        if others or not product.form.may_join or not small:
             return None
         if not risk._may_be_dense(product.key) or not risk._may_put_together():
             return None
@@ -552,7 +457,7 @@ class Probe:
             twin = twin_of(risk, list(risk.pairs()), risk.cache)
         with Tracker() as tracker:
             V = product.operand(twin, self.K)
-            for number in range(_MAX_PRODUCTS):
+            for number in range(risk.policy.last_change):
                 product.run(twin, V)
                 one = twin._joined.get(product.key)
                 if one is None and number > 0:
@@ -593,7 +498,7 @@ class Probe:
         with Tracker() as tracker:
             tracker.limit = self._allowed(rows) if bounded else inf
             tracker.next = self._expected()
-            while len(held) < (_MAX_PRODUCTS if keeps else 1):
+            while len(held) < (self.risk.policy.last_change if keeps else 1):
                 all_series.append([])
                 for product, V, result in zip(
                     self.products, operands, results, strict=True
@@ -643,11 +548,12 @@ class Probe:
         with Tracker() as tracker:
             tracker.limit = self._allowed() if bounded else inf
             tracker.next = self._expected()
-            shapes, K = look.output_shapes, min(self.K, RECORD_EARLY + 3)
+            policy = self.risk.policy
+            shapes, K = look.output_shapes, min(self.K, policy.record_early + 3)
             if self.K > 1:
                 key, batches = self.products[0].key, look._recordings.values()
                 widths = [look._columns.at_once(key, b) for b in batches]
-                K = min(self.K, max([K, *(widths or [MAX_COLUMNS])]))
+                K = min(self.K, max([K, *(widths or [policy.columns])]))
             pays = self._jacobians_pay(look, factor)
             operands = [p.operand(look, 1) for p in self.products]
             for number in range(2):
@@ -687,14 +593,11 @@ class Probe:
         Batches are ``larger`` by a factor than those that have been tried out.
         """
         product, *others = self.products
-        if (
-            others
-            or product.method not in ("mean", "congruence")
-            or not probe._may_be_dense(product.key)
-        ):
+        form = product.form
+        if others or not form.is_square or not probe._may_be_dense(product.key):
             return None
         dense, key, batches = probe._dense, product.key, probe._multiplied(product.key)
-        factored = product.method == "congruence" and dense.has_factors()
+        factored = form.middle is not None and dense.has_factors()
         factored &= self.risk.max_memory is None
         cost = dense.cost_of_matrix(key, batches, factored)
         number, row = len(self.data.loads), probe.space.dim * probe.space.dtype.itemsize
@@ -706,8 +609,9 @@ class Probe:
         else:  # columns of the identity, and what they are multiplied to
             nbytes = probe.space.dim * row
             graph = larger * max((batch.nbytes for batch in batches), default=0)
-            work = nbytes + 3 * MAX_COLUMNS * row
-            work += int(min(MAX_COLUMNS * graph, MAX_COLUMN_BYTES))
+            policy = self.risk.policy
+            work = nbytes + 3 * policy.columns * row
+            work += int(min(policy.columns * graph, policy.column_bytes))
         products = ceil(cost / dense.cost(key, self.K, batches))
         # Jacobians are computed in the second product.
         return Kept(max(products, 2 if factored else 1), nbytes, work)
@@ -842,7 +746,8 @@ def _widest(
     What more columns take is estimated before it is tried, since trying takes it.
     """
     space, limit = probe.risk.space, probe.limit
-    most = column_bytes(space.device) // (space.dim * space.dtype.itemsize)
+    most = probe.risk.policy.bytes_of_columns(space.device)
+    most //= space.dim * space.dtype.itemsize
     if probe.K == 1 or most < 4:
         return 1, lambda _: narrow
 
@@ -929,7 +834,7 @@ def check_parts(probe: Probe, fit: Fit) -> None:
                 )
 
 
-def _operand(risk: EmpiricalRisk, products: Sequence[Product], K: int) -> int:
+def _operand(risk: EmpiricalRisk, products: Sequence[Loop], K: int) -> int:
     """Return the bytes of the user's operand."""
     length, _ = products[0].lengths(0, risk.space.dim)
     return length * K * risk.space.dtype.itemsize
@@ -1027,8 +932,8 @@ class BatchPlan:
     kept : int
         Number of parts whose recordings are kept between products.
     form : str
-        What is kept of these once the route has settled: ``"recording"``, ``"graph"``,
-        or ``"Jacobian"``.
+        What is kept of these once the route has settled: ``"sensitivities"`` (which
+        come late), ``"recording"``, ``"graph"``, or ``"Jacobian"``.
     held : int
         Bytes of the recordings that are kept.
     peak : int
@@ -1125,14 +1030,19 @@ def _bytes(number: float) -> str:
     return f"{number:.3g} GB"
 
 
+def most_kept(risk: EmpiricalRisk) -> int:
+    """Return the bytes that may be kept by the setting of ``cache``."""
+    return budget_bytes(risk.cache, risk.space.device, risk.policy.cache_fraction)
+
+
 @isolated()
 def plan(operator: RiskOperator, columns: int) -> Plan:
     """Predict what products of an operator take; see `RiskOperator.plan`."""
     risk = operator.risk
     risk._refresh_if_changed()
     with risk._alone():
-        (products, K), data = products_of(operator, columns), Data.of(risk)
-        budget, entries = budget_bytes(risk.cache, risk.space.device), None
+        (products, K), data = loops_of(operator, columns), Data.of(risk)
+        budget, entries = most_kept(risk), None
         if risk.max_memory is None:
             probe = Probe(risk, data, products, K, budget)
             at = probe.footprints(data.loads)

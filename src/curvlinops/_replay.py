@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import (
 from curvlinops._agreement import balanced, random_like, same_operations_agree
 from curvlinops._cuda_graph import CapturedProgram, captured
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._policy import POLICY
 from curvlinops._program import Call, Memory, Program, Slot, leaves, replaced
 from curvlinops._spaces import rounding
 
@@ -75,11 +76,6 @@ def recording() -> bool:
     return isinstance(_get_current_dispatch_mode(), _Recorder)
 
 
-#: Plain products of a batch before one is recorded: where replaying it costs far less
-#: (convolutions, and on a GPU), where little but overhead is left out, and elsewhere.
-RECORD_EARLY, RECORD_SOON, RECORD_LATE = 1, 2, 8
-
-
 class Route:
     """How one batch's product is computed: plainly at first, then by replay.
 
@@ -89,7 +85,7 @@ class Route:
     """
 
     def __init__(
-        self, record_after: int = RECORD_EARLY, convolves: bool = True
+        self, record_after: int = POLICY.record_early, convolves: bool = True
     ) -> None:
         self._record_after, self._convolves = record_after, convolves
         #: The recording, once there is a trusted one, ...

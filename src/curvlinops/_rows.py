@@ -17,8 +17,9 @@ from torch import Tensor
 
 from curvlinops._agreement import agree, random_like
 from curvlinops._data import joined
+from curvlinops._forms import Middle
 from curvlinops._ledger import Ledger
-from curvlinops._linearization import Linearization, Middle
+from curvlinops._linearization import Linearization
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model, graph_nodes
 from curvlinops._parts import RefusedError, RowsByDatum, units

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from curvlinops._linearization import Linearization
 
@@ -16,9 +17,9 @@ class Status:
     Parameters
     ----------
     batches : tuple of str
-        What is kept of each batch (or part of one), in order: ``"recording"``,
-        ``"graph"``, or ``"recomputed"`` if nothing is. Empty as long as the number of
-        batches is not known.
+        What is kept of each batch (or part of one), in order: ``"sensitivities"``,
+        ``"recording"``, ``"graph"``, or ``"recomputed"`` if nothing is. Empty as long
+        as the number of batches is not known.
     held : int
         Bytes that everything takes that is kept, for all operators of the risk.
     matrix : bool
@@ -41,6 +42,15 @@ class Status:
         listing = f" ({', '.join(parts)})" if parts else ""
         text = f"{len(self.batches)} batches{listing}; {self.held} bytes are kept."
         return f"{text} {self.reason}".rstrip()
+
+
+def form_of(batches: Iterable[Linearization], keys: Iterable[Hashable]) -> str:
+    """Say what batches that are kept are multiplied by, for products of these names."""
+    pairs = [*product(batches, keys)]
+    if not pairs or not all(batch.replays(key) for batch, key in pairs):
+        return "graph"
+    folded = all(batch.is_folded(key) for batch, key in pairs)
+    return "sensitivities" if folded else "recording"
 
 
 def status_of(
@@ -75,9 +85,7 @@ def status_of(
     forms = []
     for place in range(number or 0):
         batch = recordings.get(place)
-        replays = batch is not None and all(batch.replays(key) for key in keys)
-        form = "recording" if replays and keys else "graph"
-        forms.append("recomputed" if batch is None else form)
+        forms.append("recomputed" if batch is None else form_of([batch], keys))
     if not reason and not recordings and not full:
         reason = "Nothing is kept yet, since there was no product."
     if not reason and "recomputed" in forms:

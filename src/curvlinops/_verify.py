@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops._backward import grad
-from curvlinops._data import cloned, cut, moved, preserved_rng, tensors_in
+from curvlinops._data import cloned, cut, moved, tensors_in
+from curvlinops._draws import preserved_rng
 from curvlinops._interrupts import isolated
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
@@ -275,7 +276,7 @@ def _twin(A: Any, **changes: Any) -> Any:
 
 def _samples(A: Any) -> int:
     """Return the number of Monte-Carlo samples per term, 0 for an exact operator."""
-    return getattr(getattr(A, "_middle", None), "mc_samples", 0)
+    return getattr(getattr(A, "middle", None), "mc_samples", 0)
 
 
 class _Halves:
@@ -548,7 +549,7 @@ def _sampled_outer_mul(A: Any, plain: _Plain, U: Outputs) -> Outputs:
     """Multiply by the mean of the samples' outer products."""
     share, results = plain.share_of_a_term, []
     for loss, u in zip(plain.losses(), U, strict=True):
-        G = loss.sample_gradients(_samples(A), A._middle.seed)
+        G = loss.sample_gradients(_samples(A), A.middle.seed)
         products = torch.stack([loss.outer_mul(g, u) for g in G])
         results.append(share * products.mean(0))
     return results

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._counts import as_count, count
-from curvlinops._linearization import Linearization, Middle
+from curvlinops._forms import Middle, congruence
+from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
@@ -125,13 +127,8 @@ batch_size_fn, **options
                 **options,
             )
         )
-        self._middle = LossHessian(self.risk, mc_samples, seed)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.congruence(self._middle, V, self._title())
-
-    def _whole(self) -> Tensor | None:
-        return self._whole_congruence(self._middle)
+        self.middle = LossHessian.of(self.risk, mc_samples, seed)
+        self.forms = (congruence(self.middle),)
 
 
 class FisherMCLinearOperator(RiskOperator, LinearOperator):
@@ -221,29 +218,34 @@ batch_size_fn, **options
                 "`mc_samples` must be positive for a Monte-Carlo Fisher, got 0. The "
                 "exact matrix is `GGNLinearOperator(...)`."
             )
-        self._middle = LossHessian(self.risk, mc_samples, seed)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.congruence(self._middle, V, self._title())
-
-    def _whole(self) -> Tensor | None:
-        return self._whole_congruence(self._middle)
+        self.middle = LossHessian.of(self.risk, mc_samples, seed)
+        self.forms = (congruence(self.middle),)
 
 
+@dataclass(frozen=True)
 class LossHessian(Middle):
     r"""The matrix between :math:`J^\top` and :math:`J`: exact, or sampled.
 
     Parameters
     ----------
-    risk : EmpiricalRisk
-        The risk whose batches it multiplies.
     mc_samples : int
         Zero for the Hessian of the loss, else the number of samples per term.
-    seed : int
-        Seed of the samples.
+    seed : int or None
+        Seed of the samples, if there are any.
     """
 
-    def __init__(self, risk: EmpiricalRisk, mc_samples: int, seed: int) -> None:
+    mc_samples: int = 0
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, risk: EmpiricalRisk, mc_samples: int, seed: int) -> Self:
+        """Return the matrix for a risk's batches, after checking the settings.
+
+        Raises
+        ------
+        ValueError
+            If there is no such matrix.
+        """
         number = as_count(mc_samples)
         if number is None or number < 0:
             raise ValueError(
@@ -257,8 +259,7 @@ class LossHessian(Middle):
         if number > 0:
             risk.require_fixed_order("A Monte-Carlo Fisher")
             risk.require_terms("a Monte-Carlo Fisher")
-        self.mc_samples = number
-        self.seed = count("seed", seed, None) if number else None
+        return cls(number, count("seed", seed, None) if number else None)
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
         if self.mc_samples == 0:

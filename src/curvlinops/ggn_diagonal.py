@@ -10,8 +10,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlinops._columns import MAX_COLUMNS, column_bytes
-from curvlinops._identity import UNRECORDED, identity_of
+from curvlinops._forms import Form
+from curvlinops._identity import identity_of
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
@@ -114,7 +114,7 @@ batch_size_fn, mc_samples, seed, **options
                 **options,
             )
         )
-        self._middle = LossHessian(self.risk, mc_samples, seed)
+        self.middle = LossHessian.of(self.risk, mc_samples, seed)
 
     def _apply(self, V: Tensor) -> Tensor:
         limit = self.risk.max_memory
@@ -127,20 +127,23 @@ batch_size_fn, mc_samples, seed, **options
             )
         return super()._apply(V)
 
+    @property
+    def forms(self) -> Sequence[Form]:  # type: ignore[override]
+        """The loop that computes the diagonal, whatever vector it is given."""
+        return (Form(lambda b, _: self._products(b), linear=False),)
+
     def _entries(self) -> Tensor:
         """Return the diagonal, computed once until parameters or data change."""
         risk = self.risk
 
         def compute() -> Tensor:
             wanted, title = DiagonalOfRows(risk.space), self._title("diagonal")
-            by_rows = risk.by_rows(self._middle, wanted, title, None)
+            by_rows = risk.by_rows(self.middle, wanted, title, None)
             if by_rows is not None:
                 return by_rows
             ones = torch.ones(risk.space.dim, 1, dtype=risk.space.dtype)
             ones = ones.to(risk.space.device)
-            return risk.mean(lambda b, _: self._products(b), ones, title, UNRECORDED)[
-                :, 0
-            ]
+            return risk.apply(self.forms, ones, title)[:, 0]
 
         name = identity_of(self._products, risk)
         return compute() if name is None else risk.once((type(self), name), compute)
@@ -150,11 +153,13 @@ batch_size_fn, mc_samples, seed, **options
         risk = self.risk
         dtype = torch.promote_types(risk.space.dtype, torch.float32)
         total = torch.zeros(risk.space.dim, dtype=dtype, device=risk.space.device)
-        most = column_bytes(risk.space.device) // total.nbytes
-        width = max(1, min(MAX_COLUMNS, most))
+        most = risk.policy.bytes_of_columns(risk.space.device) // total.nbytes
+        width = max(1, min(risk.policy.columns, most))
         parts = one_by_one(risk, b)
-        sampled = self._middle.mc_samples > 0
-        vectors = self._sampled(b, parts, width) if sampled else _exact(parts, width)
+        sampled = self.middle.mc_samples > 0
+        vectors = (
+            _sampled(self.middle, b, parts, width) if sampled else _exact(parts, width)
+        )
         for part, A, B in vectors:
             left = risk.vjps(part, A)
             right = None if B is A else risk.vjps(part, B)
@@ -167,20 +172,21 @@ batch_size_fn, mc_samples, seed, **options
                         row.add_((x[1:].to(dtype) * y[1:].to(dtype)).sum(0))
         return risk.space.split(total)
 
-    def _sampled(
-        self, b: Linearization, parts: list[Linearization], width: int
-    ) -> Iterator[tuple[Linearization, Tensor, Tensor]]:
-        r"""Yield every part with the sampled gradients of single terms."""
-        M = self._middle.mc_samples
-        G = self._middle.samples(b) / M**0.5
-        shares = G.chunk(len(parts), dim=1) if len(parts) > 1 else [G]
-        for part, share in zip(parts, shares, strict=True):
-            loss = part.loss
-            for ones in _unit_vectors(loss.row_shape, max(1, width // M), share):
-                if loss.class_axis is not None:
-                    ones = ones.unsqueeze(loss.class_axis)
-                A = (share.unsqueeze(1) * ones).flatten(0, 1)
-                yield part, A, A
+
+def _sampled(
+    middle: LossHessian, b: Linearization, parts: list[Linearization], width: int
+) -> Iterator[tuple[Linearization, Tensor, Tensor]]:
+    r"""Yield every part with the sampled gradients of single terms."""
+    M = middle.mc_samples
+    G = middle.samples(b) / M**0.5
+    shares = G.chunk(len(parts), dim=1) if len(parts) > 1 else [G]
+    for part, share in zip(parts, shares, strict=True):
+        loss = part.loss
+        for ones in _unit_vectors(loss.row_shape, max(1, width // M), share):
+            if loss.class_axis is not None:
+                ones = ones.unsqueeze(loss.class_axis)
+            A = (share.unsqueeze(1) * ones).flatten(0, 1)
+            yield part, A, A
 
 
 def _exact(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvlinops._linearization import Linearization, Middle
+from curvlinops._forms import Middle, congruence
+from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import data_gradients
 from curvlinops.risk import EmpiricalRisk
@@ -121,15 +123,10 @@ num_per_example_loss_terms, batch_size_fn, **options
             )
         risk.require_terms("the empirical Fisher")
         super().__init__(risk)
-        self._middle = LossGradients(risk)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.congruence(self._middle, V, self._title())
-
-    def _whole(self) -> Tensor | None:
-        return self._whole_congruence(self._middle)
+        self.forms = (congruence(LossGradients(risk)),)
 
 
+@dataclass(frozen=True)
 class LossGradients(Middle):
     r"""The terms' :math:`\sum_t g_t g_t^\top` in output space.
 
@@ -139,15 +136,14 @@ class LossGradients(Middle):
         The risk whose batches it multiplies.
     """
 
-    def __init__(self, risk: EmpiricalRisk) -> None:
-        self._risk = risk
+    risk: EmpiricalRisk
 
     def __call__(self, batch: Linearization, U: Tensor) -> Tensor:
         G = self._gradients(batch)
         if not batch.loss.opaque:
             return batch.loss.outer_mul(G, U)
         leading = U.shape[: U.ndim - G.ndim]
-        by_datum = (self._risk.batch_size(batch.X), -1)
+        by_datum = (self.risk.batch_size(batch.X), -1)
         products = (G * U).reshape(*leading, *by_datum).sum(-1, keepdim=True)
         return (G.reshape(by_datum) * products).reshape(U.shape)
 
@@ -155,7 +151,7 @@ class LossGradients(Middle):
         """Return the gradients, if every row of the output has one term."""
         G = self._gradients(batch)
         terms = (
-            (self._risk.batch_size(batch.X),)
+            (self.risk.batch_size(batch.X),)
             if batch.loss.opaque
             else batch.loss.row_shape
         )
@@ -166,7 +162,7 @@ class LossGradients(Middle):
 
         def compute() -> Tensor:
             if batch.loss.opaque:
-                return data_gradients(self._risk, batch)
+                return data_gradients(self.risk, batch)
             return batch.loss.gradient()
 
         return batch.once((type(self)._gradients,), compute)

@@ -8,10 +8,10 @@ from typing import Any
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._forms import Form, Side
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
-from curvlinops._plan import Product
-from curvlinops.jacobian import output_space, pull_back, push_forward
+from curvlinops.jacobian import PULL_BACK, PUSH_FORWARD, output_space
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
 
@@ -122,20 +122,7 @@ batch_size_fn, **options
             risk.loss_function.warn_if_flat("this Gram matrix", stacklevel=2)
         space = output_space(risk)
         super().__init__(risk, space, space)
-
-    def _apply(self, V: Tensor) -> Tensor:
-        title, mean = self._title(), (("mean", self.weighted),)
-        if self.weighted:
-            loops = [
-                Product("pull_back", _pull_back_factor, title, options=mean),
-                Product("push_forward", _push_forward_factor, title),
-            ]
-        else:
-            loops = [
-                Product("pull_back", pull_back, title, options=mean),
-                Product("push_forward", push_forward, title),
-            ]
-        return self.risk.in_turn(loops, V)
+        self.forms = WEIGHTED if self.weighted else (PULL_BACK, PUSH_FORWARD)
 
 
 def _pull_back_factor(batch: Linearization, u: list[Tensor]) -> list[Tensor]:
@@ -144,3 +131,10 @@ def _pull_back_factor(batch: Linearization, u: list[Tensor]) -> list[Tensor]:
 
 def _push_forward_factor(batch: Linearization, v: list[Tensor]) -> list[Tensor]:
     return [batch.loss.factor_transpose_mul(batch.jvp(v))]
+
+
+#: Products with :math:`J^\top R`, divided by what a mean is, and its transpose.
+WEIGHTED = (
+    Form(_pull_back_factor, cols=Side.OUTPUTS),
+    Form(_push_forward_factor, rows=Side.OUTPUTS, mean=False),
+)

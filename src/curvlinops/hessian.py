@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
 
+from curvlinops._forms import Form
 from curvlinops._model import Parameters
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator, as_risk
@@ -62,6 +62,8 @@ num_per_example_loss_terms, batch_size_fn, **options
     True
     """
 
+    forms = (Form(lambda b, v: b.hvp(v)),)
+
     def __init__(
         self,
         model_func: Callable[..., Any] | EmpiricalRisk,
@@ -89,6 +91,3 @@ num_per_example_loss_terms, batch_size_fn, **options
                 **options,
             )
         )
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.mean(lambda b, v: b.hvp(v), V, self._title())

@@ -9,6 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._forms import Form, Side
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._spaces import TensorSpace
@@ -37,6 +38,11 @@ def push_forward(batch: Linearization, v: list[Tensor]) -> list[Tensor]:
 def pull_back(batch: Linearization, u: list[Tensor]) -> list[Tensor]:
     """Return the product of its transpose."""
     return batch.vjp(u[0])
+
+
+#: Products with the Jacobian, and with its transpose.
+PUSH_FORWARD = Form(push_forward, rows=Side.OUTPUTS, mean=False)
+PULL_BACK = Form(pull_back, cols=Side.OUTPUTS, mean=False)
 
 
 class JacobianLinearOperator(RiskOperator, LinearOperator):
@@ -98,6 +104,8 @@ batch_size_fn, **options
     True
     """
 
+    forms = (PUSH_FORWARD,)
+
     def __init__(
         self,
         model_func: Callable[..., Any] | EmpiricalRisk,
@@ -122,9 +130,6 @@ batch_size_fn, **options
         )
         risk.require_fixed_order("A Jacobian")
         super().__init__(risk, out_space=output_space(risk))
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.push_forward(push_forward, V, self.shape[0], self._title())
 
     def _whole(self) -> Tensor | None:
         return self._whole_jacobian(self.shape[0])
@@ -170,6 +175,8 @@ batch_size_fn, **options
     True
     """
 
+    forms = (PULL_BACK,)
+
     def __init__(
         self,
         model_func: Callable[..., Any] | EmpiricalRisk,
@@ -194,9 +201,6 @@ batch_size_fn, **options
         )
         risk.require_fixed_order("A transposed Jacobian")
         super().__init__(risk, in_space=output_space(risk))
-
-    def _apply(self, V: Tensor) -> Tensor:
-        return self.risk.pull_back(pull_back, V, self._title())
 
     def _whole(self) -> Tensor | None:
         J = self._whole_jacobian(self.shape[1])

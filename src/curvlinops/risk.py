@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import cache, partial
 from io import BytesIO
 from math import inf
-from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops._adapter import AsModel
-from curvlinops._columns import VJPS, Body, Columns
+from curvlinops._columns import VJPS, Columns
 from curvlinops._compiled import module_behind
 from curvlinops._counts import as_count, optional_count
 from curvlinops._data import (
@@ -39,12 +38,12 @@ from curvlinops._data import (
     length_of,
     moved,
     part_of,
-    preserved_rng,
     shares,
     tensors_in,
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
+from curvlinops._draws import drawn, draws_outside_torch, preserved_rng
 from curvlinops._failures import (
     holds_nested,
     meets_numpy,
@@ -52,34 +51,33 @@ from curvlinops._failures import (
     nested_failure,
     require_numbers,
 )
+from curvlinops._forms import Body, Congruence, Form, Middle, Side
 from curvlinops._grouping import Grouping
 from curvlinops._hidden import HiddenUses, refuse_reentrant
-from curvlinops._identity import Identity, checked_owner, key_of
+from curvlinops._identity import Identity, checked_owner
 from curvlinops._interrupts import isolated
 from curvlinops._isolation import without_autocast
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
-from curvlinops._linearization import (
-    SMALL,
-    Congruence,
-    GraphFreedError,
-    Linearization,
-    Middle,
-)
+from curvlinops._linearization import GraphFreedError, Linearization
+from curvlinops._locks import new_lock
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import checked_cache, raise_if_out_of_memory
 from curvlinops._model import Model, Parameters, named_parameters
+from curvlinops._passes import one_pass
 from curvlinops._plan import (
     GRADIENT,
     Data,
     Fit,
+    Loop,
     Probe,
-    Product,
     check_parts,
     fitted,
+    loops_over,
     number_of_parts,
     numel,
 )
+from curvlinops._policy import POLICY, Policy
 from curvlinops._reach import CopyLeaksError, Reach
 from curvlinops._reading import PLAIN, ClassesElsewhereError
 from curvlinops._rows import LEAST_COLUMNS, DataRows, ProductOfRows, Wanted
@@ -92,8 +90,6 @@ from curvlinops._watch import Watch
 from curvlinops.losses import Loss, LossFunction
 
 T = TypeVar("T")
-#: Most matrices of one state that are recorded.
-MAX_MATRICES = 256
 #: Attributes of a risk that are pickled and copied; all others are made from them.
 _KEPT = (
     "model_func",
@@ -107,6 +103,7 @@ _KEPT = (
     "terms_per_datum",
     "cache",
     "max_memory",
+    "policy",
     "plain",
     "_checks_modes",
     "_own",
@@ -194,6 +191,9 @@ class EmpiricalRisk:
         recordings, vectors and results, and what it creates and drops. Batches that
         take more are multiplied in as few parts as will do, less is kept, and fewer
         columns are multiplied at once. No matrix depends on it.
+    policy : Policy, optional
+        Numbers of products after which they are recorded or materialised, see
+        :class:`~curvlinops._policy.Policy`. No matrix depends on them.
 
     Raises
     ------
@@ -328,12 +328,9 @@ class EmpiricalRisk:
         reduction: str | None = None,
         cache: str | int = "auto",
         max_memory: int | None = None,
+        policy: Policy = POLICY,
     ) -> None:
-        if not callable(model_func):
-            raise TypeError(
-                "The model must be a module or a callable `(params, X) -> prediction`, "
-                f"got {type(model_func).__name__}."
-            )
+        _require_callable(model_func)
         #: How batches and the model's results are read.
         self.reading = PLAIN
         given: Any = model_func
@@ -355,6 +352,7 @@ class EmpiricalRisk:
         self.terms_per_datum = terms or 1
         self.cache = checked_cache(cache)
         self.max_memory = _checked_bytes(max_memory)
+        self.policy = policy
         #: How many times products were asked to be plain; see `fix_route`.
         self.plain = 0
         #: Whether the data is known to give the same batches in every pass, ...
@@ -377,7 +375,7 @@ class EmpiricalRisk:
 
     def _start(self) -> None:
         """Create everything that is rebuilt rather than pickled."""
-        self._lock = RLock()
+        self._lock = new_lock(self._forked)
         self.model = Model(self.model_func, self.params, self.reading)
         with self.model.exclusive():
             if "_own" not in vars(self):
@@ -385,14 +383,17 @@ class EmpiricalRisk:
                 self._own = own_names(self.model_func, self.params)
             require_same_parameters(self.model_func, self.params, self._own)
         self.space = self.model.space
-        self._is_small = may_be_dense(self.space)
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
+        #: Whether reading the data draws no random numbers.
+        self._is_listed = type(self.data) in (list, tuple)
+        #: Whether evaluating the loss is known to draw some.
+        self._loss_draws: dict[Any, bool] = {}
         #: Index of a batch that holds nested tensors.
         self._nested: int | None = None
         self._reach = Reach(self.model_func, self.params)
-        self._columns = Columns(self.space)
+        self._columns = Columns(self.space, self.policy)
         #: Which part of a larger batch the only batch stands for.
         self._share: Share | None = None
         #: Whether sensitivities may be kept, which the plan of a bound leaves out.
@@ -419,6 +420,13 @@ class EmpiricalRisk:
                 self.model.evaluate_in_place()
             self._forget()
 
+    def _forked(self) -> None:
+        """See to it that all is made anew: a thread that is gone may have half done so.
+
+        In a process that was forked meanwhile.
+        """
+        self._seen = ()
+
     def _forget(self) -> None:
         with self._lock:
             self.terms.read()
@@ -426,7 +434,8 @@ class EmpiricalRisk:
             # Batches in which nothing was found that the graph does not show.
             self._examined: set[tuple[int, Share | None]] = set()
             self._recordings: dict[int, Linearization] = {}
-            self._ledger = Ledger(bounded=self.max_memory is not None)
+            bounded, policy = self.max_memory is not None, self.policy
+            self._ledger = Ledger(bounded, policy.cache_fraction)
             self._dense = Dense(self.space, self._columns, self._ledger)
             # By key, the one batch that stands for all, if it may.
             self._joined: dict[Hashable, Linearization | None] = {}
@@ -449,7 +458,7 @@ class EmpiricalRisk:
         one object, which is fast to look up.
         """
         known = self._admitted.get(marks)
-        if known is None and len(self._admitted) < MAX_MATRICES:
+        if known is None and len(self._admitted) < self.policy.matrices:
             known = self._admitted[marks] = Identity(marks, held)
         return known
 
@@ -567,99 +576,88 @@ class EmpiricalRisk:
     # -- the loop over data -----------------------------------------------------
 
     @isolated()
-    def mean(
-        self, body: Body, V: Tensor, title: str = "_matmat", key: Identity | None = None
-    ) -> Tensor:
-        r"""Return :math:`\frac{1}{\sum_b D_b} \sum_b \mathrm{body}(b, V)`.
-
-        Parameters
-        ----------
-        body : callable
-            Maps a batch's :class:`~curvlinops._linearization.Linearization` and
-            vectors (tensors in parameter shapes, with a leading dimension for several)
-            to such vectors.
-        V : Tensor
-            Of shape ``(P, K)``.
-        title : str, optional
-            Description of the progress bar.
-        key : Identity, optional
-            What the body is made of, where that is known, or ``UNRECORDED`` if it is
-            not linear. By default :func:`~curvlinops._identity.identity_of` finds it:
-            products are recorded and replayed, and small matrices materialised, once
-            that pays, and shared with bodies that do the same. A body that captures
-            what may change unseen (a tensor, a module) is not recorded: slow, not
-            wrong.
-
-        Returns
-        -------
-        Tensor
-            Of shape ``(P, K)``.
-
-        Raises
-        ------
-        TypeError
-            If ``key`` is a name that others might use, too.
-        """
-        key = key_of("mean", body, self, key)
-        self._fit(Product("mean", body, title, key), K=V.shape[1])
-
-        def multiply(V: Tensor, title: str) -> Tensor:
-            if self._may_join(key):
-                self._join(body, key)
-            return self._mean(body, V, title, key)
-
-        return self._product(multiply, V, title, key)
-
-    @isolated()
-    def congruence(
+    def apply(
         self,
-        middle: Middle,
+        forms: Form | Sequence[Form],
         V: Tensor,
         title: str = "_matmat",
-        key: Identity | None = None,
+        rows: int | None = None,
     ) -> Tensor:
-        r"""Return :math:`\frac{1}{\sum_b D_b} \sum_b J_b^\top M_b J_b V`.
+        r"""Multiply by forms, one after the other.
 
         Parameters
         ----------
-        middle : Middle
-            Multiplies vectors of a batch's output space by :math:`M_b`.
-        V, title, key : optional
-            As for :meth:`mean`.
+        forms : Form or sequence of Form
+            What is multiplied, the first form first.
+        V : Tensor
+            Of shape ``(M, K)``, with as many rows as there are parameters, or entries
+            of all outputs, on the risk's device.
+        title : str, optional
+            Description of the progress bar.
+        rows : int, optional
+            Number of entries of all outputs, if it is known and must not change.
 
         Returns
         -------
         Tensor
-            Of shape ``(P, K)``.
+            Of shape ``(N, K)``.
+
+        Notes
+        -----
+        Products are recorded and replayed, and small matrices materialised, once that
+        pays. What fits into ``max_memory`` is chosen for all forms together.
         """
-        key = key_of("congruence", middle, self, key)
-        if V.shape[1] >= LEAST_COLUMNS:
-            product = self.by_rows(middle, ProductOfRows(V), title, key)
+        forms = [forms] if isinstance(forms, Form) else forms
+        loops = loops_over(self, forms, title)
+        self._fit(*loops, K=V.shape[1])
+        for loop in loops:
+            V = self.run(loop, V, rows)
+        return V
+
+    def run(self, loop: Loop, V: Tensor, rows: int | None = None) -> Tensor:
+        """Multiply by one form that has been fitted into what memory there may be.
+
+        Parameters
+        ----------
+        loop : Loop
+            The form with its name.
+        V, rows
+            As for :meth:`apply`.
+        """
+        form, title, key = loop
+        if form.middle and form.mean and V.shape[1] >= LEAST_COLUMNS:
+            product = self.by_rows(form.middle, ProductOfRows(V), title, key)
             if product is not None:
                 return product
+        if form.is_square:
+            return self._product(loop, V)
+        if form.cols is Side.OUTPUTS:
+            known = len(V)
+        elif rows is None:
+            known = sum(map(torch.Size.numel, self.output_shapes))
+        else:
+            known = rows
+        return self.session(lambda: self._crossed(loop, V, known), key)
 
-        def multiply(V: Tensor, title: str) -> Tensor:
-            if (jacobians := self._small_jacobians(key)) is None:
-                return self._mean(Congruence(middle), V, title, key)
-            total: Any = 0
-            count: Any = 0
-            with torch.inference_mode(False), torch.enable_grad():
-                rows = V.T if V.shape[1] > 1 else V[:, 0]
-                for batch, J in self._shown(jacobians, title, len(jacobians)):
-                    f = batch.output_space
-                    U = (rows @ J.T).reshape((*rows.shape[:-1], *f.shapes[0]))
-                    U = middle(batch, U.to(f.dtype)).to(J.dtype)
-                    total = total + U.reshape(*rows.shape[:-1], -1) @ J
-                    count = count + batch.count
-                return (total / self._denominator(count)).reshape(-1, len(V)).T
-
-        def left_factor(jacobians: Jacobians) -> Tensor:
-            return self._session(lambda: self._left_factor(middle, jacobians), key)
-
-        if self.max_memory is not None:
-            self._fit(Product("congruence", middle, title, key), K=V.shape[1])
-            return self._product(multiply, V, title, key)
-        return self._product(multiply, V, title, key, left_factor)
+    def _multiply(self, loop: Loop, V: Tensor) -> Tensor:
+        """Multiply by what is kept of the batches (within :meth:`session`)."""
+        form, title, key = loop
+        if form.may_join and self._may_join(key):
+            self._join(loop)
+        jacobians = None if form.middle is None else self._small_jacobians(key)
+        if form.middle is None or jacobians is None:
+            return self._sum(loop, V)
+        total: Any = 0
+        count: Any = 0
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = V.T if V.shape[1] > 1 else V[:, 0]
+            for batch, J in self._shown(jacobians, title, len(jacobians)):
+                f = batch.output_space
+                U = (rows @ J.T).reshape((*rows.shape[:-1], *f.shapes[0]))
+                U = form.middle(batch, U.to(f.dtype)).to(J.dtype)
+                total = total + U.reshape(*rows.shape[:-1], -1) @ J
+                count = count + batch.count
+            return (total / self._divisor(form, count)).reshape(-1, len(V)).T
 
     @isolated()
     def by_rows(
@@ -706,10 +704,11 @@ class EmpiricalRisk:
 
         return self.session(run)
 
-    def _left_factor(self, middle: Middle, jacobians: Jacobians) -> Tensor:
+    def _left_factor(self, form: Form, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
-        sizes = [len(J) for _, J in jacobians]
-        D = self._denominator(sum(batch.count for batch, _ in jacobians))
+        middle, sizes = form.middle, [len(J) for _, J in jacobians]
+        assert middle is not None
+        D = self._divisor(form, sum(batch.count for batch, _ in jacobians))
         with torch.enable_grad():
             result = jacobians[0][1].new_empty(sum(sizes), self.space.dim)
             for (batch, J), part in zip(jacobians, result.split(sizes), strict=True):
@@ -718,18 +717,16 @@ class EmpiricalRisk:
                 torch.div(U.T, D, out=part)
             return result
 
-    def _mean(
-        self,
-        body: Body,
-        V: Tensor,
-        title: str,
-        key: Hashable,
-        one: Linearization | None = None,
-    ) -> Tensor:
-        """Return a mean over batches of products (within :meth:`session`).
+    def _divisor(self, form: Form, count: Any) -> Any:
+        """Return what a form's sum over batches is divided by."""
+        return self._denominator(count) if form.mean else 1
+
+    def _sum(self, loop: Loop, V: Tensor, one: Linearization | None = None) -> Tensor:
+        """Return a sum, or mean, over batches of products (within :meth:`session`).
 
         Over ``one`` batch that holds all data, if there is one.
         """
+        form, title, key = loop
         one = one or self._joined_batch(key)
         batches = self.batches(title) if one is None else [one]
         count: Any = 0
@@ -739,17 +736,17 @@ class EmpiricalRisk:
             rows = cache(lambda: self.space.split(sum_()))
             first = True
             for batch in batches:
-                count = count + batch.count
-                self._add_product(body, batch, vectors, rows, key, first)
+                count = count + batch.count if form.mean else count
+                self._add_product(form.body, batch, vectors, rows, key, first)
                 first = False
                 del batch
-            return sum_().div_(self._denominator(count)).unsqueeze(1)
+            return sum_().div_(self._divisor(form, count)).unsqueeze(1)
         total = cache(lambda: V.new_zeros(V.shape[1], V.shape[0]))
         for batch in batches:
-            count = count + batch.count
-            self._add_products(body, batch, V, total, key=key)
+            count = count + batch.count if form.mean else count
+            self._add_products(form.body, batch, V, total, key=key)
             del batch
-        return total().div_(self._denominator(count)).T
+        return total().div_(self._divisor(form, count)).T
 
     def _may_join(self, key: Hashable) -> bool:
         """Whether all data may be put into one batch, and that pays."""
@@ -761,7 +758,7 @@ class EmpiricalRisk:
             batches = list(self._recordings.values())
             ledger, nbytes = self._ledger, self._ledger.used()
             complete = self._num_batches == len(batches)
-        return complete and joining_pays(batches, nbytes, ledger)
+        return complete and joining_pays(batches, nbytes, ledger, self.policy)
 
     def _may_put_together(self) -> bool:
         """Whether nothing the user has asked for speaks against one batch for all."""
@@ -769,12 +766,13 @@ class EmpiricalRisk:
             return False
         return self.model.keeps_to_itself()  # hooks see the user's batches only
 
-    def _join(self, body: Body, key: Hashable) -> None:
+    def _join(self, loop: Loop) -> None:
         """Put all data into one batch if that gives the same product."""
+        key, untitled = loop.key, loop._replace(title="")
         known, recordings = self._joined, dict(self._recordings)
 
         def multiply(V: Tensor, one: Linearization | None) -> Tensor:
-            return self._mean(body, V, "_join", key, one)
+            return self._sum(untitled, V, one)
 
         batches = [batch for _, batch in sorted(recordings.items())]
         known[key] = one = joined_batch(self, batches, multiply)
@@ -790,22 +788,15 @@ class EmpiricalRisk:
         one = self._joined_batch(key)
         return list(self._recordings.values()) if one is None else [one]
 
-    def _product(
-        self,
-        multiply: Callable[[Tensor, str], Tensor],
-        V: Tensor,
-        title: str,
-        key: Hashable,
-        left_factor: Callable[[Jacobians], Tensor] | None = None,
-    ) -> Tensor:
-        """Return ``multiply(V, title)``, by its matrix once that is known."""
+    def _product(self, loop: Loop, V: Tensor) -> Tensor:
+        """Multiply by a square form, by its matrix once that is known."""
         self._refresh_if_changed()
         device = self.space.device.type
         with self._alone(), without_autocast(device), torch.inference_mode(False):
-            if (factors := self._materialised(key, V, multiply, left_factor)) is None:
-                return self._session(lambda: multiply(V, title), key)
+            if (factors := self._materialised(loop, V)) is None:
+                return self._session(lambda: self._multiply(loop, V), loop.key)
             if self.progressbar:  # which is full at once
-                all(self._shown([True] * len(self._recordings), title))
+                all(self._shown([True] * len(self._recordings), loop.title))
             if V.shape[1] == 1:
                 for factor in factors:
                     V = factor @ V
@@ -815,30 +806,34 @@ class EmpiricalRisk:
                 rows = rows @ factor.T
             return rows.T
 
-    def _materialised(
-        self,
-        key: Hashable,
-        V: Tensor,
-        multiply: Callable[[Tensor, str], Tensor],
-        left_factor: Callable[[Jacobians], Tensor] | None,
-    ) -> Factors | None:
+    def _materialised(self, loop: Loop, V: Tensor) -> Factors | None:
         """Return the matrix, or its factors, if known, or paying from now on."""
+        form, _, key = loop
         if self._rehearses or not self._may_be_dense(key):
             return None
-
-        def run(V: Tensor) -> Tensor:
-            return self._session(lambda: multiply(V, ""), key)
 
         with self._lock:
             if (factors := self._dense.settled(key)) is not None:
                 return factors
+
+            def run(V: Tensor) -> Tensor:
+                untitled = loop._replace(title="")
+                return self._session(lambda: self._multiply(untitled, V), key)
+
+            def left_factor(jacobians: Jacobians) -> Tensor:
+                return self._session(lambda: self._left_factor(form, jacobians), key)
+
+            factored = form.middle is not None and self.max_memory is None
             complete = self._num_batches == len(self._recordings)
             batches = self._multiplied(key)
-            return self._dense.matrix(key, V, batches, complete, run, left_factor)
+            return self._dense.matrix(
+                key, V, batches, complete, run, left_factor if factored else None
+            )
 
     def _may_be_dense(self, key: Hashable) -> bool:
         """Whether a product's matrix, or Jacobians, may be kept if that pays."""
-        return key is not None and not self.plain and self._repeats and self._is_small
+        usual = key is not None and not self.plain and self._repeats
+        return usual and may_be_dense(self.space, self.policy)
 
     def _small_jacobians(self, key: Hashable) -> Jacobians | None:
         """Return the batches with their Jacobians as matrices if that pays.
@@ -859,103 +854,27 @@ class EmpiricalRisk:
             return None
         return dense.keep_jacobians(self, kept, batches, self._rehearses)
 
-    @isolated()
-    def push_forward(
-        self,
-        body: Body,
-        V: Tensor,
-        rows: int,
-        title: str = "_matmat",
-        key: Identity | None = None,
-    ) -> Tensor:
-        r"""Return the products :math:`\mathrm{body}(b, V)` of all batches, stacked.
+    def _crossed(self, loop: Loop, V: Tensor, rows: int) -> Tensor:
+        """Multiply to or from the space of outputs (within :meth:`session`).
 
-        Parameters
-        ----------
-        body : callable
-            As for :meth:`mean`, but returns a single vector in the batch's output
-            shape.
-        V : Tensor
-            Of shape ``(P, K)``.
-        rows : int
-            Number ``M`` of entries of all outputs.
-        title, key : optional
-            As for :meth:`mean`.
-
-        Returns
-        -------
-        Tensor
-            Of shape ``(M, K)``.
+        That has so many ``rows``.
         """
-        key = key_of("push_forward", body, self, key)
+        (form, title, key), count = loop, 0
+        pulls = form.cols is Side.OUTPUTS
+        length = self.space.dim if pulls else rows
+        total = cache(lambda: V.new_zeros(V.shape[1], length))
 
-        def run() -> Tensor:
-            total = V.new_zeros(V.shape[1], rows)
-            for batch, place, outputs in self._with_places(title, rows):
-                part = cache(partial(total.__getitem__, (slice(None), place)))
-                spaces = self.space, outputs
-                self._add_products(body, batch, V, part, spaces, key)
-                del batch
-            return total.T
+        def part_of_total(place: slice) -> Tensor:
+            return total() if pulls else total()[:, place]
 
-        self._fit(Product("push_forward", body, title, key), K=V.shape[1])
-        return self.session(run, key)
-
-    @isolated()
-    def pull_back(
-        self,
-        body: Body,
-        U: Tensor,
-        title: str = "_matmat",
-        key: Identity | None = None,
-        mean: bool = False,
-    ) -> Tensor:
-        r"""Return :math:`\sum_b \mathrm{body}(b, U_b)`, from outputs to parameters.
-
-        Parameters
-        ----------
-        body : callable
-            As for :meth:`mean`, but gets a single vector in the batch's output shape.
-        U : Tensor
-            Of shape ``(M, K)``: the batches' vectors, stacked.
-        title, key : optional
-            As for :meth:`mean`.
-        mean : bool, optional
-            Whether to divide by :math:`\sum_b D_b`.
-
-        Returns
-        -------
-        Tensor
-            Of shape ``(P, K)``.
-        """
-        key = key_of("pull_back", body, self, key)
-
-        def run() -> Tensor:
-            total = cache(lambda: U.new_zeros(U.shape[1], self.space.dim))
-            count: Any = 0
-            for batch, place, outputs in self._with_places(title, len(U)):
-                count = count + batch.count if mean else count
-                part = U[place].to(outputs.dtype)
-                spaces = outputs, self.space
-                self._add_products(body, batch, part, total, spaces, key)
-                del batch
-            return total().div_(self._denominator(count) if mean else 1).T
-
-        options = (("mean", mean),)
-        self._fit(Product("pull_back", body, title, key, options), K=U.shape[1])
-        return self.session(run, key)
-
-    @isolated()
-    def in_turn(self, loops: Sequence[Product], V: Tensor) -> Tensor:
-        """Return the last of several loops over the data, each multiplying the last's.
-
-        What fits into ``max_memory`` is chosen for all of them together.
-        """
-        loops = [loop.named(self) for loop in loops]
-        self._fit(*loops, K=V.shape[1])
-        for loop in loops:
-            V = loop.run(self, V)
-        return V
+        for batch, place, outputs in self._with_places(title, rows):
+            count = count + batch.count if form.mean else count
+            part = V[place].to(outputs.dtype) if pulls else V
+            spaces = (outputs, self.space) if pulls else (self.space, outputs)
+            add_to = cache(partial(part_of_total, place))
+            self._add_products(form.body, batch, part, add_to, spaces, key)
+            del batch
+        return total().div_(self._divisor(form, count)).T
 
     def vjps(self, batch: Linearization, U: Tensor) -> Iterator[list[Tensor]]:
         r"""Yield :math:`J_b^\top u` for vectors ``[K, *output.shape]``, in chunks.
@@ -1197,7 +1116,9 @@ class EmpiricalRisk:
         loss = self.loss_function
         known = loss is None or not loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
-        with preserved_rng(self.space.device), unchanged(loss_func):
+        draws = nullcontext() if known else draws_outside_torch(self._loss_draws)
+        wide = not self._is_listed
+        with preserved_rng(self.space.device, wide), draws, unchanged(loss_func):
             while True:  # each cause is found once, and removed
                 model, may_free = self.model, self.model.may_free
                 try:
@@ -1318,7 +1239,9 @@ class EmpiricalRisk:
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
         """Read the data, each batch as inputs and targets."""
-        for index, item in enumerate(self.data):
+        if not self._is_listed:
+            drawn()  # loaders do, also without shuffling
+        for index, item in enumerate(one_pass(self.data)):
             yield self._pair(item, index)
 
     def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
@@ -1359,7 +1282,9 @@ class EmpiricalRisk:
         uses = None if (index, share) in examined else HiddenUses(self.model)
         try:
             see = None if uses is None else uses.see
-            batch = Linearization(self.model, X, y, make_loss, index, protect, see)
+            batch = Linearization(
+                self.model, X, y, make_loss, index, protect, see, self.policy
+            )
             batch.place, batch.share = place, share
         except (RuntimeError, TypeError) as error:
             raise_if_out_of_memory(error)
@@ -1443,14 +1368,14 @@ class EmpiricalRisk:
 
     def _has_room(self, batch: Linearization) -> bool:
         """Whether a batch may be kept, and its output's graph at least would fit."""
-        known = batch.place in self._recordings or batch.size <= SMALL
+        known = batch.place in self._recordings or batch.is_small
         if self._may_keep(batch) and not known:
             with self._lock:
                 self._ledger.open(self.cache, self.space.device)
                 self._ledger.full |= batch.nbytes > self._ledger.room()
         return self._may_keep(batch)
 
-    def _fit(self, *products: Product, K: int = 1) -> None:
+    def _fit(self, *products: Loop, K: int = 1) -> None:
         """Choose parts, columns and budget with which a product fits `max_memory`.
 
         Its loops are given. Later calls with one of them find the choice.
@@ -1461,7 +1386,7 @@ class EmpiricalRisk:
         first = products[0]
         if first.key in self._dense.matrices:
             return
-        names = [(product.method, product.key, K) for product in products]
+        names = [(product is GRADIENT, product.key, K) for product in products]
         once = first.key is None and first is not GRADIENT
         with self.model.exclusive(), self._lock:
             known = {self._fits.get(name) for name in names}
@@ -1656,6 +1581,14 @@ class EmpiricalRisk:
             yield from self.batches(title)
         finally:
             self._recordings, self._ledger.full = recordings, full
+
+
+def _require_callable(model_func: Any) -> None:
+    if not callable(model_func):
+        raise TypeError(
+            "The model must be a module or a callable `(params, X) -> prediction`, "
+            f"got {type(model_func).__name__}."
+        )
 
 
 def _checked_bytes(max_memory: int | None) -> int | None:

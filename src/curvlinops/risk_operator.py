@@ -13,11 +13,13 @@ from torch import Tensor
 
 from curvlinops._closed_forms import require_square
 from curvlinops._counts import count
-from curvlinops._identity import key_of
-from curvlinops._linearization import Middle
+from curvlinops._forms import Form as Form
+from curvlinops._forms import Middle as Middle
+from curvlinops._forms import Side as Side
+from curvlinops._forms import congruence as congruence
 from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
-from curvlinops._plan import Plan, plan, products_of
+from curvlinops._plan import Plan, loops_of, plan
 from curvlinops._random import Rng
 from curvlinops._rows import JACOBIAN, JacobianOfRows, MatrixOfRows
 from curvlinops._spaces import TensorSpace
@@ -38,6 +40,9 @@ class RiskOperator(TorchOperator):
     """
 
     risk: EmpiricalRisk
+    #: What a product multiplies by, the first form first. Operators that multiply by
+    #: something else have none.
+    forms: Sequence[Form] = ()
 
     def __init__(
         self,
@@ -47,6 +52,9 @@ class RiskOperator(TorchOperator):
     ) -> None:
         super().__init__(in_space or risk.space, out_space or risk.space)
         self.risk = risk
+
+    def _apply(self, V: Tensor) -> Tensor:
+        return self.risk.apply(self.forms, V, self._title(), self.shape[0])
 
     def _of(self, risk: EmpiricalRisk) -> Self:
         """Return the same matrix of another risk."""
@@ -118,12 +126,11 @@ class RiskOperator(TorchOperator):
 
     def _whole(self) -> Tensor | None:
         """Return the matrix where computing it at once costs less."""
-        return None
-
-    def _whole_congruence(self, middle: Middle) -> Tensor | None:
-        risk, wanted = self.risk, MatrixOfRows(self.risk.space)
-        key = key_of("congruence", middle, risk, None)
-        return risk.by_rows(middle, wanted, self._title(), key)
+        forms, wanted = self.forms, MatrixOfRows(self.risk.space)
+        if len(forms) != 1 or forms[0].middle is None or not forms[0].mean:
+            return None
+        key = forms[0].key(self.risk)
+        return self.risk.by_rows(forms[0].middle, wanted, self._title(), key)
 
     def _whole_jacobian(self, length: int) -> Tensor | None:
         wanted = JacobianOfRows(self.risk.space, length)
@@ -268,8 +275,8 @@ class RiskOperator(TorchOperator):
         >>> G.status().batches
         ('graph', 'graph', 'graph', 'graph')
         """
-        products, _ = products_of(self, 1)
-        return self.risk.status([product.key for product in products])
+        loops, _ = loops_of(self, 1)
+        return self.risk.status([loop.key for loop in loops])
 
     def verify(self, rng: Rng = 0) -> Report:
         """Check this operator on its own model, loss and data.

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from curvlinops._draws import Draws
 from curvlinops._failures import function_failure, no_scalar
+from curvlinops._hashed import Draws
 from curvlinops.losses import Loss, LossFunction
 from curvlinops.risk import EmpiricalRisk
 

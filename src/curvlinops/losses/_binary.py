@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from curvlinops._draws import Draws
+from curvlinops._hashed import Draws
 from curvlinops.losses._elementwise import Elementwise, PiecewiseLinear
 from curvlinops.losses._loss import root
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from curvlinops._draws import Draws
+from curvlinops._hashed import Draws
 from curvlinops.losses._elementwise import PiecewiseLinear
 from curvlinops.losses._loss import Loss, describe, is_tensor, root
 

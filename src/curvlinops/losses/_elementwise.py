@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops._draws import Draws
+from curvlinops._hashed import Draws
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.losses._loss import Loss, root
 

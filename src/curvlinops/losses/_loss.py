@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Generator, Tensor
 
-from curvlinops._draws import Draws
+from curvlinops._hashed import Draws
 from curvlinops._hidden import refuse_reentrant
 from curvlinops._random import as_seed
 

@@ -13,7 +13,7 @@ from curvlinops import (
     GGNLinearOperator,
     KFACLinearOperator,
 )
-from curvlinops._draws import Draws, mixed
+from curvlinops._hashed import Draws, mixed
 from tolerances import assert_close
 
 MASK = (1 << 64) - 1
