@@ -138,9 +138,10 @@ batch_size_fn, mc_samples, seed, **options
 
         def compute() -> Tensor:
             wanted, title = DiagonalOfRows(risk.space), self._title("diagonal")
-            by_rows = risk.by_rows(self.middle, wanted, title, None)
-            if by_rows is not None:
-                return by_rows
+            if isinstance(risk.data, list | tuple):  # others may be read only once more
+                by_rows = risk.by_rows(self.middle, wanted, title, None)
+                if by_rows is not None:
+                    return by_rows
             ones = torch.ones(risk.space.dim, 1, dtype=risk.space.dtype)
             ones = ones.to(risk.space.device)
             return risk.apply(self.forms, ones, title)[:, 0]
