@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from curvlinops._backward import grad
 from curvlinops._data import cloned, cut, moved, tensors_in
@@ -386,7 +387,11 @@ class _Plain:
         """Return the loss of every batch, as the package knows it."""
         if self.risk.loss_function is None:
             raise _SkippedError("there is no loss function")
-        return list(map(self.risk.loss_function, self.here, self.targets))
+        losses = list(map(self.risk.loss_function, self.here, self.targets))
+        sizes = [len(f) if f.ndim else 1 for f in self.here]
+        for loss, size, stop in zip(losses, sizes, accumulate(sizes), strict=True):
+            loss.first_row = stop - size
+        return losses
 
     def pull_back(self, U: Outputs, shift: Tensor | None = None) -> Tensor:
         """Multiply by the transposed Jacobian."""
@@ -543,9 +548,8 @@ def _ggn(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
 def _sampled_outer_mul(A: Any, plain: _Plain, U: Outputs) -> Outputs:
     """Multiply by the mean of the samples' outer products."""
     share, results = plain.share_of_a_term, []
-    for index, (loss, u) in enumerate(zip(plain.losses(), U, strict=True)):
-        generator = Generator().manual_seed(A.middle.seed + index)
-        G = loss.sample_gradients(_samples(A), generator)
+    for loss, u in zip(plain.losses(), U, strict=True):
+        G = loss.sample_gradients(_samples(A), A.middle.seed)
         products = torch.stack([loss.outer_mul(g, u) for g in G])
         results.append(share * products.mean(0))
     return results

@@ -49,7 +49,8 @@ num_per_example_loss_terms, batch_size_fn, **options
         As for :class:`~curvlinops.risk.EmpiricalRisk`, which may be passed in place of
         the first four.
     seed : int, optional
-        Seed of the samples; batch number ``i`` uses ``seed + i``.
+        Seed of the samples. A datum's depend on its number in the data, and not on how
+        these are cut into batches.
     fisher_type : str or FisherType, optional
         What is sent back: ``"type-2"``, the columns of a factor of the loss's Hessian,
         one backward pass per class and per term of a datum (exact); ``"mc"``, gradients
