@@ -160,7 +160,8 @@ LEVELS = [
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [
-        *["_apart", "_columns", "_dense", "_determinism", "_folding", "_joining"],
+        *["_apart", "_by_forms", "_columns", "_dense", "_determinism", "_folding"],
+        *["_joining", "_plain"],
         *["_ledger", "_linearization", "_loss_leaves", "_order", "_parts", "_plan"],
         *["_reach", "_status", "_structure", "_terms", "_tracker", "_verify", "diag"],
         *["structured"],
