@@ -117,6 +117,17 @@ class Problem:
 PROBLEMS: list[Problem] = []
 
 
+class Uncopied:
+    """What a module is evaluated in place for, since there can be no copy of it."""
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError("there is only one")
+
+
+#: Tests of such modules, or of others that have no copy.
+IN_PLACE = pytest.mark.filterwarnings("ignore:.*is evaluated in place, since")
+
+
 def problems(*tags: str, without: Iterable[str] = ()) -> list:
     """Select the problems with all of some tags and none of others, for parametrize."""
     wanted, unwanted = set(tags), set(without)

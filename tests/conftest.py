@@ -1,5 +1,11 @@
 """Settings of the whole suite."""
 
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,3 +24,34 @@ def tf32():
     yield backends
     for backend, allowed in zip(backends, before, strict=True):
         backend.allow_tf32 = allowed
+
+
+@pytest.fixture
+def folder():
+    """A folder that everybody can look into, and that is gone afterwards."""
+    open_places = (
+        place
+        for place in map(Path, (tempfile.gettempdir(), "/var/tmp", "/dev/shm"))
+        if all(p.is_dir() and p.stat().st_mode & 0o001 for p in (place, *place.parents))
+    )
+    if (place := next(open_places, None)) is None:
+        pytest.skip("no folder for temporary files that everybody can look into")
+    path = Path(tempfile.mkdtemp(dir=place))
+    path.chmod(0o777)
+    yield path
+    for place in [path, *path.rglob("*")]:
+        if not place.is_symlink():
+            place.chmod(0o777)
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 4 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path]
+    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)

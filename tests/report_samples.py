@@ -122,11 +122,11 @@ def blocks_of(A, name):
             num_repeats=4,
             boundaries=(-2.0, 20.0),
             rng=0,
-        )
+        ).smooth(scale="log", boundaries=(0.0, 20.0), kappa=1.04, epsilon=1e-3)
         arrays = spectrum.nodes, spectrum.weights, curve(spectrum)
         found.append(Block(block_name, size, float(unit), rank, *arrays))
     distances = np.full((4, 4), 0.3) - 0.3 * np.eye(4)
-    return Blocks(name, tuple(found), distances, 0.3)
+    return Blocks(name, 1e-3, tuple(found), distances, 0.3)
 
 
 def sample(seed=0):
@@ -170,7 +170,7 @@ def sample(seed=0):
             0.0195,
             0.1,
         ),
-        Counts(TOP, 100, 20, 8, 16, 10, 4, 4, 1000, True),
+        Counts(TOP, 100, 20, 8, 16, 10, 8, 10, 4, 4, 1000, True),
         matrices,
         (Overlap("hessian", "ggn", squares, float(squares.sum() / TOP)),),
         blocks_of(hessian, "hessian"),

@@ -13,7 +13,10 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrize import cached, register_parametrization
 from torch.utils.checkpoint import checkpoint
 
+from cases import IN_PLACE, Uncopied
 from curvlinops import GGNLinearOperator, HessianLinearOperator
+
+pytestmark = IN_PLACE
 
 LOSS = nn.MSELoss(reduction="sum")
 
@@ -47,7 +50,7 @@ class InPlace(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lock = threading.Lock()
+        self.lock = Uncopied()
 
 
 class Caching(Net):
@@ -286,7 +289,7 @@ def _old_weight_norm(layer: nn.Module) -> nn.Module:
 def test_weights_that_hooks_compute_stay_the_users():
     torch.manual_seed(0)
     model = nn.Sequential(_old_weight_norm(nn.Linear(3, 2)), nn.Tanh()).double()
-    model.lock = threading.Lock()  # it cannot be copied
+    model.lock = Uncopied()  # it cannot be copied
     _, _, data = build(Net)
     params = dict(model.named_parameters())
     model(data[0][0])

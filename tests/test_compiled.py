@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import references
+from cases import IN_PLACE, Uncopied
 from curvlinops import (
     EFLinearOperator,
     EKFACLinearOperator,
@@ -69,7 +69,7 @@ def inside(net: Net) -> nn.Module:
 
 def in_place(net: Net) -> nn.Module:
     net.block = compiled(net.block)
-    net.lock = threading.Lock()  # cannot be copied
+    net.lock = Uncopied()  # cannot be copied
     net.compile(backend="aot_eager")
     return net
 
@@ -82,6 +82,7 @@ def hooked(net: Net) -> nn.Module:
 
 WAYS = (wrapped, nested, both, inside, in_place, hooked)
 LOSS = nn.CrossEntropyLoss()
+pytestmark = IN_PLACE
 
 
 def problem(way: Callable[[Net], nn.Module]) -> tuple[nn.Module, nn.Module, list]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import references
+from cases import IN_PLACE
 from curvlinops import (
     EFLinearOperator,
     GGNDiagonalLinearOperator,
@@ -233,6 +234,7 @@ def test_a_lost_second_derivative_is_found(place, dtype):
     assert_close(G @ v, expected, dtype, size=200)
 
 
+@IN_PLACE
 def test_a_module_in_place_is_compared_too():
     class Uncopied(Net):
         def __deepcopy__(self, memo):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,15 +14,19 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import curvlinops as c
+from cases import IN_PLACE, Uncopied
 from curvlinops import risk as risk_module
 from curvlinops.examples import gradient_and_loss
 from tolerances import assert_close
 
 REENTRANT, PLAIN = {"use_reentrant": True}, {"use_reentrant": False}
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:None of the inputs have requires_grad=True"  # torch's, of a checkpoint
-)
+pytestmark = [
+    IN_PLACE,
+    pytest.mark.filterwarnings(
+        "ignore:None of the inputs have requires_grad=True"  # torch's, of a checkpoint
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +281,7 @@ def test_of_a_callable() -> None:
 
 def in_place(net: nn.Module) -> tuple[Any, Any]:
     """It cannot be copied."""
-    net.lock = threading.Lock()
+    net.lock = Uncopied()
     return net, dict(net.named_parameters())
 
 

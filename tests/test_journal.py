@@ -2,18 +2,15 @@
 
 import os
 import resource
-import shutil
 import signal
 import sqlite3
 import stat
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +18,9 @@ import pytest
 import torch
 
 import curvlinops
-from curvlinops import _journal
-from curvlinops._journal import Journal, read_identity
+from curvlinops import CGInverseLinearOperator, _journal
+from curvlinops._journal import Checkpoint, Journal, read_identity
+from faults import forked, unprivileged
 
 IDENTITY = {"task": "chain", "seed": 3}
 SECTIONS, LENGTH = 12, 5
@@ -64,27 +62,6 @@ def finished(path, **options):
         journal.close()
 
 
-@contextmanager
-def forked(work):
-    """Run a function in a forked process, which is killed at the end at the latest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forks besides threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-    try:
-        yield pid
-    finally:
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
 def interrupted(path, products=8):
     """Leave the journal of a process that was killed after so many products."""
     read, write = os.pipe()
@@ -97,38 +74,6 @@ def interrupted(path, products=8):
             pass
     os.close(read)
     os.close(write)
-
-
-@contextmanager
-def unprivileged():
-    """Obey permissions, as a user does."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def folder():
-    """A folder that everybody can look into, and that is gone afterwards."""
-    open_places = (
-        place
-        for place in map(Path, (tempfile.gettempdir(), "/var/tmp", "/dev/shm"))
-        if all(p.is_dir() and p.stat().st_mode & 0o001 for p in (place, *place.parents))
-    )
-    if (place := next(open_places, None)) is None:
-        pytest.skip("no folder for temporary files that everybody can look into")
-    path = Path(tempfile.mkdtemp(dir=place))
-    path.chmod(0o777)
-    yield path
-    for place in [path, *path.rglob("*")]:
-        if not place.is_symlink():
-            place.chmod(0o777)
-    shutil.rmtree(path)
 
 
 # -- killed ----------------------------------------------------------------------------
@@ -345,18 +290,6 @@ def test_an_interrupted_journal_says_so_where_nothing_can_be_written(folder):
         finished(path)
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 4 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path]
-    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
-
-
 @pytest.mark.parametrize("room", [0, 2**14, 2**17, 2**19])
 def test_a_full_disk_costs_nothing_that_was_recorded(disk, room):
     path, filler, told = disk / "j", disk / "filler", []
@@ -530,6 +463,48 @@ def test_space_is_used_again(tmp_path):
     path.unlink()
     finished(path, sections=20, size=20_000)
     assert path.stat().st_size <= 1.1 * few < 2.2e6
+
+
+def test_growth_is_bounded(tmp_path):
+    """What is beyond the bound is made again; numbers and bits stay the same."""
+    path, most = tmp_path / "j", 4 * 8 * 500 - 100
+    bounded = Checkpoint(path, max_bytes=most)
+    with pytest.warns(UserWarning, match=r"j has as many products as .*allows, 3: "):
+        result, products = finished(bounded)
+    assert np.array_equal(result, chain()) and products == SECTIONS * LENGTH
+    with pytest.warns(UserWarning, match="j has as many products as"):
+        result, products = finished(bounded)  # of the last section, two are lost
+    assert np.array_equal(result, chain()) and products == LENGTH - 3
+    result, products = finished(path)  # now all are kept
+    assert np.array_equal(result, chain()) and products == LENGTH - 3
+    assert finished(bounded)[1] == 0  # what is there is used
+    unbounded = tmp_path / "all"
+    finished(unbounded)
+    assert finished(Checkpoint(str(unbounded), max_bytes=0))[1] == 0
+
+
+@pytest.mark.parametrize("most", [0, 8 * 500 - 1])
+def test_products_need_not_be_recorded(tmp_path, most):
+    bounded = Checkpoint(tmp_path / "j", most)
+    for products in (SECTIONS * LENGTH, LENGTH):  # states are kept
+        with pytest.warns(UserWarning, match=r"allows, 0: further"):
+            assert finished(bounded)[1] == products
+    with pytest.raises(ValueError, match="`max_bytes` must be a whole number"):
+        Checkpoint(tmp_path / "j", 0.5)
+    assert str(bounded) == os.fspath(bounded) == str(tmp_path / "j")
+
+
+def test_solvers_take_bounded_checkpoints(tmp_path):
+    d, b = np.linspace(1, 50, 300), np.ones(300)
+    want = CGInverseLinearOperator(np.diag(d)) @ b
+    few = Checkpoint(tmp_path / "cg", max_bytes=10 * 8 * 300)
+    with pytest.warns(UserWarning, match="cg has as many products"):
+        result = CGInverseLinearOperator(np.diag(d), checkpoint=few) @ b
+    assert np.array_equal(result, want)
+    size = os.path.getsize(tmp_path / "cg")
+    assert size < 10 * (8 * 300 + 8192)
+    CGInverseLinearOperator(np.diag(d), checkpoint=str(few)) @ b
+    assert os.path.getsize(tmp_path / "cg") > 2 * size
 
 
 def test_other_versions_are_warned_of(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Every law of losses on every loss with every option, and every error."""
 
 import pickle
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from math import prod
 
 import pytest
@@ -818,3 +820,52 @@ def test_negative_log_likelihood_counts_like_torch(weighted):
 def test_negative_log_likelihood_takes_class_indices():
     with pytest.raises(ValueError, match="class indices"):
         as_loss_function(F.nll_loss)(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def own_loss(f, y):
+    return (f - y).abs().mean()
+
+
+WEIGHT = torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "same", "others"),
+    [
+        (
+            nn.CrossEntropyLoss(),
+            F.cross_entropy,
+            [
+                nn.CrossEntropyLoss(reduction="sum"),
+                nn.CrossEntropyLoss(label_smoothing=0.1),
+                nn.CrossEntropyLoss(ignore_index=0),
+                nn.CrossEntropyLoss(WEIGHT),
+                nn.CrossEntropyLoss(WEIGHT + 1),
+                nn.MSELoss(),
+            ],
+        ),
+        (nn.CrossEntropyLoss(WEIGHT), partial(F.cross_entropy, weight=WEIGHT), []),
+        (
+            own_loss,
+            own_loss,
+            [nn.L1Loss(), partial(own_loss, y=WEIGHT), lambda f, y: 0],
+        ),
+        (nn.HuberLoss(delta=2.0), partial(F.huber_loss, delta=2.0), [nn.HuberLoss()]),
+    ],
+)
+def test_titles_tell_losses_apart(loss, same, others):
+    title = as_loss_function(loss).title
+    assert title == as_loss_function(same).title
+    assert " at 0x" not in title
+    titles = [title, *(as_loss_function(other).title for other in others)]
+    assert len(set(titles)) == len(titles)
+
+
+def test_titles_are_the_same_in_other_processes():
+    """No address and no salted hash is part of them."""
+    digest = sha256(struct.pack("<2d", 1, 2)).hexdigest()
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0]), label_smoothing=0.1)
+    assert as_loss_function(loss).title == (
+        "CrossEntropy(ignore_index=-100, label_smoothing=0.1, reduction=mean, "
+        f"weight=tensor[2]:{digest[:16]})"
+    )

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import references
-from cases import OPERATORS, Operator, find
+from cases import IN_PLACE, OPERATORS, Operator, Uncopied, find
 from curvlinops import (
     EmpiricalRisk,
     FisherMCLinearOperator,
@@ -29,12 +29,13 @@ from curvlinops import (
     HessianLinearOperator,
     KFACLinearOperator,
 )
-from curvlinops._isolation import Changes, Owner, _Switches
+from curvlinops._isolation import Changes, Owner, _attention, _Switches
 from curvlinops._linearization import GraphFreedError
 from curvlinops._model import Model
 from curvlinops._reach import CopyLeaksError
 from tolerances import assert_close
 
+pytestmark = IN_PLACE
 SIZES = (3, 2, 1)
 PAIR = (GGNLinearOperator, HessianLinearOperator)
 DENSE = {
@@ -81,7 +82,7 @@ class WithLock(Everything):
     """Cannot be deep-copied: it is evaluated in place."""
 
     def extend(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Uncopied()
 
 
 class WithClosure(Everything):
@@ -394,6 +395,7 @@ def test_interrupt_anywhere_leaves_nothing_changed(kind: type[nn.Module]):
     built = build(kind)
     before = Snapshot(*built)
     model = Model(built[0], built[2])
+    model.attends = True
     started = 0
 
     def body() -> None:
@@ -432,7 +434,7 @@ def test_changes_are_undone_when_their_owner_is_gone():
 
 def test_users_that_are_gone_do_not_keep_attention_as_it_is():
     before = torch.backends.cuda.flash_sdp_enabled()
-    attention = _Switches()
+    attention = _Switches(_attention)
     attention.add(1, lambda: None)  # a weak reference to what is gone
     assert torch.backends.cuda.flash_sdp_enabled() == before
     attention.add(2, object)
@@ -510,7 +512,7 @@ def test_parameters_used_without_gradient_are_named(kind: type[nn.Module]):
             self.parts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
             self.options = options
             if kind is WithLock:
-                self.lock = threading.Lock()
+                self.lock = Uncopied()
 
         def forward(self, X: Tensor) -> Tensor:
             h = checkpoint(self.parts[0], X, **self.options)

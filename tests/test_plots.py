@@ -138,6 +138,33 @@ def test_automatic_bulk_is_the_central_mass(ax):
     assert 0.96 < inside.mean() < 1 and high - low < 1.5
 
 
+@pytest.mark.parametrize("bulk", ["auto", (1e-3, 1.0)])
+@pytest.mark.parametrize("scale", ["log", "abs"])
+def test_windows_of_magnitudes(ax, scale, bulk):
+    density = DENSITIES[scale](np.diag(spectrum()), 30, rng=0)
+    plots.plot_spectral_density(density, ax, bulk=bulk)
+    low, high = ax.get_xlim()
+    assert (low, high) == bulk if bulk != "auto" else 0 <= low < 0.1 < high < 3
+    below = plots.plot_spectral_density(density, Figure().add_subplot(), bulk=(-1, 1))
+    assert 0 <= below.get_xlim()[0] < 1e-10
+
+
+def test_several_densities_have_kernels_of_one_width(ax):
+    eigenvalues = np.linspace(0, 1, 60)
+    known = est.SpectralDensity(
+        eigenvalues[None], np.full((1, 60), 1 / 60), (0.0, 1.0), 60
+    )
+    few = est.SpectralDensity(np.array([[0.2, 0.7]]), np.full((1, 2), 0.5), (0, 1), 2)
+    plots.plot_spectral_density({"60": known, "2": few}, ax)
+    width = 1 / np.sqrt(8 * np.log(3))
+    for line, values in zip(
+        lines(ax, "density"), (eigenvalues, [0.2, 0.7]), strict=True
+    ):
+        x, y = line.get_data()
+        truth = norm.pdf(x[:, None], np.array(values), width).mean(1)
+        assert np.allclose(y, truth, rtol=0.02, atol=1e-3)
+
+
 def test_band_covers_what_it_is_of(ax):
     eigenvalues = spectrum("semidefinite")
     density = est.lanczos_approximate_spectrum(
@@ -306,13 +333,16 @@ def test_eigenvalues_and_their_bars(ax):
     errors = torch.tensor([0.5, 0.25])
     plots.plot_eigenvalues({"A": pairs, "B": (torch.tensor([-1.0, 2.0]), errors)}, ax)
     first, second = (line.get_ydata() for line in lines(ax, "eigenvalues"))
-    assert np.allclose(first, [5, 4, 1]) and second.tolist() == [2, 1]
+    assert np.allclose(first, [5, 1]) and second.tolist() == [2]
+    first, second = (line.get_ydata() for line in lines(ax, "negative"))
+    assert np.allclose(first, [4]) and second.tolist() == [1]
+    assert len({line.get_color() for line in ax.lines}) == 2
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts == ["A", "A, negative", "B", "B, negative"]
-    hollow = [s for s in lines(ax, "signs") if "negative" in s.get_label()]
-    assert {line.get_markerfacecolor() for line in hollow} == {"white"}
-    bars = ax.collections[1].get_segments()
-    assert np.allclose([bar[:, 1] for bar in bars], [[1.75, 2.25], [0.5, 1.5]])
+    hollow = {line.get_markerfacecolor() for line in lines(ax, "negative")}
+    assert hollow == {"white"}
+    bars = [c.get_segments()[0][:, 1] for c in ax.collections[2:]]
+    assert np.allclose(bars, [[1.75, 2.25], [0.5, 1.5]])
 
 
 def test_convergence(ax):
@@ -383,26 +413,52 @@ def drawn():
     }
 
 
+def assert_legible(figure, name):
+    """Texts of a figure are large enough, within the page, and apart."""
+    figure.draw_without_rendering()
+    page = figure.bbox
+    for place in figure.axes:
+        labels = [place.xaxis.label, place.yaxis.label, *place.texts]
+        if place.get_legend():
+            labels += place.get_legend().get_texts()
+        ticks = [
+            [t for t in axis.get_ticklabels() if t.get_text() and seen(axis, t)]
+            for axis in (place.xaxis, place.yaxis)
+        ]
+        for text in itertools.chain(labels, *ticks):
+            if text.get_text():
+                assert text.get_fontsize() >= 6.5, (name, text)
+                box = text.get_window_extent()
+                assert box.x0 >= -1 and box.y0 >= -1, (name, text)
+                assert box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1, (name, text)
+        for texts in ticks:
+            for one, other in itertools.pairwise(texts):
+                a, b = one.get_window_extent(), other.get_window_extent()
+                assert not a.overlaps(b), (name, one, other)
+
+
+def seen(axis, text):
+    """Whether a tick's label is within what its axis shows."""
+    low, high = sorted(axis.get_view_interval())
+    place = text.get_position()[0 if axis.axis_name == "x" else 1]
+    return low <= place <= high
+
+
 def test_figures_are_legible_in_a_column():
     for name, ax in drawn().items():
-        figure = ax.figure
-        assert figure.get_size_inches()[0] == pytest.approx(3.4), name
-        figure.canvas.draw()
-        for place in figure.axes:
-            labels = [place.xaxis.label, place.yaxis.label, *place.texts]
-            if place.get_legend():
-                labels += place.get_legend().get_texts()
-            ticks = [
-                [t for t in axis.get_ticklabels() if t.get_text()]
-                for axis in (place.xaxis, place.yaxis)
-            ]
-            for text in itertools.chain(labels, *ticks):
-                assert text.get_fontsize() >= 6.5 or not text.get_text(), name
-            for text in (place.xaxis.label, place.yaxis.label):
-                if text.get_text():
-                    box, page = text.get_window_extent(), figure.bbox
-                    assert box.x0 >= -1 and box.y0 >= -1, (name, text)
-                    assert box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1, (name, text)
+        assert ax.figure.get_size_inches()[0] == pytest.approx(3.4), name
+        assert_legible(ax.figure, name)
+
+
+def test_what_cannot_be_read_is_seen():
+    small, wide, dense = (Figure((3.4, 2.4)) for _ in range(3))
+    small.add_subplot().set_xlabel("x", fontsize=4)
+    wide.add_subplot().text(2.0, 0.5, "outside")
+    dense.add_subplot().set_xticks(np.linspace(0, 1, 30), ["0.12345"] * 30)
+    wrong = {"get_fontsize": small, "outside": wide, "overlaps": dense}
+    for word, figure in wrong.items():
+        with pytest.raises(AssertionError, match=word):
+            assert_legible(figure, "planted")
 
 
 def distance(first, second, matrix):

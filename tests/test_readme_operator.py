@@ -1,4 +1,4 @@
-"""What README.rst says: the operator that it adds, the names that it mentions."""
+"""What README.rst and its pages say: an operator to add, names that are there."""
 
 import importlib
 import re
@@ -13,13 +13,16 @@ import curvlinops
 from curvlinops.examples.functorch import functorch_jacobian
 from tolerances import assert_close
 
-README = (Path(__file__).parent.parent / "README.rst").read_text()
-MODULES = ("", ".estimators", ".losses")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.rst").read_text()
+PAGES = ROOT / "src" / "curvlinops" / "examples"
+EXTENDING = (PAGES / "extending.rst").read_text()
+MODULES = ("", ".estimators", ".losses", ".plots")
 
 
 def literal_block(marker: str) -> str:
     """Return the literal block after a comment, without its indentation."""
-    _, rest = README.split(f".. {marker}\n\n::\n\n")
+    _, rest = EXTENDING.split(f".. {marker}\n\n::\n\n")
     block = re.match(r"((    .*)?\n)*", rest)[0]
     return re.sub(r"^    ", "", block, flags=re.MULTILINE).strip() + "\n"
 
@@ -71,17 +74,53 @@ def test_operator_takes_a_risk(example, problem):
     assert_close(sum_, H.to_dense() + A.to_dense(), torch.float64, A.shape[0])
 
 
+def everything(text: str) -> set[str]:
+    """Return the names in a text that look like ours."""
+    return set(re.findall(r"``(?:plots\.)?(\w+)(?:\([^`]*\))?``", text))
+
+
 def test_names_exist():
     modules = [importlib.import_module("curvlinops" + name) for name in MODULES]
-    quoted = set(re.findall(r"``(\w+)(?:\([^`]*\))?``", README))
-    names = {n for n in quoted if n.endswith(("LinearOperator", "Risk", "Function"))}
-    names |= {n for n in quoted if n.startswith(("hutch", "xtr", "xdiag", "lanczos"))}
+    text = "".join(page.read_text() for page in PAGES.glob("*.rst"))
+    names = everything(README + text)
+    names = {
+        n
+        for n in names
+        if n.endswith(("LinearOperator", "Risk", "Function"))
+        or n.startswith(("hutch", "xtr", "xdiag", "lanczos", "plot_"))
+    }
     assert len(names) > 15
     missing = {n for n in names if not any(hasattr(m, n) for m in modules)}
     assert missing == set()
 
 
-def test_every_matrix_is_listed():
-    """The operators that are built from a risk, all of them exported."""
+def test_every_matrix_and_estimator_is_listed():
+    """The operators, the estimators, the figures: all that are exported."""
+    plots = importlib.import_module("curvlinops.plots")
     exported = {n for n in curvlinops.__all__ if n.endswith("LinearOperator")}
-    assert {name for name in exported if f"``{name}``" not in README} == set()
+    functions = importlib.import_module("curvlinops.estimators")
+    exported |= {n for n in functions.__all__ if callable(getattr(functions, n))}
+    results = {"Eigenpairs", "Estimate", "LayerSummary", "Options"}
+    results |= {"SpectralDensity", "Track", "TrainingCallback"}
+    exported |= {n for n in plots.__all__ if n.startswith("plot_")}
+    names = set(re.findall(r"\w+", README))
+    assert exported - results - names == set()
+
+
+def test_newcomers_read_it_to_the_end():
+    assert len(README.splitlines()) <= 300
+
+
+def test_pages_are_linked():
+    """Every page is named in README, and every file that README names is there."""
+    assert {page.name for page in PAGES.glob("*.rst")} <= set(
+        re.findall(r"[\w/]+\.rst", README)
+    )
+    named = set(re.findall(r"(?:src|benchmarks)/[\w/]+\.(?:rst|py|png)", README))
+    assert named and all((ROOT / path).is_file() for path in named)
+
+
+def test_figure_is_small_and_not_in_the_package():
+    (figure,) = re.findall(r"image:: (\S+)", README)
+    assert not figure.startswith("src")
+    assert (ROOT / figure).stat().st_size < 100_000

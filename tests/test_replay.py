@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import references
-from cases import find, problems
+from cases import IN_PLACE, find, problems
 from curvlinops import (
     EFLinearOperator,
     GGNLinearOperator,
@@ -481,6 +481,7 @@ class Uncopied(nn.Sequential):
         raise TypeError
 
 
+@IN_PLACE
 def test_kept_jacobians_of_a_module_in_place_need_its_parameters():
     model = Uncopied(nn.Linear(6, 15), nn.Tanh(), nn.Linear(15, 3)).double()
     params = {n: 3 * p.detach() for n, p in model.named_parameters()}

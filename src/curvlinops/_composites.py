@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._operator import TorchOperator, check_same_side
-from curvlinops._spaces import TensorSpace, real_scalar
+from curvlinops._spaces import TensorSpace, real_exponent
 
 
 class Sum(TorchOperator, LinearOperator):
@@ -153,6 +153,10 @@ class Product(TorchOperator, LinearOperator):
         return Product(B.adjoint(), A.adjoint())
 
 
+#: Products with a matrix that one with its power may take.
+_LARGEST_POWER = 10**6
+
+
 class Power(TorchOperator, LinearOperator):
     """The lazy power ``A ** k`` of a square operator, ``k = 0, 1, 2, ...``."""
 
@@ -161,14 +165,19 @@ class Power(TorchOperator, LinearOperator):
             raise ValueError(
                 f"Only a square operator has powers, got {A!r}. `A.H @ A` is square."
             )
-        scalar = real_scalar(exponent)
-        if scalar is None or scalar != int(scalar) or scalar < 0:
+        number = real_exponent(exponent)
+        if number is None or not number.is_integer() or number < 0:
             raise ValueError(
                 f"{A!r} has powers 0, 1, 2, ..., got the exponent {exponent!r}. For an "
                 "inverse use `A.inverse()`, or e.g. `CGInverseLinearOperator(A)`."
             )
+        if number > _LARGEST_POWER:
+            raise ValueError(
+                f"A product with the power {exponent} takes as many products with "
+                f"{A!r}: more than {_LARGEST_POWER} are not made. Use its eigenpairs."
+            )
         super().__init__(A._in_space, A._in_space)
-        self.args = (A, int(scalar))
+        self.args = (A, int(number))
 
     def _apply(self, V: Tensor) -> Tensor:
         A, exponent = self.args

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import io
+import threading
+import types
 from collections import OrderedDict
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +16,17 @@ import torch
 from torch import nn
 
 from curvlinops._compiled import is_wrapper, module_behind
+from curvlinops._memory import raise_if_out_of_memory
 
 
 def private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:
-    """Deep-copy a module with its parameters aliased and its buffers copied."""
+    """Deep-copy a module with its parameters aliased and its buffers copied.
+
+    Raises
+    ------
+    UncopiedError
+        If it cannot be, but for locks, files and the like, which the copy shares.
+    """
     memo: dict[int, Any] = {}
     for part in module.modules():
         # What hooks left behind (weight normalisation, say) is recomputed anyway, but
@@ -27,7 +38,65 @@ def private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Modu
         memo.setdefault(id(parameter), nn.Parameter(parameter.detach(), False))
         if name in aliases:
             memo[id(parameter)] = aliases[name]
-    return _deep_copy(module, memo)
+    try:
+        return _deep_copy(module, dict(memo))
+    except Exception as error:  # whatever a user's `__deepcopy__` or attribute raises
+        raise_if_out_of_memory(error)
+        memo |= {id(handle): handle for handle in _handles(module)}
+        try:
+            return _deep_copy(module, dict(memo))
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            raise UncopiedError(_culprit(module, memo), error) from error
+
+
+class UncopiedError(Exception):
+    """A module cannot be copied. Holds what cannot, in words, and the error."""
+
+
+#: Types of what has no copy, and belongs to no module: a copy of one may share it.
+_HANDLES = (
+    *(type(threading.Lock()), type(threading.RLock()), threading.Condition),
+    *(threading.Event, threading.Semaphore, threading.Barrier, threading.Thread),
+    *(threading.local, types.ModuleType, io.IOBase),
+)
+
+
+def _handles(module: nn.Module) -> Iterator[Any]:
+    """Yield the locks, files and the like that a module has, or some of its objects."""
+    waiting = [vars(part) for part in module.modules()]
+    seen = {*map(id, waiting)}
+    while waiting:
+        for value in waiting.pop().values():
+            if isinstance(value, _HANDLES):
+                yield value
+            elif isinstance(inside := getattr(value, "__dict__", None), dict):
+                ours = isinstance(value, nn.Module | torch.Tensor | type)
+                if not ours and id(inside) not in seen:
+                    seen.add(id(inside))
+                    waiting.append(inside)
+
+
+def _culprit(module: nn.Module, memo: dict[int, Any]) -> str:
+    """Say which attribute of a module cannot be copied, from trying one by one."""
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                _deep_copy(value, dict(memo))
+            except Exception as error:
+                raise_if_out_of_memory(error)
+                label = f"{name}.{attribute}" if name else attribute
+                return f"its attribute `{label}`, a `{type(value).__name__}`,"
+    for name, part in reversed([*module.named_modules()]):  # from the innermost
+        try:
+            _deep_copy(part, dict(memo))
+        except Exception as error:
+            raise_if_out_of_memory(error)
+            where = f"its submodule `{name}`" if name else "it"
+            return f"{where}, a `{type(part).__name__}`,"
+    return "it"
 
 
 #: Types whose values are their own copies.

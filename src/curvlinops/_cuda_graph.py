@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from curvlinops._locks import new_lock
 from curvlinops._memory import raise_if_out_of_memory
 
 
@@ -21,11 +21,11 @@ class _Pool:
         self.handle: Any = torch.cuda.graph_pool_handle()
         #: Where they are captured.
         self.aside = torch.cuda.Stream(device)
-        self.lock = RLock()
+        self.lock = new_lock()
 
 
 _POOLS: WeakValueDictionary[torch.cuda.Stream, _Pool] = WeakValueDictionary()
-_POOLS_LOCK = RLock()
+_POOLS_LOCK = new_lock()
 
 
 class CudaGraph:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache, partial
+from contextlib import suppress
+from functools import cache
 from itertools import count, pairwise
-from threading import RLock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -410,38 +408,3 @@ def part_of(
         cut(X, size, start, stop, tables=tables.X),
         cut(y, size, start, stop, several=True, tables=tables.y),
     )
-
-
-_RNG_LOCK = RLock()
-_RNG_STATES: list[Callable[[], Any]] = []
-_RNG_USERS: list[torch.device] = []
-
-
-@contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Restore the random states of torch, NumPy and Python at the end.
-
-    Data loaders draw from torch's global generator even without shuffling. The states
-    are those of the process: the first of several threads saves, the last restores.
-    """
-    with _RNG_LOCK:
-        if not _RNG_USERS:
-            # the user's global state may be NumPy's old one
-            numpy_state = np.random.get_state()  # noqa: NPY002
-            _RNG_STATES[:] = [
-                partial(torch.set_rng_state, torch.get_rng_state()),
-                partial(np.random.set_state, numpy_state),
-                partial(random.setstate, random.getstate()),
-            ]
-        if device.type == "cuda" and device not in _RNG_USERS:
-            state = torch.cuda.get_rng_state(device)
-            _RNG_STATES.append(partial(torch.cuda.set_rng_state, state, device))
-        _RNG_USERS.append(device)
-    try:
-        yield
-    finally:
-        with _RNG_LOCK:
-            _RNG_USERS.remove(device)
-            if not _RNG_USERS:
-                for restore in _RNG_STATES:
-                    restore()

@@ -187,7 +187,7 @@ class Dense:
     def jacobians_pay(self, sizes: Iterable[int], batches: Batches) -> bool:
         """Whether Jacobians with so many rows each cost few products."""
         most = self._columns.policy.jacobian_cost
-        return max(self.cost(VJPS, n, batches) for n in sizes) <= most
+        return self.cost(VJPS, max(sizes), batches) <= most
 
     def keep_jacobians(
         self, risk: EmpiricalRisk, kept: Jacobians, batches: Batches, asked: bool

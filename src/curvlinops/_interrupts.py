@@ -12,8 +12,10 @@ import contextlib
 import sys
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
+from itertools import tee
 from operator import call
 from types import FrameType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -22,6 +24,8 @@ import torch
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
+
+from curvlinops._locks import new_lock
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,7 +70,7 @@ class _Stacks(NamedTuple):
 
     functions: list[Any]
     dispatch: list[Any]
-    layers: list[Any]
+    top: list[Any]
     flags: list[tuple[str, Any]]
 
 
@@ -93,7 +97,6 @@ _MORE_LOOKS: tuple[Callable[[], Any], ...] = (
     torch.is_autocast_cache_enabled,
     *(partial(torch.is_autocast_enabled, kind) for kind in ("cpu", "cuda")),
     *(partial(torch.get_autocast_dtype, kind) for kind in ("cpu", "cuda")),
-    torch.get_rng_state,
 )
 
 
@@ -124,7 +127,7 @@ class Noted:
         grad, inference, hooks, *depths = self._seen
         stacks = self._stacks or _Stacks([], [], [], [])
         if _functorch.get_dynamic_layer_stack_depth() != depths[-1]:
-            _put_back_layers(stacks.layers)
+            _put_back_layers(depths[-1], stacks.top)
         now = _stacks()
         if not _are(now.functions, stacks.functions):
             _put_back_functions(stacks.functions)
@@ -133,9 +136,9 @@ class Noted:
         if now.flags != (flags := stacks.flags or [(n, False) for n, _ in now.flags]):
             _set_flags(flags)
         if self._more is not None:
-            _put_back_more(self._more, interrupted)
+            _put_back_more(self._more)
         if interrupted:  # these belong to the process
-            _leave_forward_levels(self._level)
+            leave_forward_mode(self._level)
             _put_back_filters(self._filters)
         if hooks and not _C._autograd._saved_tensors_hooks_is_enabled():
             _C._autograd._saved_tensors_hooks_enable()
@@ -158,7 +161,7 @@ def _stacks() -> _Stacks:
     return _Stacks(
         [_C._get_function_stack_at(i) for i in functions],
         [_C._get_dispatch_stack_at(i) for i in dispatch],
-        [*(_functorch.get_interpreter_stack() or [])],
+        _top_layer(),
         [(name, getattr(_python_dispatch, name)) for name in _FLAGS],
     )
 
@@ -167,17 +170,30 @@ def _are(now: Sequence[Any], before: Sequence[Any]) -> bool:
     return [*map(id, now)] == [*map(id, before)]
 
 
-def _put_back_layers(layers: Sequence[Any]) -> None:
-    """Leave levels of `torch.func` that are too many, and enter those that lack."""
-    if (depth := _functorch.get_dynamic_layer_stack_depth()) > len(layers):
-        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(len(layers))
-    for layer in layers[depth:]:
-        _functorch.push_dynamic_layer_stack(layer)
+def _top_layer() -> list[Any]:
+    """Return the innermost level of `torch.func`, if one is entered.
+
+    It is known only to who takes it away; here it is put back before anything else.
+    """
+    if not _functorch.get_dynamic_layer_stack_depth():
+        return []
+    taken, known = tee(map(call, (_functorch.pop_dynamic_layer_stack,)))
+    deque(map(_functorch.push_dynamic_layer_stack, taken), maxlen=0)
+    return [*known]
+
+
+def _put_back_layers(depth: int, top: Sequence[Any]) -> None:
+    """Leave levels of `torch.func` that are too many, and enter the one that lacks."""
+    if (now := _functorch.get_dynamic_layer_stack_depth()) > depth:
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    elif now == depth - 1:  # torch has left one that it had not entered
+        _functorch.push_dynamic_layer_stack(*top)
     transforms: Any = sys.modules.get("torch._functorch.eager_transforms")
     if hasattr(transforms, "JVP_NESTING"):
+        layers = _functorch.get_interpreter_stack() or []
         kinds = [layer.key() for layer in layers]
         transforms.JVP_NESTING = kinds.count(_functorch.TransformType.Jvp)
-    if not layers:
+    if not depth:
         _functorch.set_inplace_requires_grad_allowed(False)
         _functorch.set_single_level_autograd_function_allowed(False)
 
@@ -206,7 +222,7 @@ def _set_flags(flags: Sequence[tuple[str, Any]]) -> None:
             getattr(_python_dispatch, setter, bool)(value)
 
 
-def _put_back_more(noted: Sequence[Any], interrupted: bool) -> None:
+def _put_back_more(noted: Sequence[Any]) -> None:
     """Put back what :data:`_MORE_LOOKS` have seen."""
     forward, hooks, _, nesting, _, autocasts, caches, *rest = noted
     _C._set_fwd_grad_enabled(forward)
@@ -217,31 +233,43 @@ def _put_back_more(noted: Sequence[Any], interrupted: bool) -> None:
         autograd._pop_saved_tensors_default_hooks()
     if hooks is not None and top is None:
         autograd._push_saved_tensors_default_hooks(*hooks)
-    for now, before, fewer in (
-        (_C._vmapmode_increment_nesting, nesting, _C._vmapmode_decrement_nesting),
-        (torch.autocast_increment_nesting, autocasts, torch.autocast_decrement_nesting),
-    ):
-        depth = now()
+    for place, before in (2, nesting), (4, autocasts):
+        more, fewer = _MORE_LOOKS[place : place + 2]
+        _, depth = map(call, (more, fewer))  # at once
         while depth > before:
             depth = fewer()
     if not autocasts:
         torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(caches)
     kinds = ("cpu", "cuda")
-    for kind, enabled, dtype in zip(kinds, rest[:2], rest[2:4], strict=True):
+    for kind, enabled, dtype in zip(kinds, rest[:2], rest[2:], strict=True):
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
-    if interrupted:
-        torch.set_rng_state(rest[4])
 
 
-def _leave_forward_levels(before: int) -> None:
-    """Leave levels of forward mode, which may be known to torch's C++ alone."""
-    level = _C._enter_dual_level()
-    while level > before:
-        _C._exit_dual_level(level=level)
-        level -= 1
-    forward_ad._current_level = before
+def leave_forward_mode(before: int = -1) -> None:
+    """Leave the level of forward mode, which may be known to torch's C++ alone.
+
+    There is one for the process: it stays if it was entered ``before``, or if another
+    thread computes a product with it.
+    """
+    if not FORWARD_MODE.acquire(blocking=False):
+        return
+    try:
+        if before < 0:
+            try:  # nothing else tells whether it is entered
+                _C._enter_dual_level()
+            except RuntimeError:
+                pass
+            finally:
+                _C._exit_dual_level(level=0)
+        forward_ad._current_level = before
+    finally:
+        FORWARD_MODE.release()
+
+
+#: Held while this package uses forward mode, which there is only once.
+FORWARD_MODE = new_lock(leave_forward_mode)
 
 
 def _put_back_filters(filters: Any) -> None:
@@ -263,7 +291,11 @@ def _forget_frames(error: BaseException) -> None:
         running.add(frame)
         frame = frame.f_back
     for cause in _chain(error):
-        for frame, _ in traceback.walk_tb(cause.__traceback__):
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if frames:  # the last may be a handler's, which is given the one it interrupts
+            held = frames[-1].f_locals.values()
+            frames += [value for value in held if isinstance(value, FrameType)]
+        for frame in frames:
             of_contexts = frame.f_code.co_filename.startswith(_CONTEXTS)
             if of_contexts and frame not in running:
                 frame.clear()
@@ -278,7 +310,7 @@ def isolated(evaluates: bool = False) -> Callable[[Callable[P, T]], Callable[P, 
 
     Whatever torch's contexts have left open is closed if the operation ends by an
     exception: gradients and inference mode, levels of `torch.func`, modes for functions
-    and for dispatch, hooks on saved tensors. An interrupt on top of which torch raised
+    and for dispatch. An interrupt on top of which torch raised
     something else is raised in its place; after one, forward mode and the filters of
     warnings are put back, too, which are those of the process.
 
@@ -286,7 +318,7 @@ def isolated(evaluates: bool = False) -> Callable[[Callable[P, T]], Callable[P, 
     ----------
     evaluates : bool, optional
         Whether the user's model is evaluated or differentiated in the operation. Then
-        its autocast and random numbers count, too.
+        autocast, hooks on saved tensors and more count, too.
     """
 
     def decorate(operation: Callable[P, T]) -> Callable[P, T]:

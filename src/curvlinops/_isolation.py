@@ -7,11 +7,11 @@ that it can be undone wherever an interrupt strikes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from threading import RLock
-from typing import Any
+from threading import RLock, get_ident
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from curvlinops import _compiled
 from curvlinops._caching import EVALUATIONS, INSIDE
+from curvlinops._locks import in_child, new_lock
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -29,33 +30,54 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = RLock()
+_LOCKS_LOCK = new_lock()
 
 
 def lock_of(module: Any) -> RLock:
     with _LOCKS_LOCK:
-        return _LOCKS.setdefault(module, RLock())
+        return _LOCKS.get(module) or _LOCKS.setdefault(module, new_lock())
+
+
+#: Switches by what sets them, and how they are.
+_Positions: TypeAlias = list[tuple[Callable[[Any], Any], Any]]
 
 
 class _Switches:
     """Process-wide switches of torch, while anything uses them.
 
-    Those of attention choose its math form, since flash and memory-efficient attention
-    have no double backward; compiled functions, which have none either, run as they
-    were written. The switches are global, hence turned by the first user and turned
-    back by the last. Users are known by weak references: one that is gone counts no
-    more.
+    The switches are global, hence turned by the first user and turned back by the last.
+    Users are known by weak references: one that is gone counts no more.
+
+    Parameters
+    ----------
+    switches : callable
+        Returns them.
     """
 
-    def __init__(self) -> None:
-        self._lock = RLock()
+    def __init__(self, switches: Callable[[], list[_compiled.Switch]]) -> None:
+        self._switches = switches
+        self._lock = new_lock()
         self._users: dict[int, Callable[[], Any]] = {}
-        self._before: list[tuple[Callable[[Any], Any], Any]] | None = None
+        self._before: _Positions | None = None
 
-    def add(self, key: int, user: Callable[[], Any]) -> None:
-        """Turn the switches on behalf of a user, given by a weak reference."""
+    def positions(self) -> _Positions:
+        """Return how the switches are, but for users of them."""
+        with self._lock:
+            if self._before is not None:
+                return self._before
+            return [(turn, read()) for read, turn, _ in self._switches()]
+
+    def add(
+        self, key: int, user: Callable[[], Any], before: _Positions | None = None
+    ) -> None:
+        """Turn the switches on behalf of a user, given by a weak reference.
+
+        They may have been in other positions ``before``, in which they are left.
+        """
         with self._lock:
             self._users[key] = user
+            if self._before is None:
+                self._before = self.positions() if before is None else before
             self._update()
 
     def remove(self, key: int) -> None:
@@ -66,10 +88,7 @@ class _Switches:
 
     def _update(self) -> None:
         if any(user() is not None for user in list(self._users.values())):
-            switches = [*_attention(), *_compiled.switches()]
-            if self._before is None:
-                self._before = [(turn, read()) for read, turn, _ in switches]
-            for _, turn, value in switches:
+            for _, turn, value in self._switches():
                 turn(value)
         elif self._before is not None:
             for turn, value in self._before:
@@ -78,8 +97,11 @@ class _Switches:
 
 
 def _attention() -> list[_compiled.Switch]:
-    """Return what makes attention take its math form."""
-    return [(_get_switch(n), _set_switch(n), n == "math") for n in _ATTENTION]
+    """Return what makes attention take its math form.
+
+    Its flash and memory-efficient forms have no double backward.
+    """
+    return [(_get_switch(n), _set_switch(n), n == "math") for n in _FORMS]
 
 
 def _get_switch(name: str) -> Callable[[], bool]:
@@ -92,13 +114,38 @@ def _set_switch(name: str) -> Callable[[bool], None]:
 
 #: The forms of attention that this version of torch can switch, as
 #: `torch.nn.attention.sdpa_kernel` does.
-_ATTENTION = [
+_FORMS = [
     name
     for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
     if hasattr(torch._C, f"_set_sdp_use_{name}")
 ]
-_SWITCHES = _Switches()
-NO_CUDNN = partial(torch.backends.cudnn.flags, enabled=False)
+
+
+def _cudnn() -> list[_compiled.Switch]:
+    """Return what makes recurrent layers leave cuDNN's, without double backward."""
+    return [(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False)]
+
+
+#: Compiled functions have no double backward either, and run as they were written.
+_COMPILED, _ATTENTION, _CUDNN = map(_Switches, (_compiled.switches, _attention, _cudnn))
+
+
+class _Running(threading.local):
+    """What the evaluation that is going on in a thread changes."""
+
+    changes: Changes | None = None
+
+
+_RUNNING = _Running()
+
+
+def attend() -> None:
+    """Let attention take its math form, in an evaluation that turns out to have some.
+
+    Until its end, as activation checkpoints evaluate their parts of the model again.
+    """
+    if (changes := _RUNNING.changes) is not None:
+        changes.attend()
 
 
 class Owner:
@@ -118,17 +165,44 @@ class Changes:
         #: Where tensors were replaced, and which ones.
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._owner: Callable[[], Any] | None = ref(owner, self._forsaken)
-        #: Of the evaluation in which this one takes place.
-        self._inside = INSIDE.number
+        #: Whether attention has been met, ...
+        self.attends = False
+        #: ... and which forms it may take otherwise.
+        self._forms = _ATTENTION.positions()
+        #: Of the evaluation in which this one takes place, and in which thread.
+        self._inside, self._outside = INSIDE.number, _RUNNING.changes
+        self._thread = get_ident()
 
     def _forsaken(self, _: Any) -> None:
         self.undo()
 
-    def make(self, module: nn.Module | None, aliases: dict[str, nn.Parameter]) -> None:
-        """Turn switches and caches, and put aliases and buffers into a module."""
+    def make(
+        self,
+        module: nn.Module | None,
+        aliases: dict[str, nn.Parameter],
+        attends: bool = True,
+        recurs: bool = False,
+    ) -> None:
+        """Turn switches and caches, and put aliases and buffers into a module.
+
+        Parameters
+        ----------
+        module : nn.Module or None
+            A module that is evaluated in place.
+        aliases : dict of str to nn.Parameter
+            What takes the place of its parameters.
+        attends, recurs : bool, optional
+            Whether there is attention, and recurrent layers on a GPU.
+        """
         assert self._owner is not None
-        _SWITCHES.add(id(self), self._owner)
+        _GOING[id(self)] = self
+        _COMPILED.add(id(self), self._owner)
+        if attends:
+            self.attend()
+        if recurs:
+            _CUDNN.add(id(self), self._owner)
         EVALUATIONS[id(self)] = self._owner
+        _RUNNING.changes = self
         INSIDE.number = 0
         if module is None:
             return
@@ -147,13 +221,34 @@ class Changes:
                         self._places.append((place, name, tensor))
                         place[name] = others[id(tensor)]
 
+    def attend(self) -> None:
+        """Let attention take its math form."""
+        self.attends = True
+        if self._owner is not None:
+            _ATTENTION.add(id(self), self._owner, self._forms)
+
     def undo(self) -> None:
         """Undo what has been done and is not undone yet."""
         while self._places:
             place, name, tensor = self._places[-1]
             place[name] = tensor
             self._places.pop()
-        _SWITCHES.remove(id(self))
+        for switches in (_COMPILED, _ATTENTION, _CUDNN):
+            switches.remove(id(self))
         EVALUATIONS.pop(id(self), None)
-        INSIDE.number = self._inside  # matters within an evaluation only
+        if self._thread == get_ident():  # matters within an evaluation only
+            INSIDE.number, _RUNNING.changes = self._inside, self._outside
         self._owner = None  # it need not call any more
+        _GOING.pop(id(self), None)
+
+
+#: Changes of all threads that are made, and not undone yet.
+_GOING: dict[int, Changes] = {}
+
+
+@in_child
+def _undo_those_of_others() -> None:
+    """Undo what threads have changed that a forked process does not have."""
+    for changes in list(_GOING.values()):
+        if changes._thread != get_ident():
+            changes.undo()

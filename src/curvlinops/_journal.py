@@ -18,8 +18,9 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from threading import Lock
 from time import monotonic
 from typing import Any
 from weakref import WeakSet
@@ -30,6 +31,9 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._counts import optional_count
+from curvlinops._files import regular_file
+from curvlinops._locks import new_lock
 from curvlinops._operand import Operand, to_json, to_numpy
 from curvlinops._random import Probes
 
@@ -113,9 +117,7 @@ def _open(path: Path) -> tuple[sqlite3.Connection, dict[str, Any]]:
 
     Where nothing can be written, it is opened for reading.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is no regular file. Give another path.")
+    target = regular_file(path)
     target.parent.stat()  # raises if there is none
     uri = f"{target.as_uri()}?mode=rwc"
     with _explained(path):  # which waits for whoever reads the identity
@@ -153,6 +155,14 @@ def _get(db: sqlite3.Connection, table: str, key: str | int) -> bytes | None:
     payload = b"".join(part or b"" for _, part in rows)
     intact = {checksum for checksum, _ in rows} == {_checksum(table, key, payload)}
     return (payload if intact else b"") if rows else None
+
+
+def _packed(arrays: dict[str, Any]) -> memoryview:
+    """Return arrays, with their names first, as bytes."""
+    buffer = io.BytesIO()
+    for array in ([*arrays], *arrays.values()):
+        np.save(buffer, to_numpy(array), allow_pickle=False)
+    return buffer.getbuffer()
 
 
 def read_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -204,13 +214,62 @@ def _refuse_other(
         )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file of a checkpoint, and how large it may grow.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file.
+    max_bytes : int, optional
+        Bytes of products that are recorded between two states, by default all. Further
+        ones are not, with a warning, and are computed again after a restart.
+
+    Notes
+    -----
+    Stands wherever a checkpoint's path does. A product takes the bytes of its vectors
+    and of a description, some hundred, rounded up to pages: 8 KiB more at most.
+    Algorithms that save states drop the products before them; SciPy's solvers, which
+    save none, keep all, one vector per iteration and right-hand side. The file also
+    holds the last state, and beside it lies one of at most 64 MiB and a record while it
+    is open.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np
+    >>> from curvlinops import CGInverseLinearOperator
+    >>> from curvlinops.estimators import Checkpoint
+    >>> file = Checkpoint(tempfile.mkdtemp() + "/cg.journal", max_bytes=2**30)
+    >>> A, b = np.diag([1.0, 2.0, 3.0]), np.ones(3)
+    >>> bool(np.allclose(CGInverseLinearOperator(A, checkpoint=file) @ (A @ b), b))
+    True
+    """
+
+    path: str | os.PathLike[str]
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of bytes."""
+        optional_count("max_bytes", self.max_bytes)
+
+    def __fspath__(self) -> str:
+        """Return the path."""
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        """Return the path."""
+        return str(self.path)
+
+
 class Journal:
     """Progress of one computation in a file that survives being killed.
 
     Parameters
     ----------
     path : str or path-like
-        The file; created if missing, continued otherwise.
+        The file; created if missing, continued otherwise. A :class:`Checkpoint` bounds
+        its growth.
     identity : dict
         What makes the computation what it is, as JSON. A file with another identity is
         refused.
@@ -231,7 +290,8 @@ class Journal:
     Warns
     -----
     UserWarning
-        If a record is not what was written: it is made again. If versions differ.
+        If a record is not what was written: it is made again. If versions differ. If
+        there are as many products as the checkpoint allows.
 
     Notes
     -----
@@ -253,13 +313,20 @@ class Journal:
         self, path: str | os.PathLike[str], identity: dict[str, Any], rtol: float = 0.0
     ) -> None:
         self.path = Path(path)
+        limit = path.max_bytes if isinstance(path, Checkpoint) else None
+        self._limit = inf if limit is None else limit
+        #: Bytes of products since the last state, recorded or not.
+        self._bytes, self._warned = 0, False
         self.identity = json.loads(to_json(identity | {"versions": VERSIONS}))
-        self._lock, self._process = Lock(), os.getpid()
+        self._lock, self._process = new_lock(), os.getpid()
         self._position, self._synced = 0, monotonic()
         self._db, stored = _open(self.path)
         try:
             if stored:
                 _refuse_other(self.path, stored, self.identity, rtol)
+                with self._use() as db:
+                    total = "SELECT total(length(payload)) FROM products"
+                    self._bytes = int(db.execute(total).fetchone()[0])
             else:
                 with self._use() as db:
                     db.execute("BEGIN")
@@ -298,15 +365,12 @@ class Journal:
         buffer = io.BytesIO(payload)
         return {str(name): np.load(buffer) for name in np.load(buffer)}
 
-    def _save(self, table: str, key: str | int, arrays: dict[str, Any]) -> None:
-        buffer = io.BytesIO()
-        for array in ([*arrays], *arrays.values()):
-            np.save(buffer, to_numpy(array), allow_pickle=False)
+    def _save(self, table: str, key: str | int, payload: memoryview) -> None:
         with self._use() as db:
             db.execute("PRAGMA journal_mode = WAL")
             if table == "states":
                 db.execute("DELETE FROM products")
-            _put(db, table, key, buffer.getbuffer())
+            _put(db, table, key, payload)
         if monotonic() > self._synced + 1:
             with self._use() as db:
                 db.execute("PRAGMA wal_checkpoint")
@@ -314,8 +378,8 @@ class Journal:
 
     def save(self, section: str, **arrays: Any) -> None:
         """Record the state of a section; products recorded before are dropped."""
-        self._save("states", section, arrays)
-        self._position = 0
+        self._save("states", section, _packed(arrays))
+        self._position = self._bytes = 0
 
     def load(self, section: str) -> dict[str, np.ndarray] | None:
         """Return the state saved last for a section, ``None`` if there is none."""
@@ -340,7 +404,7 @@ class Journal:
         record = self._load("products", self._position)
         if record is None:
             record = {"operand": np.array(operand), "product": compute()}
-            self._save("products", self._position, record)
+            self._record(record)
         elif record["operand"] != operand:
             raise ValueError(
                 f"The checkpoint {self.path} belongs to another computation: product "
@@ -349,6 +413,22 @@ class Journal:
             )
         self._position += 1
         return record["product"]
+
+    def _record(self, record: dict[str, np.ndarray]) -> None:
+        """Record the next product, if the checkpoint may take it."""
+        payload = _packed(record)
+        self._bytes += payload.nbytes
+        if self._bytes <= self._limit:
+            self._save("products", self._position, payload)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The checkpoint {self.path} has as many products as "
+                f"`max_bytes={self._limit}` allows, {self._position}: further ones are "
+                "not recorded, and are made again after a restart. For more, pass a "
+                "larger number.",
+                stacklevel=3,
+            )
 
     def close(self) -> None:
         """Close the file, which stays; a finished computation is returned from it."""
@@ -416,7 +496,7 @@ class JournalledOperator(LinearOperator):
     ----------
     A : LinearOperator, array, sparse matrix, or Tensor
         The matrix.
-    path : str or path-like
+    path : str, path-like, or Checkpoint
         The checkpoint.
     task : str, optional
         Name of the computation; a checkpoint of another one is refused.
@@ -426,7 +506,8 @@ class JournalledOperator(LinearOperator):
     SciPy's solvers expose no state. But they are deterministic: given the same products
     they do the same. After a restart this operator returns the recorded ones, each
     checked against its operand, and goes on with new ones. One product is spent on the
-    fingerprint of the matrix. The file grows by one vector per product.
+    fingerprint of the matrix. The file grows by one vector per product;
+    :class:`~curvlinops.estimators.Checkpoint` in place of the path bounds that.
 
     Raises
     ------

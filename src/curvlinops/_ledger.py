@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from threading import Lock
 
 import torch
 
@@ -22,8 +23,8 @@ class Ledger:
 
     Notes
     -----
-    Recordings are entered and taken out under the risk's lock. Sums read snapshots,
-    hence need none.
+    The sum is kept up to date, and never computed from its parts: it is asked for with
+    every batch.
     """
 
     def __init__(self, bounded: bool, fraction: float = POLICY.cache_fraction) -> None:
@@ -36,6 +37,7 @@ class Ledger:
         # By place, each with the stage of its batch.
         self._recordings: dict[int, tuple[tuple[int, ...], int]] = {}
         self._others: dict[Hashable, int] = {}
+        self._used, self._lock = 0, Lock()
 
     def open(self, cache: str | int, device: torch.device) -> None:
         """Allow what a setting of ``cache`` does, unless something is allowed."""
@@ -54,8 +56,7 @@ class Ledger:
 
     def used(self) -> int:
         """Return how many bytes are kept."""
-        recordings = sum(nbytes for _, nbytes in list(self._recordings.values()))
-        return recordings + sum(list(self._others.values()))
+        return self._used
 
     def room(self) -> float:
         """Return how many more bytes may be kept."""
@@ -78,25 +79,35 @@ class Ledger:
 
     def enter(self, place: int, stage: tuple[int, ...], nbytes: int) -> bool:
         """Enter a recording; return whether it fits. If not, it is left out."""
-        self._recordings[place] = stage, nbytes
+        with self._lock:
+            _, before = self._recordings.get(place, (None, 0))
+            self._recordings[place] = stage, nbytes
+            self._used += nbytes - before
         if not self.exceeded:
             return True
         self.full = True
-        del self._recordings[place]
+        self.strike(place)
         return False
 
     def strike(self, place: int) -> None:
         """Take out a recording."""
-        del self._recordings[place]
+        with self._lock:
+            _, nbytes = self._recordings.pop(place)
+            self._used -= nbytes
 
     def strike_recordings(self) -> None:
         """Take out all recordings."""
-        self._recordings.clear()
+        with self._lock:
+            self._recordings.clear()
+            self._used = sum(self._others.values())
 
     def enter_other(self, key: Hashable, nbytes: int) -> None:
         """Enter something else that is kept."""
-        self._others[key] = nbytes
+        with self._lock:
+            self._used += nbytes - self._others.get(key, 0)
+            self._others[key] = nbytes
 
     def strike_other(self, key: Hashable) -> None:
         """Take it out, if it is there."""
-        self._others.pop(key, None)
+        with self._lock:
+            self._used -= self._others.pop(key, 0)

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache, cached_property, partial
 from math import inf
-from threading import RLock
 from typing import Any, Self, TypeVar, overload
 
 import numpy as np
@@ -36,6 +35,7 @@ from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._forms import Congruence, Middle, Vectors
 from curvlinops._hidden import refuse_reentrant
 from curvlinops._identity import checked_owner
+from curvlinops._locks import new_lock
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import (
     ForwardModeBusyError,
@@ -143,7 +143,7 @@ class Linearization:
         self._model = model
         self._leaves = model.leaves
         self.make_loss = make_loss
-        self._lock = RLock()
+        self._lock = new_lock()
         self._notes: dict[Any, Any] = {}
         self._routes: dict[Hashable, Route] = {}
         # Products asked for, and what has been folded since: `None` if that is no use.
@@ -284,7 +284,7 @@ class Linearization:
             for folded, _ in filter(None, list(self._folded.values())):
                 kept += [*folded.held, *folded.pulled]
             loss = self.__dict__.get("loss")
-            held = [list(self._notes.values()), vars(loss) if loss else None]
+            held = [list(self._notes.values()), dict(vars(loss)) if loss else None]
             kept += tensors_in(held)
             roots = [t for t in kept if t is not None]
             # Data may be a view of far more, which is not kept by this batch alone.

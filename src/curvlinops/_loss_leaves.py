@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from curvlinops._hidden import HiddenUses
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._model import Model, graph_leaves
-from curvlinops._substitutes import Substitutions
+from curvlinops._substitutes import Substitutions, before_call
 from curvlinops.losses import Loss
 
 
@@ -135,6 +135,7 @@ class _Differentiable(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        before_call(func, args, kwargs)
         self._asked_for |= torch.is_grad_enabled()
         if func is torch._C._set_grad_enabled:
             self._asked_for = bool([*args, *kwargs.values()][0])

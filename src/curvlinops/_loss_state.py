@@ -7,12 +7,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from threading import RLock, get_ident
+from threading import get_ident
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from curvlinops._locks import in_child, new_lock
 
 #: Containers, with those made from them, of which a shallow copy is kept.
 _CONTAINERS = (list, dict, set, deque)
@@ -28,7 +30,7 @@ Noted: TypeAlias = list[tuple[dict[str, Any], str, list[tuple[str, Any, Any]]]]
 
 #: Which threads evaluate a loss now, how often, and what they have noted.
 _USED: dict[int, tuple[Counter[int], list[Noted]]] = {}
-_LOCK = RLock()
+_LOCK = new_lock()
 
 
 @contextmanager
@@ -62,9 +64,22 @@ def unchanged(loss_func: Any) -> Iterator[Callable[[], list[str]]]:
         with _LOCK:
             users -= Counter([me])
             if not users:
-                del _USED[id(loss_func)]
+                _USED.pop(id(loss_func), None)
             if not users.keys() - {me}:  # what others have written may be in use
                 _put_back(noted)
+
+
+@in_child
+def _take_back_those_of_others() -> None:
+    """Take back what threads were evaluating that a forked process does not have."""
+    for key, (users, known) in list(_USED.items()):
+        if not users.keys() - {get_ident()}:
+            continue
+        for thread in users.keys() - {get_ident()}:
+            del users[thread]
+        if not users:
+            del _USED[key]
+            _put_back(known[0])
 
 
 def _noted(loss_func: Any) -> Noted:

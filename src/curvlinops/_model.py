@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -24,19 +24,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from curvlinops._compiled import plain_name
-from curvlinops._copies import private_copy
+from curvlinops._copies import UncopiedError, private_copy
 from curvlinops._data import cloned
+from curvlinops._draws import drawn, draws_outside_torch
 from curvlinops._failures import refuse_meta
 from curvlinops._hooks import hooks_of
-from curvlinops._interrupts import isolated
+from curvlinops._interrupts import FORWARD_MODE, isolated, leave_forward_mode
 from curvlinops._isolation import (
-    NO_CUDNN,
     Changes,
     Owner,
     lock_of,
     without_autocast,
 )
-from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._once import told_before
 from curvlinops._reading import PLAIN, Caller, Reading
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 from curvlinops._substitutes import Substitutions
@@ -297,9 +297,6 @@ class Model:
     per module.
     """
 
-    #: What evaluations enter, see :meth:`evaluated_in`.
-    _mode: Any = nullcontext()
-
     def __init__(
         self,
         model_func: Callable[..., Any],
@@ -308,6 +305,7 @@ class Model:
     ) -> None:
         self.params, self.reading = params, reading
         self._call = Caller()
+        self._entered = _Entered()
         #: Whether the prediction was only a part of the model's last result.
         self.takes_apart = False
         #: Whether products that are not finite are warned about.
@@ -341,16 +339,16 @@ class Model:
         self.forward_mode = self._module is None or not any(
             isinstance(m, torch.jit.ScriptModule) for m in self._module.modules()
         )
+        #: Whether there is attention, or may be: there, too, scripts are blind.
+        self.attends = self.draws_unseen = not self.forward_mode
         if self._module is None:
             aliases = self.aliases
             self._function = lambda X: model_func(dict(aliases), X)
         else:
             try:
                 self._function = private_copy(self._module, self.aliases)
-            except (
-                Exception
-            ) as error:  # whatever a user's `__deepcopy__` or attribute raises
-                raise_if_out_of_memory(error)
+            except UncopiedError as error:
+                _warn_about_threads(self._module, *error.args)
                 self.evaluate_in_place()
         #: Whether there are convolutions, which round differently on a GPU.
         self.convolves = self._module is None or any(
@@ -406,15 +404,18 @@ class Model:
         third derivatives are wrong. A function ``see`` is told of all that is called.
         """
         known = self.checked_graphs
+        if self.draws_unseen:
+            drawn()
         spare = X if "kernels" in known else cloned(X)
         kernels = Substitutions(not known.get("kernels", True), see)
-        with self._mode, kernels as substitutions:
+        outside = draws_outside_torch(known)
+        with outside, self._entered.mode, kernels as substitutions:
             output = self._evaluated(X)
         if not substitutions.lacking:
             known.setdefault("kernels", True)
             return output
         known["kernels"] = False
-        with self._mode, Substitutions(differentiates=True):
+        with self._entered.mode, Substitutions(differentiates=True):
             return self._evaluated(spare)
 
     def _evaluated(self, X: Any) -> Any:
@@ -427,11 +428,11 @@ class Model:
     @contextmanager
     def evaluated_in(self, mode: Any) -> Iterator[None]:
         """Enter a mode of torch for evaluations of the model, and for nothing else."""
-        self._mode = mode
+        self._entered.mode = mode
         try:
             yield
         finally:
-            del self._mode
+            del self._entered.mode
 
     def at(self, X: Any, tensors: Sequence[Tensor]) -> Tensor:
         """Evaluate with other tensors in place of the leaves that functions meet."""
@@ -463,22 +464,21 @@ class Model:
         evaluates the model again there).
         """
         device = self.space.device.type
-        # cuDNN's recurrent layers have no double backward.
-        plain_recurrence = device == "cuda" and self._has_recurrence()
+        recurs = device == "cuda" and self._has_recurrence()
         held = self._held
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
             without_autocast(device),
-            NO_CUDNN() if plain_recurrence else nullcontext(),
             nullcontext() if held is None else lock_of(held),
         ):
             owner = Owner()
             changes = Changes(owner)
             try:
-                changes.make(held, self.aliases)
+                changes.make(held, self.aliases, self.attends, recurs)
                 return body()
             finally:
+                self.attends |= changes.attends
                 try:
                     changes.undo()
                 finally:  # an interrupt may have come in between
@@ -523,27 +523,34 @@ class Model:
             If an operation has no derivative in forward mode, or a parameter is used
             where it cannot be perturbed (in compiled code, say).
         """
-        if not _FORWARD_MODE.acquire(blocking=wait):
+        if FORWARD_MODE._is_owned():  # type: ignore[attr-defined]
             raise ForwardModeBusyError
         try:
+            if not FORWARD_MODE.acquire(blocking=wait):
+                raise ForwardModeBusyError
             if forward_ad._current_level >= 0:
                 raise ForwardModeBusyError(
                     "This product needs torch's forward mode, which is in use already: "
                     "multiply outside of `torch.autograd.forward_ad.dual_level()`."
                 )
             _load_forward_mode()
-            with torch.no_grad(), forward_ad.dual_level():
-                perturbed = _Perturbed(
-                    dict(zip(map(id, self.leaves), tangents, strict=True))
-                )
-                with perturbed:
-                    output = self(X)
-                value, tangent = forward_ad.unpack_dual(output)
+            perturbed = _Perturbed(
+                dict(zip(map(id, self.leaves), tangents, strict=True))
+            )
+            try:
+                with torch.no_grad(), forward_ad.dual_level():
+                    with perturbed:
+                        output = self(X)
+                    value, tangent = forward_ad.unpack_dual(output)
+            except BaseException:
+                leave_forward_mode()
+                raise
             if not reached <= perturbed.met:
                 raise RuntimeError("Some parameters are used out of sight.")
             return torch.zeros_like(value) if tangent is None else tangent
-        finally:
-            _FORWARD_MODE.release()
+        finally:  # an interrupt may have come right after the lock was taken
+            if FORWARD_MODE._is_owned():  # type: ignore[attr-defined]
+                FORWARD_MODE.release()
 
     def foreign_leaves(self, output: Tensor) -> list[str]:
         """Name the user's own parameters that an output's graph reaches."""
@@ -575,6 +582,12 @@ class Model:
         return [n for n, p in self.aliases.items() if id(p) in watch.met_without]
 
 
+class _Entered(threading.local):
+    """What a thread's evaluations enter, see :meth:`Model.evaluated_in`."""
+
+    mode: Any = nullcontext()
+
+
 class _Watch(TorchFunctionMode):
     """Notes which of some tensors functions of torch are called with, by ``id``.
 
@@ -603,10 +616,6 @@ class _Watch(TorchFunctionMode):
 
 class ForwardModeBusyError(RuntimeError):
     """Forward mode is in use elsewhere."""
-
-
-#: Held while forward mode is in use.
-_FORWARD_MODE = Lock()
 
 
 @cache
@@ -673,6 +682,20 @@ class _Perturbed(_Replaced):
 
     def _made(self, value: Tensor, other: Tensor) -> Tensor:
         return forward_ad.make_dual(value, other)
+
+
+def _warn_about_threads(module: nn.Module, what: str, error: Exception) -> None:
+    """Warn, once for a module, that it cannot be used elsewhere during products."""
+    if told_before(module, _warn_about_threads):
+        return
+    warnings.warn(
+        f"The model of type `{type(module).__name__}` is evaluated in place, since "
+        f"{what} cannot be copied ({type(error).__name__}: {error}). During a product, "
+        "its parameters are replaced: another thread that trains it meanwhile gets "
+        "wrong gradients, or none (`p.grad is None`). Give what cannot be copied a "
+        "method `__deepcopy__`, or keep other threads from the model meanwhile.",
+        stacklevel=2,
+    )
 
 
 def graph_leaves(output: Tensor) -> Iterator[Tensor]:

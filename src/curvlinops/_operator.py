@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from numbers import Number
+from reprlib import repr as shortened
 from typing import Any, cast
 
 import numpy as np
@@ -24,8 +25,10 @@ from curvlinops._closed_forms import ClosedForms
 from curvlinops._counts import count
 from curvlinops._spaces import (
     TensorSpace,
+    dense_tensor,
     numeric_array,
     real_scalar,
+    scalar,
     to_numpy,
     to_torch,
 )
@@ -43,6 +46,18 @@ def _factors(a: Any, b: Any, out: Any = None) -> tuple[Any, Any]:
             "write `out[...] = A @ x`."
         )
     return a, b
+
+
+_COMPLEX = (complex, np.complexfloating)
+
+
+def _no_number(x: Any) -> Any:
+    """Return an operand of ``@``, or raise as SciPy does if it is a number."""
+    if isinstance(x, Number) or getattr(x, "ndim", None) == 0:
+        raise ValueError(
+            f"A number is no operand of `@`, got {shortened(x)}. A multiple is `c * A`."
+        )
+    return x
 
 
 #: NumPy's functions that are products of operators, and what takes their arguments.
@@ -159,11 +174,21 @@ class TorchOperator(ClosedForms):
             if isinstance(x, TorchOperator):
                 return self._after(x)
             return LinearOperator.dot(self, x)
-        if (scalar := real_scalar(x)) is not None:
-            return self._times(scalar)
-        if np.isscalar(x) and np.iscomplexobj(x):
-            return LinearOperator.dot(self, x)
+        if (number := real_scalar(x)) is not None:
+            return self._times(number)
+        if isinstance(number := scalar(x), _COMPLEX):
+            return LinearOperator.dot(self, number)
         return self._product(x)
+
+    def __matmul__(self, x: Any) -> Any:
+        """Return the product, see :meth:`dot`; numbers are no operands."""
+        if isinstance(x, np.ndarray) and x.ndim:  # solvers' operands, at once
+            return self._product(x)
+        return self.dot(_no_number(x))
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """Return ``x @ A``, see :meth:`rdot`; numbers are no operands."""
+        return self.__rmul__(_no_number(x))
 
     def matvec(self, x: Any) -> Any:
         """Multiply one vector of shape ``(N,)`` or ``(N, 1)``; keeps the shape."""
@@ -196,7 +221,7 @@ class TorchOperator(ClosedForms):
             if (rows := self._out_space.pack_rows(x)) is None:
                 return transposed._product(x)
             return self._in_space.split(self._rdot(rows))
-        x = x if torch.is_tensor(x) else numeric_array(x)
+        x = dense_tensor(x) if torch.is_tensor(x) else numeric_array(x)
         return transposed._product(x.T).T if x.ndim == 2 else transposed._product(x)
 
     def rdot(self, x: Any) -> Any:
@@ -209,10 +234,10 @@ class TorchOperator(ClosedForms):
 
     def __rmul__(self, x: Any) -> Any:
         """Return ``x * A`` for a scalar, ``x @ A`` for anything else."""
-        if (scalar := real_scalar(x)) is not None:
-            return self._times(scalar)
-        if np.isscalar(x):
-            return LinearOperator.__rmul__(self, x)
+        if (number := real_scalar(x)) is not None:
+            return self._times(number)
+        if isinstance(number := scalar(x), _COMPLEX):
+            return LinearOperator.__rmul__(self, number)
         return self._rdot(x)
 
     def _matmat(self, X: np.ndarray) -> np.ndarray:
@@ -227,7 +252,7 @@ class TorchOperator(ClosedForms):
             packed = self._in_space.pack(x)
             return self._out_space.unpack(self._product(packed, columns, ndim))
         on_torch = torch.is_tensor(x)
-        block: Any = x if on_torch else numeric_array(x)
+        block: Any = dense_tensor(x) if on_torch else numeric_array(x)
         N, is_vector = self.shape[1], block.ndim == 1
         fits = is_vector or (block.ndim == 2 and columns in (None, block.shape[1]))
         if not fits or (is_vector and ndim == 2) or block.shape[0] != N:
@@ -257,9 +282,10 @@ class TorchOperator(ClosedForms):
             warnings.warn(
                 "The operand is part of an autograd graph, but products with an "
                 "operator are not differentiable. Call `x.detach()` first.",
-                stacklevel=6,  # the line that says `A @ x`
+                stacklevel=5,  # the line that says `A @ x`
             )
         if X.is_complex():
+            self._in_space.require_dtype(X.dtype)
             K = X.shape[1]
             parts = self._multiply_torch(torch.cat([X.real, X.imag], dim=1))
             return torch.complex(parts[:, :K], parts[:, K:])
@@ -326,6 +352,8 @@ class TorchOperator(ClosedForms):
                 f"Cannot add a matrix of shape {tuple(M.shape)} to {self!r}."
             )
         if torch.is_tensor(M):
+            if M.layout is torch.strided:
+                dense_tensor(M)
             if M.is_complex():
                 raise TypeError(
                     f"The matrix is {M.dtype}, the operator real: add `M.real`, or a "
@@ -347,9 +375,9 @@ class TorchOperator(ClosedForms):
 
     def __truediv__(self, other: Any) -> Any:
         """Return ``A / c`` for a scalar ``c``."""
-        if (scalar := real_scalar(other)) is not None:
-            return self._times(1.0 / scalar)
-        return LinearOperator.__truediv__(self, other)
+        if (number := real_scalar(other)) is not None:
+            return self._times(1.0 / number)
+        return LinearOperator.__truediv__(self, scalar(other))
 
     def __pow__(self, p: Any) -> Any:
         """Return the lazy power for a non-negative integer exponent."""

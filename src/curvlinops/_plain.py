@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops._backward import grad
-from curvlinops._data import cloned, moved, preserved_rng
+from curvlinops._data import cloned, moved
+from curvlinops._draws import preserved_rng
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._model import Model
 from curvlinops._random import Probes

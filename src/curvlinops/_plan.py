@@ -32,7 +32,6 @@ from curvlinops._data import (
     cloned,
     moved,
     part_of,
-    preserved_rng,
     rows_in,
     shares,
     strided,
@@ -40,6 +39,7 @@ from curvlinops._data import (
     tensors_in,
 )
 from curvlinops._determinism import close
+from curvlinops._draws import preserved_rng
 from curvlinops._forms import Form, Side
 from curvlinops._identity import Identity
 from curvlinops._interrupts import isolated

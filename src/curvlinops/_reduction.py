@@ -36,6 +36,7 @@ from curvlinops._data import (
 )
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._objects import content_of, described
+from curvlinops._substitutes import Watched
 
 #: Outputs of more entries keep their precision: what is evaluated here in float64 would
 #: take several times as much memory as their gradient.
@@ -398,7 +399,8 @@ class Evidence:
         f = batch.output.detach().requires_grad_()
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is evaluated anyway warns, too
-            value = self._function(f, batch.target)
+            with Watched():
+                value = self._function(f, batch.target)
             (gradient,) = torch.autograd.grad(
                 value, f, create_graph=curvature, materialize_grads=True
             )

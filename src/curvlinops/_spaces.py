@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fractions import Fraction
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
 from operator import index
 from typing import Any
 
@@ -135,6 +136,7 @@ class TensorSpace:
         """
         if not tensors:
             raise ValueError("Got an empty list of tensors as operand.")
+        tensors = self._alike(tensors)
         extra = tensors[0].ndim - len(self.shapes[0]) if self.shapes else -1
         columns = tensors[0].shape[-1:] if extra == 1 else torch.Size()
         expected = [(*shape, *columns) for shape in self.shapes]
@@ -165,6 +167,7 @@ class TensorSpace:
         ValueError
             If number or shapes of the tensors are not those of this space.
         """
+        tensors = self._alike(tensors)
         if [t.ndim for t in tensors] == [len(shape) for shape in self.shapes]:
             return None
         K = len(tensors[0]) if tensors[0].ndim else 0
@@ -208,22 +211,47 @@ class TensorSpace:
         ValueError
             If it lives on a device other than the CPU and :attr:`device`.
         """
-        if (
-            tensor.is_floating_point()
-            and tensor.dtype != self.dtype
-            and tensor.dtype != NUMPY_TORCH[self.dtype]
-        ):
-            raise TypeError(
-                f"The operator computes in {self.dtype}, the operand is a tensor of "
-                f"{tensor.dtype}. Convert it with `x.to({self.dtype})`, or convert the "
-                f"operator with `A.to_scipy(dtype)`."
-            )
+        if tensor.is_floating_point():
+            self.require_dtype(tensor.dtype)
         if tensor.device != self.device and tensor.device.type != "cpu":
             raise ValueError(
                 f"The operator lives on {self.device}, the operand on {tensor.device}."
                 f" Move it with `x.to({str(self.device)!r})`."
             )
         return tensor.detach().to(self.device, self.dtype)
+
+    def require_dtype(self, dtype: torch.dtype) -> None:
+        """Raise unless operands may have a floating-point type, real or complex.
+
+        Raises
+        ------
+        TypeError
+            If it is another one than that of this space, and of NumPy's vectors.
+        """
+        allowed = self.dtype, NUMPY_TORCH[self.dtype]
+        if dtype.to_real() not in allowed:
+            its = self.dtype.to_complex() if dtype.is_complex else self.dtype
+            raise TypeError(
+                f"The operator computes in {self.dtype}, the operand is a tensor of "
+                f"{dtype}. Convert it with `x.to({its})`, or convert the operator with "
+                "`A.to_scipy(dtype)`."
+            )
+
+    def _alike(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return a list's tensors, of one dtype and device, if each is an operand.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As by :meth:`adopt`, or if one holds no numbers, or not one for each entry.
+        """
+        first, *others = map(dense_tensor, tensors)
+        if all(t.dtype is first.dtype and t.device == first.device for t in others):
+            return tensors
+        for t in tensors:
+            if t.is_complex():
+                self.require_dtype(t.dtype)
+        return [t.to(self.device) if t.is_complex() else self.adopt(t) for t in tensors]
 
     def __eq__(self, other: object) -> bool:
         """Whether shapes, dtype and device agree (names may differ)."""
@@ -249,14 +277,7 @@ def numeric_array(x: Any) -> np.ndarray:
     TypeError
         If it holds anything else than numbers.
     """
-    try:
-        array = np.asarray(x)
-    except ValueError as error:  # ragged, or tensors beside something else
-        raise TypeError(
-            f"An operator multiplies numbers, got an operand of type "
-            f"{type(x).__name__} that is no array ({error}). Pass a NumPy array, a "
-            "tensor, or a list of nothing but tensors."
-        ) from None
+    array = x if type(x) is np.ndarray else _as_array(x)
     if array.dtype.kind not in "biufc":
         raise TypeError(
             f"An operator multiplies numbers, got an operand of type "
@@ -264,6 +285,60 @@ def numeric_array(x: Any) -> np.ndarray:
             f"array, a tensor, or a list of tensors; a sparse matrix with `.toarray()`."
         )
     return array
+
+
+def _as_array(x: Any) -> np.ndarray:
+    """Convert, unless that would lose what `x` says."""
+    parts = x if isinstance(x, (list, tuple)) else [x]
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts) and any(
+        map(np.ma.is_masked, parts)
+    ):
+        raise TypeError(
+            "An array with masked entries has no product with an operator: it does not "
+            "say what they are. Pass `x.filled(0)`, or what else they are to be."
+        )
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # ragged, or tensors beside something else
+        raise TypeError(
+            f"An operator multiplies numbers, got an operand of type "
+            f"{type(x).__name__} that is no array ({error}). Pass a NumPy array, a "
+            "tensor, or a list of nothing but tensors."
+        ) from None
+
+
+#: Types of tensors whose entries are numbers.
+_NUMBERS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.complex128, torch.complex64, torch.complex32),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+}
+
+
+def dense_tensor(x: Tensor) -> Tensor:
+    """Return a tensor that has a number in memory for each of its entries, or raise.
+
+    Raises
+    ------
+    TypeError
+        If it is sparse, quantized, nested, or holds no numbers.
+    """
+    if x.layout is torch.strided and x.dtype in _NUMBERS and not x.is_nested:
+        return x
+    kind, cure = "an unusual", "convert it to a dense one of numbers"
+    if x.is_quantized:
+        kind, cure = "a quantized", "call `x.dequantize()`"
+    elif x.is_nested:
+        kind, cure = "a nested", "join its parts, with `torch.cat(x.unbind())`"
+    elif x.layout is not torch.strided:
+        kind = "a sparse" if "sparse" in str(x.layout) else kind
+        cure = "call `x.to_dense()`"
+    raise TypeError(
+        f"An operator multiplies dense tensors of numbers, got {kind} one "
+        f"({x.dtype}, {x.layout}): {cure}."
+    )
 
 
 def rounding(dtype: torch.dtype, device: torch.device, convolves: bool) -> float:
@@ -410,10 +485,57 @@ NUMPY_TORCH = {
 }
 
 
+def scalar(value: Any) -> Any:
+    """Return what a 0-d array or tensor holds, anything else as it is.
+
+    Raises
+    ------
+    TypeError
+        If it is masked.
+    ValueError
+        If it is a tensor without a value.
+    """
+    if not isinstance(value, (Tensor, np.ndarray)) or value.ndim:
+        return value
+    if np.ma.is_masked(value):
+        raise TypeError("A masked number has no value: pass `x.filled(0)`, or another.")
+    if isinstance(value, Tensor) and value.is_meta:
+        raise ValueError("A tensor on the device 'meta' has no value: pass a number.")
+    return value.item()
+
+
 def real_scalar(value: Any) -> float | None:
-    """Return a real Python, NumPy or 0-d torch number as float, else ``None``."""
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_)):
+    """Return a real Python, NumPy or 0-d torch number as float, else ``None``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by :func:`scalar`; if a whole number is too large for a float.
+    """
+    value = scalar(value)
+    if not isinstance(value, _REAL):
+        return None
+    try:
         return float(value)
-    return None
+    except OverflowError:
+        raise ValueError(
+            f"Numbers are at most {np.finfo(float).max:.2g} in size, got one of about "
+            f"{int(value).bit_length()} bits."
+        ) from None
+
+
+_REAL = (bool, int, float, np.integer, np.floating, np.bool_, Fraction)
+
+
+def real_exponent(value: Any) -> float | None:
+    """Return an exponent as float, ``None`` if it is no real number.
+
+    Raises
+    ------
+    ValueError
+        If it is not finite.
+    """
+    exponent = real_scalar(value)
+    if exponent is not None and not isfinite(exponent):
+        raise ValueError(f"An operator has no power with the exponent {exponent}.")
+    return exponent

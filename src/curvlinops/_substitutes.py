@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from curvlinops._draws import note_draws
+from curvlinops._isolation import attend
+
 #: Mark of a graph's node at which a hook changes, or may change, gradients.
 HOOKED = "curvlinops: hook"
 
@@ -174,6 +177,28 @@ _IN_DERIVATIVES: dict[Any, Callable[..., Any]] = {
 _DIFFERENTIATING = {"grad", "backward", "_make_dual"}
 
 
+#: What computes attention.
+_ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+
+def before_call(func: Any, args: Any, kwargs: Any) -> None:
+    """Prepare for a function of torch that code of the user's is about to call."""
+    note_draws(func, args, kwargs)
+    if func in _ATTENTION:
+        attend()
+
+
+class Watched(TorchFunctionMode):
+    """Prepares for what code of the user's calls, beside a model's: a loss, say."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        before_call(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
 class Substitutions(TorchFunctionMode):
     """Calls the differentiable equivalent of a function.
 
@@ -205,6 +230,7 @@ class Substitutions(TorchFunctionMode):
         self._kept |= func in _IN_DERIVATIVES and func not in self._table
         self._differentiated |= getattr(func, "__name__", "") in _DIFFERENTIATING
         kwargs = kwargs or {}
+        before_call(func, args, kwargs)
         result = self._table.get(func, func)(*args, **kwargs)
         if not torch.compiler.is_compiling() and self._see is not None:
             self._see(func, args, kwargs, result)

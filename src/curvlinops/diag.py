@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._operator import TorchOperator, check_same_side
-from curvlinops._spaces import TensorSpace, real_scalar
+from curvlinops._spaces import TensorSpace, real_exponent
 
 __all__ = ["DiagonalLinearOperator", "IdentityLinearOperator"]
 
@@ -95,7 +95,7 @@ class Diagonal(TorchOperator):
         numpy.linalg.LinAlgError
             If it has entries that are not finite.
         """
-        if (exponent := real_scalar(p)) is None:
+        if (exponent := real_exponent(p)) is None:
             return super().__pow__(p)
         return combined(_power, self, exponent)
 

@@ -94,10 +94,12 @@ class CGInverseLinearOperator(SymmetricInverse, LinearOperator):
         Accepted without effect.
     n_tridiag : int
         Only 0 is accepted.
-    checkpoint : str or path-like
-        File to journal all products in. A solve of the same system that finds the file
-        goes on where the last one was stopped, however it was, and ends with the same
-        bits; another right-hand side needs another file. See
+    checkpoint : str, path-like, or Checkpoint
+        File to journal all products in, one vector for each;
+        :class:`~curvlinops.estimators.Checkpoint` bounds how many. A solve of the same
+        system that finds the file goes on where the last one was stopped, however it
+        was, and ends with the same bits; another right-hand side needs another file.
+        See
         :class:`~curvlinops.estimators.JournalledOperator`.
 
     Attributes

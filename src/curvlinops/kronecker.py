@@ -20,7 +20,7 @@ from torch import Tensor
 from curvlinops._closed_forms import absent, with_article
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._operator import TorchOperator
-from curvlinops._spaces import TensorSpace, real_scalar
+from curvlinops._spaces import TensorSpace, real_exponent, real_scalar
 from curvlinops.diag import tensors_of
 from curvlinops.structured import as_operator
 
@@ -310,7 +310,7 @@ class KroneckerProductLinearOperator(TorchOperator, LinearOperator):
 
     def __pow__(self, p: Any) -> Any:
         """Return the power: lazy for 0, 1, 2, ..., else by eigendecompositions."""
-        exponent = real_scalar(p)
+        exponent = real_exponent(p)
         if exponent is None or (exponent >= 0 and exponent == int(exponent)):
             return super().__pow__(p)
         self._check_square("power")
@@ -521,7 +521,7 @@ class EighDecomposedLinearOperator(TorchOperator, LinearOperator):
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with any real exponent."""
-        exponent = real_scalar(p)
+        exponent = real_exponent(p)
         if exponent is None:
             return super().__pow__(p)
         exact = exponent >= 0 and exponent == int(exponent)

@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import cache, partial
 from io import BytesIO
 from math import inf
-from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
@@ -39,12 +38,12 @@ from curvlinops._data import (
     length_of,
     moved,
     part_of,
-    preserved_rng,
     shares,
     tensors_in,
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
+from curvlinops._draws import drawn, draws_outside_torch, preserved_rng
 from curvlinops._failures import (
     holds_nested,
     meets_numpy,
@@ -53,6 +52,7 @@ from curvlinops._failures import (
     require_numbers,
 )
 from curvlinops._forms import Body, Congruence, Form, Side
+from curvlinops._grouping import Grouping
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner
 from curvlinops._interrupts import isolated
@@ -60,9 +60,11 @@ from curvlinops._isolation import without_autocast
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import GraphFreedError, Linearization
+from curvlinops._locks import new_lock
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import checked_cache, raise_if_out_of_memory
 from curvlinops._model import Model, Parameters, named_parameters
+from curvlinops._passes import one_pass
 from curvlinops._plan import (
     GRADIENT,
     Data,
@@ -276,7 +278,12 @@ class EmpiricalRisk:
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless
-    ``cache``, ``max_memory`` or ``progressbar`` is given.
+    ``cache``, ``max_memory`` or ``progressbar`` is given. Hundreds of tiny batches are
+    put together from the beginning, if data contribute apart, the loss is known in
+    closed form, and the module has no hooks. Every batch's outputs are compared with
+    those of the few hundred that it is put together with, and their :math:`J^\top u`
+    with that of halves. This costs one evaluation of the model without gradients (two
+    where some parameter is zero), and three backward passes for a few hundred batches.
 
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
@@ -328,7 +335,7 @@ class EmpiricalRisk:
         }
         self.terms = Terms(self.loss_func, self.loss_options, data)
         self.params = named_parameters(model_func, params)
-        self.data = checked_data(data, self._known_pair)
+        self.data = checked_data(data, lambda *b: require_numbers(self._pair(*b), b[1]))
         self.progressbar = progressbar
         self.batch_size_fn = batch_size_fn
         terms = optional_count("num_per_example_loss_terms", num_per_example_loss_terms)
@@ -358,7 +365,7 @@ class EmpiricalRisk:
 
     def _start(self) -> None:
         """Create everything that is rebuilt rather than pickled."""
-        self._lock = RLock()
+        self._lock = new_lock(self._forked)
         self.model = Model(self.model_func, self.params, self.reading)
         with self.model.exclusive():
             if "_own" not in vars(self):
@@ -369,6 +376,10 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
+        #: Whether reading the data draws no random numbers.
+        self._is_listed = type(self.data) in (list, tuple)
+        #: Whether evaluating the loss is known to draw some.
+        self._loss_draws: dict[Any, bool] = {}
         #: Index of a batch that holds nested tensors.
         self._nested: int | None = None
         self._reach = Reach(self.model_func, self.params)
@@ -399,6 +410,13 @@ class EmpiricalRisk:
                 self.model.evaluate_in_place()
             self._forget()
 
+    def _forked(self) -> None:
+        """See to it that all is made anew: a thread that is gone may have half done so.
+
+        In a process that was forked meanwhile.
+        """
+        self._seen = ()
+
     def _forget(self) -> None:
         with self._lock:
             self.terms.read()
@@ -415,6 +433,7 @@ class EmpiricalRisk:
             self._fits: dict[Hashable, Fit] = {}
             self._entries: float | None = None
             self._tables = Tables()
+            self._grouping = Grouping()
             self._columns.most = None
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
@@ -1037,7 +1056,9 @@ class EmpiricalRisk:
         loss = self.loss_function
         known = loss is None or not loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
-        with preserved_rng(self.space.device), unchanged(loss_func):
+        draws = nullcontext() if known else draws_outside_torch(self._loss_draws)
+        wide = not self._is_listed
+        with preserved_rng(self.space.device, wide), draws, unchanged(loss_func):
             while True:  # each cause is found once, and removed
                 model, may_free = self.model, self.model.may_free
                 try:
@@ -1083,26 +1104,24 @@ class EmpiricalRisk:
     def _replays(self, key: Hashable) -> bool:
         """Whether all batches' products need nothing but a recording."""
         recordings = self._recordings
+        batches = [batch for batch, _ in self._dense.jacobians]
+        known = self.loss_function is not None and not self.loss_function.loss.opaque
+        known &= bool(batches)  # Jacobians and losses are all that is needed
         return (
             key is not None
             and not self.plain
             and self._num_batches == len(recordings)
             and not torch.is_autocast_enabled(self.space.device.type)
             and (
-                self._jacobians_suffice()
+                (known and all("loss" in vars(b) for b in batches))
                 or all(b.replays(key) for b in self._multiplied(key))
             )
         )
 
-    def _jacobians_suffice(self) -> bool:
-        """Whether kept Jacobians and losses are all that a product needs."""
-        batches = [batch for batch, _ in self._dense.jacobians]
-        known = self.loss_function is not None and not self.loss_function.loss.opaque
-        return known and bool(batches) and all("loss" in vars(b) for b in batches)
-
     def batches(self, title: str) -> Iterator[Linearization]:
         """Yield every batch's linearization in order (within :meth:`session`)."""
-        recordings = self._recordings
+        self._group()
+        recordings, groups = self._recordings, self._grouping.groups
         kept = dict(recordings)  # another thread may drop some
         complete = len(kept) == self._num_batches
         known = [(batch.index, None, batch.share) for _, batch in sorted(kept.items())]
@@ -1126,9 +1145,22 @@ class EmpiricalRisk:
             del batch  # and its graphs, before the next one is evaluated
         if place < 0:
             raise ValueError("The data is empty: there is no batch to work on.")
-        self._num_batches = place + 1
-        self._output_shapes = tuple(shapes)
+        if recordings is self._recordings:  # no other thread has begun anew
+            self._num_batches = place + 1
+            shapes = shapes if groups is None else groups.output_shapes(shapes)
+            self._output_shapes = tuple(shapes)
         self._reach.warn_about_unused()
+
+    def _group(self) -> None:
+        """Put very many tiny batches together, before anything is known of them."""
+        grouping, loss = self._grouping, self.loss_function
+        whole = self._repeats and not self._rehearses and self._share is None
+        if whole and grouping.pays(self.data):
+            if self._may_put_together() and not (loss and loss.loss.opaque):
+                grouping.find(self.pairs, self.batch_size, self.model, self._loss_maker)
+            with self._lock:
+                if grouping.close():
+                    self._drop_recordings()
 
     def _shown(
         self, items: Iterable[T], title: str, total: int | None = None
@@ -1143,19 +1175,20 @@ class EmpiricalRisk:
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
         """Read the data, each batch as inputs and targets."""
-        for index, item in enumerate(self.data):
+        if not self._is_listed:
+            drawn()  # loaders do, also without shuffling
+        for index, item in enumerate(one_pass(self.data)):
             yield self._pair(item, index)
 
     def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
         return self.reading.pair(item, index, targets=self.loss_func is not None)
 
-    def _known_pair(self, item: Any, index: int) -> None:
-        """Raise if a batch that is there already cannot be worked on."""
-        require_numbers(self._pair(item, index), index)
-
     def _parts(self) -> Iterator[tuple[int, Any, Share | None]]:
         """Read the data, in parts of batches where whole ones would not fit."""
         entries, tables = self._entries, self._tables
+        if (groups := self._grouping.groups) is not None:
+            yield from groups.read(self.pairs())
+            return
         for index, item in enumerate(self.pairs()):
             if entries is None:
                 yield index, item, self._share
@@ -1477,6 +1510,7 @@ class EmpiricalRisk:
         """Yield batches that are evaluated now, whatever is recorded."""
         title = f"{type(self).__name__}.{title}"
         self._fit(GRADIENT)
+        self._group()
         recordings, self._recordings = self._recordings, {}
         full, self._ledger.full = self._ledger.full, True
         try:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from numpy.linalg import LinAlgError
 from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from test_geometry import block_of
 from torch import nn
+from torch.nn import functional as F
 
 import curvlinops
 import references
@@ -214,7 +216,7 @@ def test_save_and_load(A, tmp_path):
     assert torch.equal(alone.to_dense(), dense)
     assert alone._in_space.names == A._in_space.names
     model, _, params, data = find("mlp-tanh-mse").build()
-    fresh = type(A)(model, nn.MSELoss(), params, data, fisher_type="empirical")
+    fresh = type(A)(model, nn.MSELoss(), params, data, **EXACT)
     fresh.load(path)
     assert torch.equal(fresh.to_dense(), dense)
     assert list(fresh.factors()) == list(A.factors()) == ["0", "2", "4"]
@@ -276,33 +278,87 @@ def test_load_refuses_mismatches(A, tmp_path):
     path = tmp_path / "factors.npz"
     A.save(path)
     for name, what in (("mlp-no-bias", "names"), ("linear", "names")):
-        other = type(A)(*find(name).build())
+        other = type(A)(*find(name).build(), **EXACT)
         with pytest.raises(ValueError, match=f"with the {what}"):
             other.load(path)
     problem = find("mlp-tanh-mse").build()
     model, loss, params, data = references.convert(*problem, dtype=torch.float32)
     with pytest.raises(ValueError, match="with the dtype"):
-        type(A)(model, loss, params, data).load(path)
+        type(A)(model, loss, params, data, **EXACT).load(path)
     wider = mlp(4, 6, 4, 3)
     X, y = torch.rand(6, 4), torch.rand(6, 3)
-    other = type(A)(wider, loss, list(wider.parameters()), split(X, y))
+    other = type(A)(wider, loss, list(wider.parameters()), split(X, y), **EXACT)
     with pytest.raises(ValueError, match="with the shapes"):
         other.load(path)
     for cls in FAMILY:
         if cls is not type(A):
-            with pytest.raises(ValueError, match=f"holds .*{type(A).__name__}"):
-                cls(*problem).load(path)
-    joint = type(A)(*problem, separate_weight_and_bias=False)
-    with pytest.raises(ValueError, match="'biases': 'joint'"):
+            with pytest.raises(ValueError, match=f"class: '{type(A).__name__}' there"):
+                cls(*problem, **EXACT).load(path)
+    joint = type(A)(*problem, separate_weight_and_bias=False, **EXACT)
+    with pytest.raises(ValueError, match="'joint' here"):
         joint.load(path)
-    (tmp_path / "text").write_text("no factors")
-    with pytest.raises(ValueError, match="no npz file"):
-        joint.load(tmp_path / "text")
-    with pytest.raises(FileNotFoundError):
-        joint.load(tmp_path / "missing")
-    np.savez(tmp_path / "other.npz", a=np.ones(2))
-    with pytest.raises(ValueError, match="no header"):
-        load(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fisher_type": "empirical"}, "fisher_type: 'mc' there, 'empirical' here"),
+        ({"fisher_type": "type-2"}, r"mc_samples: 1 there, None here; seed: 5 there"),
+        ({"mc_samples": 2}, "mc_samples: 1 there, 2 here"),
+        ({"seed": 6}, "seed: 5 there, 6 here"),
+        ({"kfac_approx": "reduce"}, "kfac_approx: 'expand' there, 'reduce' here"),
+        ({"max_factor": 3}, "max_factor: 8192 there, 3 here"),
+        ({"unsupported": "diagonal"}, "unsupported: 'raise' there, 'diagonal' here"),
+        ({"max_iter": 7}, "max_iter: 20 there, 7 here"),
+        ({"tolerance": 1e-3}, "tolerance: 1e-06 there, 0.001 here"),
+    ],
+)
+@pytest.mark.parametrize("cls", FAMILY)
+def test_factors_of_another_matrix_are_refused(tmp_path, cls, change, said):
+    problem, path = find("mlp-tanh-mse").build(), tmp_path / "factors.npz"
+    if not change.keys() <= signature(cls).parameters.keys():
+        pytest.skip("no setting of this class")
+    settings = {"seed": 5, "check_deterministic": False}
+    A = cls(*problem, **settings)
+    A.save(path)
+    with pytest.raises(ValueError, match=rf"factors.npz holds .* \(.*{said}.*\). Buil"):
+        cls(*problem, **settings | change).load(path)
+    same = cls(*problem, **settings)
+    same.load(path)
+    assert torch.equal(same.to_dense(), A.to_dense())
+
+
+def test_factors_of_another_loss_are_refused(tmp_path):
+    model, loss, params, data = find("mlp-tanh-mse").build()
+    path = tmp_path / "factors.npz"
+    A = KFACLinearOperator(model, loss, params, data, **EXACT)
+    A.save(path)
+    other = KFACLinearOperator(model, nn.MSELoss(reduction="sum"), params, data)
+    with pytest.raises(ValueError, match=r"loss: 'MSE\(reduction=mean, .* there"):
+        other.load(path)
+    same = KFACLinearOperator(model, F.mse_loss, params, data, **EXACT)
+    same.load(path)
+    assert torch.equal(same.to_dense(), A.to_dense())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_factors_of_other_parameters_are_warned_of(A, tmp_path, frozen):
+    path, again = tmp_path / "factors.npz", tmp_path / "again.npz"
+    kept = A.frozen() if frozen else A
+    if not frozen:
+        kept.save(path)
+    dense = A.to_dense()
+    with torch.no_grad():
+        next(iter(A.risk.params.values())).mul_(1.5)
+    if frozen:
+        kept.save(path)  # the parameters are those of before
+    for file in (path, again):
+        with pytest.warns(UserWarning, match="with other values of the para.*refresh"):
+            A.load(file)
+        assert torch.equal(A.to_dense(), dense)
+        A.save(again)  # which stay those of others
+    A.refresh()
+    assert not torch.allclose(A.to_dense(), dense)
 
 
 # Parameters that have no factors

@@ -6,7 +6,7 @@ results live where the matrix lives: tensors on its device for tensors and opera
 this package, NumPy for everything else.
 """
 
-from curvlinops._journal import JournalledOperator
+from curvlinops._journal import Checkpoint, JournalledOperator
 from curvlinops.estimators._base import Estimate
 from curvlinops.estimators._run import Options
 from curvlinops.estimators.density import SpectralDensity
@@ -40,10 +40,12 @@ from curvlinops.estimators.trace import (
     xtrace,
 )
 from curvlinops.estimators.tracking import Track, track
+from curvlinops.estimators.training import TrainingCallback, training_callback
 
 __all__ = [
     "Eigenpairs",
     "Estimate",
+    "Checkpoint",
     "JournalledOperator",
     "LayerSummary",
     "LanczosApproximateLogSpectrumCached",
@@ -51,6 +53,7 @@ __all__ = [
     "Options",
     "SpectralDensity",
     "Track",
+    "TrainingCallback",
     "apply_function",
     "condition_number",
     "effective_dimension",
@@ -69,6 +72,7 @@ __all__ = [
     "top_eigenpairs",
     "trace_of_function",
     "track",
+    "training_callback",
     "xdiag",
     "xnystrace",
     "xtrace",

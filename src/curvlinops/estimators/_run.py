@@ -61,10 +61,12 @@ class Options(TypedDict, total=False):
         Vectors multiplied at once. Default: as many as fit into 64 MiB, at most 16.
         Affects speed and memory only, but for rounding (and above 8 where ``until``
         stops).
-    checkpoint : str or path-like
+    checkpoint : str, path-like, or Checkpoint
         File that keeps the progress. A call that was killed and is made again goes on
         from there, and ends with the same bits on the same machine. Costs one product,
-        for the matrix's fingerprint.
+        for the matrix's fingerprint. The file grows by one vector per product, until
+        the state of a run or a block of samples is saved in their place;
+        :class:`~curvlinops.estimators.Checkpoint` bounds that.
     progressbar : bool
         Show products, time left and time per product on stderr.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from curvlinops._operand import to_json, to_numpy
+from curvlinops._files import ArrayFile
+from curvlinops._operand import to_numpy
 from curvlinops.estimators._base import (
     ArrayResult,
     require_choice,
@@ -21,6 +21,9 @@ from curvlinops.estimators._base import (
 from curvlinops.estimators.smoothing import beta_means, node_spacing
 
 SCALES = ("linear", "log", "abs")
+#: What densities' files are, and the fields that are arrays.
+FILE = ArrayFile("spectral density", "curvlinops-density", 2)
+ARRAYS = ("nodes", "weights", "spikes")
 
 
 def _identity(x: Any) -> Any:
@@ -384,15 +387,23 @@ class SpectralDensity(ArrayResult):
         Parameters
         ----------
         path : str or path-like
-            File to write. Grid and density are in it for other programs to read.
+            File to write. Grid and density are in it for other programs to read. It
+            replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
         """
         plain = {f.name: getattr(self, f.name) for f in fields(self)} | self._exact
         del plain["convert"], plain["_exact"]
-        plain["provenance"] = to_json(self.provenance)
+        about = {name: plain.pop(name) for name in [*plain] if name not in ARRAYS}
         grid, density = self.numpy()
         error = to_numpy(self.standard_error)
-        with open(path, "wb") as file:
-            np.savez(file, grid=grid, density=density, standard_error=error, **plain)
+        shown = {"grid": grid, "density": density, "standard_error": error}
+        FILE.write(path, about, plain | shown)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SpectralDensity:
@@ -402,11 +413,15 @@ class SpectralDensity(ArrayResult):
         ----------
         path : str or path-like
             The file.
+
+        Raises
+        ------
+        ValueError
+            If it is another file, of another version, cut off, or damaged; the message
+            says which.
+        OSError
+            If there is no such file, or it cannot be read.
         """
-        names = {f.name for f in fields(cls) if f.init}
-        with np.load(path) as file:
-            plain = {name: file[name] for name in names.intersection(file.files)}
-        values = {name: x if x.ndim else x.item() for name, x in plain.items()}
-        values["boundaries"] = tuple(values["boundaries"].tolist())
-        values["provenance"] = json.loads(values["provenance"])
-        return cls(**{"min_width": 0.0} | values)  # files of old have none
+        about, arrays = FILE.read(path)
+        about["boundaries"] = tuple(about["boundaries"])
+        return cls(**about | {name: arrays[name] for name in ARRAYS})

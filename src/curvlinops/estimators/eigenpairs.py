@@ -111,8 +111,9 @@ def top_eigenpairs(
         memory). Default: the matrix's own.
     rng : int, numpy.random.Generator, torch.Generator, or None, optional
         Source of the random vectors.
-    checkpoint : str or path-like, optional
-        File that keeps the products; see :class:`~curvlinops.estimators.Options`.
+    checkpoint : str, path-like, or Checkpoint, optional
+        File that keeps the products, one vector for each; see
+        :class:`~curvlinops.estimators.Options`.
     progressbar : bool, optional
         Count products on stderr.
 

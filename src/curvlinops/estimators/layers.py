@@ -100,9 +100,9 @@ class LayerSummary:
         numbers = [values for name, values in self.columns.items() if name != "name"]
         return np.stack(numbers, axis=1).astype(dtype or np.float64)
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return the rows by name of the block, in numbers that JSON knows."""
-        return {str(name): self.row(name) for name in self["name"]}
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the columns by name, as lists of Python's numbers, for JSON."""
+        return {name: column.tolist() for name, column in self.columns.items()}
 
     def to_pandas(self) -> Any:
         """Return the table as ``pandas.DataFrame``, blocks as index.
@@ -122,13 +122,16 @@ class LayerSummary:
         return pandas.DataFrame(self.columns).set_index("name")
 
     def __str__(self) -> str:
-        """Return the table as text, values with their errors."""
+        """Return the table as text, values with their errors where there are some."""
         heads = ["block", "size", "trace", "top eigenvalue", "Frobenius norm"]
         heads += ["effective dimension", "share"]
         rows = [heads]
         for i, name in enumerate(self["name"]):
             pairs = [(self[q][i], self[f"{q}_error"][i]) for q in QUANTITIES]
-            numbers = [f"{value:.4g} +- {error:.1g}" for value, error in pairs]
+            numbers = [
+                f"{value:.4g}" + (f" +- {error:.1g}" if error else "")
+                for value, error in pairs
+            ]
             share = f"{self['share'][i]:.1%}"
             rows.append([str(name), str(self["size"][i]), *numbers, share])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

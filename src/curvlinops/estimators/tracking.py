@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from curvlinops._files import ArrayFile, replacing
 from curvlinops._operand import to_numpy
 from curvlinops._random import Rng, as_seed
 from curvlinops.estimators._base import Estimate
@@ -27,6 +29,7 @@ QUANTITIES: dict[str, Callable[..., Any]] = {
     "squared_fro": hutchinson_squared_fro,
 }
 EIGENVALUES = "eigenvalues"
+FILE = ArrayFile("track", "curvlinops-track", 2)
 Quantities: TypeAlias = "str | Iterable[str] | Mapping[str, Callable[[Any], Any]]"
 
 
@@ -64,13 +67,22 @@ class Track:
         Parameters
         ----------
         path : str or path-like
-            File to write.
+            File to write. It replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
         """
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            columns = (column.tolist() for column in self.columns.values())
-            writer.writerows(zip(*columns, strict=True))
+        text = StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(self.columns)
+        columns = (column.tolist() for column in self.columns.values())
+        writer.writerows(zip(*columns, strict=True))
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the columns to an npz file.
@@ -78,10 +90,18 @@ class Track:
         Parameters
         ----------
         path : str or path-like
-            File to write.
+            File to write. It replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        TypeError
+            If a column has something else in it than numbers or text.
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
         """
-        with open(path, "wb") as file:
-            np.savez(file, **self.columns)  # type: ignore[arg-type]
+        FILE.write(path, {}, self.columns)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Track:
@@ -91,9 +111,16 @@ class Track:
         ----------
         path : str or path-like
             The file.
+
+        Raises
+        ------
+        ValueError
+            If it is another file, of another version, cut off, or damaged; the message
+            says which.
+        OSError
+            If there is no such file, or it cannot be read.
         """
-        with np.load(path) as file:
-            return cls({name: file[name] for name in file.files})
+        return cls(FILE.read(path)[1])
 
 
 def track(
@@ -164,30 +191,67 @@ def track(
     >>> bool(np.allclose(table["overlap"][1:], 1.0))  # the eigenvectors stayed
     True
     """
-    seed = as_seed(rng)
-    functions = _functions(quantities, num_matvecs, seed)
-    rows: list[dict[str, Any]] = []
+    follower = Follower(quantities, k, which, num_matvecs, rng, start)
     names = iter(steps) if steps is not None else None
-    pairs = start
     items = tqdm(operators_or_checkpoints, "track", disable=not progressbar)
     for index, item in enumerate(items):
         A = _matrix(item, build)
-        row = {"step": index if names is None else next(names, None)}
-        if row["step"] is None:
+        step = index if names is None else next(names, None)
+        if step is None:
             raise ValueError(f"steps names {index} rows, and there are more matrices.")
-        for name, function in functions.items():
+        follower.measure(A, step)
+    if not follower.rows:
+        raise ValueError("operators_or_checkpoints is empty: nothing to track.")
+    return follower.track
+
+
+class Follower:
+    """A table that grows by one row per matrix; arguments are those of :func:`track`.
+
+    Attributes
+    ----------
+    rows : list of dict
+        What was found, by column.
+    """
+
+    def __init__(
+        self,
+        quantities: Quantities,
+        k: int,
+        which: str,
+        num_matvecs: int,
+        rng: Rng,
+        start: Eigenpairs | None = None,
+    ) -> None:
+        self._seed, self._k, self._which = as_seed(rng), k, which
+        self._functions = _functions(quantities, num_matvecs, self._seed)
+        self._pairs = start
+        self.rows: list[dict[str, Any]] = []
+
+    def measure(self, A: Any, step: Any, **known: float) -> None:
+        """Append a row: its name, what is known of it, and what the matrix says."""
+        row = {"step": step, **known}
+        for name, function in self._functions.items():
             if name == EIGENVALUES:
-                before = pairs
-                count = min(k, A.shape[0])
-                pairs = top_eigenpairs(A, count, which, start=before, rng=seed)
+                before, count = self._pairs, min(self._k, A.shape[0])
+                pairs = top_eigenpairs(
+                    A, count, self._which, start=before, rng=self._seed
+                )
                 row |= _eigenvalue_columns(pairs, before, count)
+                self._pairs = pairs
             elif function is not None:
                 row |= _columns(name, function(A))
-        rows.append(row)
-    if not rows:
-        raise ValueError("operators_or_checkpoints is empty: nothing to track.")
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return Track(columns, pairs)
+        self.rows.append(row)
+
+    @property
+    def track(self) -> Track:
+        """The table up to now; what a row does not know is NaN."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        columns = {
+            name: np.array([row.get(name, np.nan) for row in self.rows])
+            for name in names
+        }
+        return Track(columns, self._pairs)
 
 
 def _functions(

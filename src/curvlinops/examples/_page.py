@@ -24,6 +24,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from curvlinops.plots import OKABE_ITO
+
 Array = NDArray[np.float64]
 
 #: Import names of what the extra ``examples`` installs, with their distributions.
@@ -139,11 +141,14 @@ class Page:
         **subplots
             Of ``Figure.subplots``: ``nrows``, ``ncols``, ``sharey``, ...
         """
+        from matplotlib import rc_context, rcsetup
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure.subplots(**subplots)
-        figure.savefig(self.args.output / f"{name}.png", dpi=150)
+        cycle = rcsetup.cycler(color=list(OKABE_ITO.values()))
+        with rc_context({"axes.prop_cycle": cycle, "image.cmap": "cividis"}):
+            figure = Figure(figsize=(width, height), layout="constrained")
+            yield figure.subplots(**subplots)
+            figure.savefig(self.args.output / f"{name}.png", dpi=150)
         self._figures.append(f"{name}.png")
 
     def finish(self) -> int:

@@ -2,20 +2,18 @@ r"""Block-diagonal matrices of parameters, :math:`P \operatorname{diag}(B_l) P^\
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any, NamedTuple
-from zipfile import is_zipfile
 
-import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._files import ArrayFile
+from curvlinops._operand import to_numpy
 from curvlinops._operator import TorchOperator, _is_tensor_list
-from curvlinops._spaces import TensorSpace, real_scalar
+from curvlinops._spaces import TensorSpace, real_exponent
 from curvlinops.kfac._uses import Layout
 from curvlinops.kronecker import (
     EighDecomposedLinearOperator,
@@ -23,6 +21,8 @@ from curvlinops.kronecker import (
 )
 
 Block = KroneckerProductLinearOperator | EighDecomposedLinearOperator
+#: What files are, of matrices that are made of blocks.
+FILE = ArrayFile("Kronecker factors", "curvlinops-blocks", 4)
 #: One number, one per factor of a product, or either by parameter name.
 Damping = float | tuple[float, ...] | Mapping[str, Any]
 
@@ -54,8 +54,10 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         Which parameters a block is about, and how they are matrices.
     blocks : sequence of LinearOperator
         The blocks.
-    kind : mapping of str to str, optional
-        What a file is to say about them, for operators that read it.
+    kind : mapping, optional
+        What a file is to say about them, for operators that read it: settings by name.
+    parameters : str, optional
+        Fingerprint of the parameters that they belong to.
 
     Notes
     -----
@@ -82,10 +84,11 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         space: TensorSpace,
         layouts: Sequence[Layout],
         blocks: Sequence[Block],
-        kind: Mapping[str, str] | None = None,
+        kind: Mapping[str, Any] | None = None,
+        parameters: str | None = None,
     ) -> None:
         super().__init__(space, space)
-        self.kind = dict(kind or {})
+        self.kind, self.parameters = dict(kind or {}), parameters
         self.layouts, self.blocks = tuple(layouts), tuple(blocks)
         index = {name: i for i, name in enumerate(space.names)}
         self._places = [[index[name] for name in lay.names] for lay in self.layouts]
@@ -231,7 +234,7 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with a real exponent, block by block."""
-        exponent = real_scalar(p)
+        exponent = real_exponent(p)
         if exponent is None or (exponent >= 0 and exponent == int(exponent)):
             return super().__pow__(p)
         return self.map(lambda _, block: block**exponent)
@@ -285,9 +288,16 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
         Parameters
         ----------
         path : str or path
-            The file.
+            The file. It replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
         """
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         described = []
         for i, (layout, block) in enumerate(
             zip(self.layouts, self.blocks, strict=True)
@@ -298,20 +308,19 @@ class BlockwiseLinearOperator(TorchOperator, LinearOperator):
                 parts |= {"evals": [block.evals], "spectra": block.spectra or []}
             for part, tensors in parts.items():
                 for j, tensor in enumerate(tensors):
-                    arrays[f"block{i}.{part}{j}"] = tensor.cpu().numpy()
+                    arrays[f"block{i}.{part}{j}"] = to_numpy(tensor)
             counts = {part: len(tensors) for part, tensors in parts.items()}
             described.append([counts, block.name, *vars(layout).values()])
         space = self._in_space
-        header = {
-            "format": "curvlinops-blocks-3",
+        about = {
             "kind": self.kind,
+            "parameters": self.parameters,
             "names": space.names,
             "shapes": space.shapes,
             "dtype": str(space.dtype).removeprefix("torch."),
             "blocks": described,
         }
-        with open(path, "wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+        FILE.write(path, about, arrays)
 
 
 def _kronecker(block: Block) -> KroneckerProductLinearOperator:
@@ -322,7 +331,7 @@ def _kronecker(block: Block) -> KroneckerProductLinearOperator:
 
 
 def load(
-    path: str | PathLike[str], device: torch.device | str = "cpu", **kind: str
+    path: str | PathLike[str], device: torch.device | str = "cpu", **kind: Any
 ) -> BlockwiseLinearOperator:
     """Read the blocks that were saved in a file.
 
@@ -332,8 +341,8 @@ def load(
         A file that ``save`` of a Kronecker-factored operator has written.
     device : torch.device or str, optional
         Where the result lives.
-    **kind : str
-        What the file must say about itself.
+    **kind : Any
+        What the file must say about itself: the operator's class and settings.
 
     Returns
     -------
@@ -342,48 +351,63 @@ def load(
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     ValueError
-        If the file is of another kind.
+        If the file is another one, of another version, cut off, damaged, or of another
+        kind; the message says which.
+    OSError
+        If there is no such file, or it cannot be read.
+
+    Notes
+    -----
+    A checksum of everything that counts is compared, and nothing is executed.
     """
-    if Path(path).exists() and not is_zipfile(path):
-        raise ValueError(f"{path!r} holds no Kronecker factors: it is no npz file.")
-    with np.load(path, allow_pickle=False) as file:
-        if "header" not in file:
-            raise ValueError(f"{path!r} holds no Kronecker factors: it has no header.")
-        header = json.loads(str(file["header"]))
-        if header.get("format") != "curvlinops-blocks-3":
-            raise ValueError(
-                f"{path!r} has an unknown format {header.get('format')!r}."
+    about, arrays = FILE.read(path)
+    if kind:
+        _require_kind(path, about["kind"], kind)
+    layouts, blocks = [], []
+    for i, (counts, name, names, shapes, *rest) in enumerate(about["blocks"]):
+        view, order, size = map(tuple, rest)
+        layouts.append(
+            Layout(tuple(names), tuple(map(tuple, shapes)), view, order, size)
+        )
+        parts = {
+            part: [
+                torch.from_numpy(arrays[f"block{i}.{part}{j}"]).to(device)
+                for j in range(count)
+            ]
+            for part, count in counts.items()
+        }
+        block: Block = KroneckerProductLinearOperator(
+            *parts["factors"], grouped=True, name=name
+        )
+        if "evals" in parts:
+            (evals,), spectra = parts["evals"], parts["spectra"] or None
+            block = EighDecomposedLinearOperator(
+                evals, block, name=name, spectra=spectra
             )
-        if kind and header["kind"] != kind:
-            raise ValueError(f"{path!r} holds {header['kind']}, not {kind}.")
-        layouts, blocks = [], []
-        for i, (counts, name, names, shapes, *rest) in enumerate(header["blocks"]):
-            view, order, size = map(tuple, rest)
-            layouts.append(
-                Layout(tuple(names), tuple(map(tuple, shapes)), view, order, size)
-            )
-            parts = {
-                part: [
-                    torch.from_numpy(file[f"block{i}.{part}{j}"]).to(device)
-                    for j in range(count)
-                ]
-                for part, count in counts.items()
-            }
-            block: Block = KroneckerProductLinearOperator(
-                *parts["factors"], grouped=True, name=name
-            )
-            if "evals" in parts:
-                (evals,), spectra = parts["evals"], parts["spectra"] or None
-                block = EighDecomposedLinearOperator(
-                    evals, block, name=name, spectra=spectra
-                )
-            blocks.append(block)
-    dtype = getattr(torch, header["dtype"])
-    space = TensorSpace(header["shapes"], dtype, device, header["names"])
-    return BlockwiseLinearOperator(space, layouts, blocks, header["kind"])
+        blocks.append(block)
+    dtype = getattr(torch, about["dtype"])
+    space = TensorSpace(about["shapes"], dtype, device, about["names"])
+    its = about["kind"], about["parameters"]
+    return BlockwiseLinearOperator(space, layouts, blocks, *its)
+
+
+def _require_kind(
+    path: str | PathLike[str], its: Mapping[str, Any], mine: Mapping[str, Any]
+) -> None:
+    """Raise if a file holds another matrix than it must."""
+    differing = [
+        f"{key}: {its.get(key)!r} there, {mine.get(key)!r} here"
+        for key in dict.fromkeys([*mine, *its])
+        if its.get(key) != mine.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{fspath(path)} holds the factors of another matrix "
+            f"({'; '.join(differing)}). Build the operator as it was when they were "
+            "saved, or read them by `curvlinops.kfac.load(path)`, as a matrix of its "
+            "own."
+        )
 
 
 __all__ = ["BlockwiseLinearOperator", "load"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from curvlinops._counts import count
 from curvlinops._model import Parameters
+from curvlinops._operand import to_json
 from curvlinops.kfac._blocks import BlockwiseLinearOperator, Factors, load
 from curvlinops.kfac._estimation import Settings
 from curvlinops.kfac._following import Represented
@@ -195,8 +198,21 @@ class KroneckerFactored(Represented):
     # -- files ------------------------------------------------------------------------
 
     @property
-    def _kind(self) -> dict[str, str]:
-        return {"class": type(self).__name__, "biases": self.settings.bias}
+    def _kind(self) -> dict[str, Any]:
+        """What makes this matrix, of the same parameters, another one than others."""
+        settings, loss = self.settings, self.risk.loss_function
+        fisher, approx = settings.fisher, ["expand", "reduce"][settings.reduce]
+        draws = {"mc_samples": fisher.mc_samples, "seed": fisher.seed}
+        return {
+            "class": type(self).__name__,
+            "fisher_type": fisher.fisher_type,
+            **(draws if fisher.fisher_type == FisherType.MC else {}),
+            "kfac_approx": approx,
+            "biases": settings.bias,
+            "unsupported": settings.unsupported,
+            "max_factor": settings.max_factor,
+            "loss": None if loss is None else loss.title,
+        }
 
     def load(self, path: str | PathLike[str]) -> None:
         """Read factors that were saved, for the same parameters, on any device.
@@ -205,20 +221,46 @@ class KroneckerFactored(Represented):
         :meth:`refresh` is called; then factors are computed. The function
         :func:`load <curvlinops.kfac.load>` returns a matrix that stays.
 
+        Parameters
+        ----------
+        path : str or path
+            The file.
+
         Raises
         ------
         ValueError
-            If the class of the operator, how it treats biases, or names, shapes or
-            dtype of the parameters differ.
+            If the operator's class, settings or loss, or names, shapes or dtype of the
+            parameters differ; or if the file is another one, of another version, cut
+            off, or damaged.
+        OSError
+            If there is no such file, or it cannot be read.
+
+        Warns
+        -----
+        UserWarning
+            If the factors were computed with other values of the parameters.
+
+        Notes
+        -----
+        A loss of your own counts by its name. The model between the parameters, and
+        the data, are not compared.
         """
-        matrix = load(path, self.device, **self._kind)
+        matrix = load(path, self.device, **json.loads(to_json(self._kind)))
         mine, its = self._in_space, matrix._in_space
         for what in ("names", "shapes", "dtype"):
             if getattr(mine, what) != getattr(its, what):
                 raise ValueError(
-                    f"{path!r} was saved for parameters with the {what} "
-                    f"{getattr(its, what)}, these have {getattr(mine, what)}."
+                    f"{fspath(path)} was saved for parameters with the {what} "
+                    f"{getattr(its, what)}, these have {getattr(mine, what)}. Build "
+                    "the operator for those."
                 )
+        if matrix.parameters not in (None, self.parameters_fingerprint()):
+            warnings.warn(
+                f"The factors in {fspath(path)} were computed with other values of the "
+                "parameters. Set these first, or call `refresh()` for factors of the "
+                "present ones.",
+                stacklevel=2,
+            )
         with self._alone():
             self._own = ref(self._state()), matrix
 

@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvlinops._operator import TorchOperator, _is_tensor_list
-from curvlinops._spaces import real_scalar
+from curvlinops._spaces import real_exponent
 from curvlinops.kfac._blocks import Block, BlockwiseLinearOperator, Damping, Factors
 from curvlinops.risk import EmpiricalRisk
 from curvlinops.risk_operator import RiskOperator
@@ -33,13 +33,33 @@ class Represented(RiskOperator):
             Factors and decompositions only, without model and data: with the same
             products, scalars, inverses and powers, and files that :func:`load
             <curvlinops.kfac.load>` reads. Its products do not look for changes. Copies
-            and pickles of it are the same matrix.
+            and pickles of it are the same matrix. It knows a checksum of the
+            parameters that it belongs to, for which these are read once.
         """
-        return self.representation
+        matrix = self.representation
+        if matrix.parameters is None:
+            matrix.parameters = self.parameters_fingerprint()
+        return matrix
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the blocks, with the parameters' names and shapes, to an npz file."""
-        self.representation.save(path)
+        """Write the blocks to an npz file, with what tells them from those of others.
+
+        Those are the operator's settings and loss, and names, shapes, dtype, and a
+        checksum of the parameters.
+
+        Parameters
+        ----------
+        path : str or path
+            The file. It replaces an earlier one once it is complete.
+
+        Raises
+        ------
+        ValueError
+            If something that is no regular file is there.
+        OSError
+            If it cannot be written. What was there before is as it was.
+        """
+        self.frozen().save(path)
 
     def _alone(self) -> ExitStack:
         """Take the model's lock and then the risk's, as everything else does."""
@@ -98,7 +118,7 @@ class Represented(RiskOperator):
 
     def __pow__(self, p: Any) -> Any:
         """Return the power with a real exponent, e.g. ``-0.5``; it follows this one."""
-        exponent = real_scalar(p)
+        exponent = real_exponent(p)
         if exponent is None or (exponent >= 0 and exponent == int(exponent)):
             return super().__pow__(p)
         power = KFACPowerLinearOperator(self, exponent)

@@ -569,6 +569,11 @@ unsupported, max_factor, **options
     def _recipe(self) -> tuple[Any, ...]:
         return self.settings, self.max_iter, self.tolerance
 
+    @property
+    def _kind(self) -> dict[str, Any]:
+        its_own = {"max_iter": self.max_iter, "tolerance": self.tolerance}
+        return super()._kind | its_own
+
     def _depends_on_batches(self) -> str:
         return "the iterations end within a tolerance"
 

@@ -13,6 +13,7 @@ from curvlinops._differences import Vectors, misfits
 from curvlinops._foreign import foreign_parts, not_differentiable
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding
+from curvlinops._substitutes import Watched
 from curvlinops.losses._loss import (
     Loss,
     Number,
@@ -85,7 +86,8 @@ class Generic(Loss):
     def _evaluate(self, output: Tensor) -> Tensor:
         if self.reduction == "mean" and not self.count:
             return (0 * output).sum()  # no terms, where a mean is NaN
-        value = self.function(output, self.target)
+        with Watched():
+            value = self.function(output, self.target)
         if not is_tensor(value) or value.ndim:
             raise ValueError(
                 f"The loss function returned {describe(value)}, not a 0-d tensor: use "

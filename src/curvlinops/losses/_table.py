@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from inspect import signature
+from hashlib import sha256
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +62,17 @@ class LossFunction:
     def __post_init__(self) -> None:
         """Refuse reductions that are not a scalar."""
         check_reduction(self.reduction)
+
+    @property
+    def title(self) -> str:
+        """What tells this loss from others, in other processes, too.
+
+        Functions count by their names, tensors by a checksum.
+        """
+        defaults = {name: p.default for name, p in _options_of(self.loss).items()}
+        options = {**defaults, **self.options, "reduction": self.reduction}
+        told = {name: _told(value) for name, value in sorted(options.items())}
+        return f"{self.loss.__name__}({', '.join(f'{k}={v}' for k, v in told.items())})"
 
     @property
     def smooth_alternative(self) -> str | None:
@@ -239,7 +251,7 @@ def as_loss_function(
     key = type(function) if instance else function
     # by identity, since callables may be unhashable
     if loss := next((loss for k, loss in _KNOWN.items() if k is key), None):
-        names = _option_names(loss)
+        names = tuple(_options_of(loss))
         if instance:
             options = {n: getattr(function, n) for n in names if hasattr(function, n)}
         unknown = sorted(options.keys() - set(names))
@@ -273,9 +285,24 @@ def unwrapped(loss_func: Any) -> Any:
 
 
 @cache
-def _option_names(loss: type[Loss]) -> tuple[str, ...]:
+def _options_of(loss: type[Loss]) -> Mapping[str, Parameter]:
     parameters = signature(loss).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _told(option: Any) -> str:
+    """Return an option of a loss as text, the same in every process."""
+    if isinstance(option, Tensor):
+        values = option.detach().cpu().double().contiguous().numpy()
+        digest = sha256(values.tobytes()).hexdigest()
+        return f"tensor{[*values.shape]}:{digest[:16]}"
+    if isinstance(option, partial):
+        bound = [*map(_told, option.args)]
+        bound += [f"{k}={_told(v)}" for k, v in sorted(option.keywords.items())]
+        return f"partial({', '.join([_told(option.func), *bound])})"
+    if callable(option):
+        return str(getattr(option, "__qualname__", type(option).__qualname__))
+    return str(option)
 
 
 def _length(output: Tensor, _: Any) -> int:

@@ -36,6 +36,8 @@ def _bulk(density: SpectralDensity, share: float = 0.98) -> tuple[float, float]:
     mass = np.cumsum(to_numpy(density.weights).ravel()[order])
     tails = mass[-1] * np.array([(1 - share) / 2, (1 + share) / 2])
     low, high = nodes[order][np.searchsorted(mass, tails).clip(max=len(mass) - 1)]
+    if density.scale == "log":
+        return max(float(low), density.epsilon) / 2, 2 * float(high)
     margin = 0.2 * (high - low) or 0.05 * abs(high) or 1.0
     return float(low - margin), float(high + margin)
 
@@ -46,31 +48,40 @@ def _whole(density: SpectralDensity) -> tuple[float, float]:
     return float(ends.min()), float(ends.max())
 
 
+def _length(density: SpectralDensity, window: tuple[float, float]) -> float:
+    """Return the length of a window, in the axis of the kernels."""
+    if density.scale == "log":
+        return float(np.diff(np.log(np.add(window, density.epsilon)))[0])
+    return window[1] - window[0]
+
+
+def _width(density: SpectralDensity, window: tuple[float, float]) -> float:
+    """Return the width of kernels that suits a window."""
+    steps = max(to_numpy(density.nodes).shape[1] - 1, 1)
+    own = 1 / steps / np.sqrt(8 * np.log(density.kappa))
+    return _length(density, window) * max(own, LEAST_WIDTH)
+
+
 def _seen(
-    density: SpectralDensity, window: tuple[float, float], width: float | None
+    density: SpectralDensity, window: tuple[float, float], width: float
 ) -> SpectralDensity:
     """Return a density with grid and kernels for a window.
 
     The spacing of the nodes stays part of the kernels' width, so that bands keep their
     meaning. The grid is longer than the window: kernels are cut off where it ends.
     """
-    low, high = window
-    if density.scale == "abs":
-        low = max(low, 0.0)
-    length, spacing = high - low, float(density.spacing([low, high]).max())
-    if density.scale == "log":
-        length, spacing = np.log((high + density.epsilon) / (low + density.epsilon)), 0
-    steps = max(to_numpy(density.nodes).shape[1] - 1, 1)
-    own = length / steps / np.sqrt(8 * np.log(density.kappa))
-    wanted = width or max(own, LEAST_WIDTH * length)
-    margin = 0.05 + 4 * (wanted + spacing) / length
+    length = _length(density, window)
+    is_log = density.scale == "log"  # then spacing is no length of the axis
+    spacing = 0.0 if is_log else float(density.spacing(window).max())
+    margin = 0.05 + 4 * (width + spacing) / length
     length *= 1 + 2 * margin
-    kappa = np.exp(np.clip((length / steps / wanted) ** 2 / 8, 1e-12, 700.0))
+    steps = max(to_numpy(density.nodes).shape[1] - 1, 1)
+    kappa = np.exp(np.clip((length / steps / width) ** 2 / 8, 1e-12, 700.0))
     return density.smooth(
-        boundaries=(low, high),
+        boundaries=window,
         margin=float(margin),
         kappa=float(kappa),
-        num_points=int(min(8 * length / wanted, 8192)) + 2,
+        num_points=int(min(8 * length / width, 8192)) + 2,
     )
 
 
@@ -119,8 +130,8 @@ def plot_spectral_density(
     width : float, optional
         Standard deviation of the kernels where nodes are resolved, in the unit of the
         matrix (of the logarithm's if the density is logarithmic). Default: that of the
-        density's ``kappa`` and of the window, but at least a hundredth of the window.
-        In both cases the spacing of the nodes is added.
+        density's ``kappa`` and of the window, the largest of several densities, but at
+        least a hundredth of the window. The spacing of the nodes is always added.
     level : float, optional
         Probability of the band. ``None``: no band.
     log : bool, optional
@@ -162,6 +173,7 @@ def plot_spectral_density(
     known = {k: d for k, d in shown.items() if isinstance(d, SpectralDensity)}
     window = _window(list(known.values()), bulk)
     scale = next((d.scale for d in known.values()), "linear")
+    width = width or max((_width(d, window) for d in known.values()), default=1.0)
     with drawing(ax) as ax:
         log = scale != "log" if log is None else log
         for name, item in shown.items():
@@ -190,11 +202,15 @@ def _window(
         )
     if bulk is not None and not isinstance(bulk, str):
         low, high = (float(end) for end in bulk)
+        least = {"linear": -np.inf, "abs": 0.0, "log": 1e-300}
+        low = max([low, *(least[density.scale] for density in densities)])
         if low < high:
             return low, high
     elif bulk in (None, "auto") and densities:
         ends = [_bulk(d) if bulk == "auto" else _whole(d) for d in densities]
-        return min(low for low, _ in ends), max(high for _, high in ends)
+        low = min(low for low, _ in ends)
+        low = low if densities[0].scale == "linear" else max(low, 0.0)
+        return low, max(high for _, high in ends)
     elif not densities and bulk is None:
         return -np.inf, np.inf
     raise ValueError(
@@ -256,6 +272,6 @@ def _frame(ax: Any, scale: str, window: Any, log: bool) -> None:
     if scale == "log":
         ax.set_xscale("log")
         if not log:  # room for the legend
-            ax.set_ylim(top=1.35 * max(line.get_ydata().max() for line in ax.lines))
+            ax.set_ylim(top=1.45 * max(line.get_ydata().max() for line in ax.lines))
     if window is not None:
         ax.set_xlim(*window)

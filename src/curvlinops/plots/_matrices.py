@@ -148,6 +148,8 @@ def _name_blocks(ax: Any, blocks: Mapping[str, int]) -> None:
 def shortened(names: list[str], length: int = 18) -> list[str]:
     """Return names that are at most so long, if they differ then; else all longer.
 
+    Dollar signs are escaped: to Matplotlib, what is between two of them is a formula.
+
     Examples
     --------
     >>> shortened(["a.0.weight", "a.1.weight"])
@@ -161,6 +163,7 @@ def shortened(names: list[str], length: int = 18) -> list[str]:
     if common and max(map(len, names)) > length:
         names = ["…" + ".".join(part[common:]) for part in parts]
     longest = max(map(len, names), default=0)
+    short = names
     for size in range(length, longest + 1):
         head = size // 2
         short = [
@@ -168,29 +171,32 @@ def shortened(names: list[str], length: int = 18) -> list[str]:
             for n in names
         ]
         if len(set(short)) == len(set(names)):
-            return short
-    return names
+            break
+    return [name.replace("$", r"\$") for name in short]
 
 
 def compact(value: Any, error: Any = 0.0) -> str:
-    """Return a number in four digits at most, its error as digits in parentheses.
+    """Return a number with its error in parentheses, in units of the last digit.
+
+    Three digits are shown, or as many as the error allows, up to five.
 
     Examples
     --------
     >>> compact(0.01234, 0.0005), compact(123.4, 20.0), compact(3.0)
-    ('1.23(5)e-2', '1.2(2)e+2', '3.00')
-    >>> compact(0.0), compact(0.5, 2.0)
-    ('0', '0(2)')
+    ('1.23(5)e-2', '123(20)', '3.00')
+    >>> compact(0.0), compact(0.5, 2.0), compact(1.0, 1e-15)
+    ('0', '0(2)', '1.00')
     """
     if not np.isfinite(value) or (value == 0 and not error > 0):
         return f"{value:g}"
-    is_known = np.isfinite(error) and error > 0
+    # Errors below what is shown anyway count as none.
+    is_known = np.isfinite(error) and error > 1e-5 * abs(value)
     scale = int(np.floor(np.log10(max(abs(value), error if is_known else 0.0))))
-    shift = 0 if -1 <= scale <= 1 else scale
-    digits = 2 + shift - scale
+    shift = 0 if -1 <= scale <= 3 else scale
+    digits = max(2 + shift - scale, 0)
     if is_known:
         last = int(np.floor(np.log10(error)))
-        digits = int(np.clip(shift - last, 0, 3 + shift - scale))
+        digits = int(np.clip(shift - last, 0, max(4 + shift - scale, 0)))
     mantissa = f"{value / 10.0**shift:.{digits}f}"
     if is_known:
         mantissa += f"({max(round(error / 10.0**shift * 10.0**digits), 1)})"

@@ -50,8 +50,8 @@ def plot_eigenvalues(values: Any, ax: Any = None, *, label: str | None = None) -
     Returns
     -------
     matplotlib.axes.Axes
-        What was drawn on: magnitudes on a logarithmic axis, the largest first, without
-        zeros.
+        What was drawn on: magnitudes on a logarithmic axis, ranked from either end of
+        the spectrum, without zeros.
 
     Raises
     ------
@@ -64,32 +64,29 @@ def plot_eigenvalues(values: Any, ax: Any = None, *, label: str | None = None) -
     >>> from matplotlib.figure import Figure
     >>> ax = plot_eigenvalues(np.array([1.0, 5.0, -2.0]), Figure().add_subplot())
     >>> ax.lines[0].get_ydata().tolist()
-    [5.0, 2.0, 1.0]
+    [5.0, 1.0]
     """
     with drawing(ax) as ax:
         for name, item in named(values, label).items():
-            index = place(ax, "eigenvalues")
+            index = len({line.get_color() for line in ax.lines if line.get_gid()})
             color, marker = (all_[index % len(all_)] for all_ in (COLORS, MARKERS))
             found, errors = _values_and_errors(item)
-            order = np.argsort(-np.abs(found))
-            order = order[np.abs(found[order]) > 0]
-            found, ranks = found[order], np.arange(1, len(order) + 1)
-            sizes = np.abs(found)
-            ax.plot(ranks, sizes, color=color, linewidth=0.5, gid="eigenvalues")
-            if errors is not None:
-                bars = {"fmt": "none", "color": color, "elinewidth": 0.8}
-                ax.errorbar(ranks, sizes, yerr=errors[order], **bars)
-            look = {"color": color, "marker": marker, "linestyle": ""}
-            for sign, is_shown in (("", found > 0), ("negative", found < 0)):
-                if is_shown.any():
-                    words = [word for word in (name, sign) if word]
-                    fill = {"mfc": "white" if sign else color, "mew": 0.8}
-                    text = ", ".join(words) or None
-                    x, y = ranks[is_shown], sizes[is_shown]
-                    ax.plot(x, y, label=text, gid="signs", zorder=3, **look, **fill)
+            look = {"color": color, "marker": marker, "linewidth": 0.5, "mew": 0.8}
+            for sign, word in ((1, ""), (-1, "negative")):
+                order = np.argsort(-sign * found)
+                order = order[sign * found[order] > 0]
+                if not len(order):
+                    continue
+                ranks, sizes = np.arange(1, len(order) + 1), np.abs(found[order])
+                text = ", ".join(filter(None, (name, word))) or None
+                fill = {"mfc": "white" if word else color, "gid": word or "eigenvalues"}
+                ax.plot(ranks, sizes, label=text, zorder=3, **look, **fill)
+                if errors is not None:
+                    bars = {"fmt": "none", "color": color, "elinewidth": 0.8}
+                    ax.errorbar(ranks, sizes, yerr=errors[order], **bars)
         ax.set_yscale("log")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_xlabel("rank")
+        ax.set_xlabel("rank, from its end of the spectrum")
         ax.set_ylabel("magnitude of the eigenvalue")
         show_legend(ax)
     return ax

@@ -273,9 +273,10 @@ class Block:
     rank : int
         10, or fewer in blocks that have not so many eigenvalues above zero.
     nodes, weights : numpy.ndarray
-        Gauss rules in that unit, of shape ``(R, m)``; the spikes are among them.
+        Gauss rules in that unit, of shape ``(R, m)``; all eigenvalues are in them.
     curve : Curve
-        The density on the grid that all blocks share.
+        Density of ``|eigenvalue| / unit + epsilon``, on the geometric grid that all
+        blocks share.
     """
 
     name: str
@@ -295,6 +296,8 @@ class Blocks:
     ----------
     matrix : str
         Its name.
+    epsilon : float
+        Shift of the logarithm, in the blocks' units.
     blocks : tuple of Block
         The largest blocks, in the order of the parameters.
     distances : numpy.ndarray
@@ -305,6 +308,7 @@ class Blocks:
     """
 
     matrix: str
+    epsilon: float
     blocks: tuple[Block, ...]
     distances: np.ndarray
     mean_distance: float
@@ -428,7 +432,9 @@ class Counts:
     ncv, repeats : int
         Lanczos steps per run, and runs.
     probes : int
-        Test vectors for trace, norm, and the layers.
+        Test vectors for trace and norm.
+    layer_ncv, layer_repeats : int
+        Lanczos steps and runs in every layer; 0 for none.
     block_ncv, block_repeats, max_blocks : int
         The same for blockwise densities, of so many blocks; 0 for none.
     dense : int
@@ -442,6 +448,8 @@ class Counts:
     ncv: int
     repeats: int
     probes: int
+    layer_ncv: int
+    layer_repeats: int
     block_ncv: int
     block_repeats: int
     max_blocks: int

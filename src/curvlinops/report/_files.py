@@ -17,11 +17,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from curvlinops.report._contents import FORMAT, VERSION, Report
+from curvlinops.report._mistakes import MistakeError
 
 JSON, NPZ = "report.json", "report.npz"
 
 
-class ReportError(ValueError):
+class ReportError(MistakeError):
     """A file is no report, or one that cannot be read here; the message says why."""
 
 
