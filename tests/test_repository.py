@@ -161,8 +161,8 @@ LEVELS = [
         *["estimators", "estimators.*", "losses", "losses.*"],
     ],
     [
-        *["_apart", "_columns", "_dense", "_determinism", "_folding", "_grouping"],
-        *["_joining"],
+        *["_apart", "_by_forms", "_columns", "_dense", "_determinism", "_folding"],
+        *["_grouping", "_joining", "_plain"],
         *["_ledger", "_linearization", "_loss_leaves", "_order", "_parts", "_plan"],
         *[
             "_reach",

@@ -7,35 +7,29 @@ and derivatives are central differences of these and plain gradients.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from itertools import accumulate
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvlinops._backward import grad
-from curvlinops._data import cloned, cut, moved, tensors_in
-from curvlinops._draws import preserved_rng
+from curvlinops._by_forms import product_by_forms
+from curvlinops._data import cut, tensors_in
 from curvlinops._interrupts import isolated
-from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._loss_state import unchanged
 from curvlinops._memory import raise_if_out_of_memory
-from curvlinops._model import Model
+from curvlinops._plain import Outputs, Plain, SkippedError
 from curvlinops._random import Probes, Rng, as_seed
 from curvlinops._spaces import rounding
-from curvlinops.losses import Loss, LossFunction, unwrapped
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
 
 #: A check's two sides; they should be equal.
 Sides: TypeAlias = tuple[Tensor, Tensor]
-Outputs: TypeAlias = list[Tensor]
 
 #: Largest tolerance: a check that allows more would show nothing.
 MAX_TOLERANCE = 0.05
@@ -99,10 +93,6 @@ class Report:
         return "\n".join(lines)
 
 
-class _SkippedError(Exception):
-    """A check does not apply; the message says why."""
-
-
 @isolated()
 def verify(A: Any, rng: Rng = 0) -> Report:
     r"""Check an operator on its own model, loss and data.
@@ -136,7 +126,8 @@ def verify(A: Any, rng: Rng = 0) -> Report:
     * *terms of the loss*: a loss that is not known in closed form is the sum or the
       mean over data that it is taken for, in every batch.
     * *finite differences*: :math:`A u` equals a product from central differences of
-      gradients and outputs, with the user's loss on the concatenated outputs. For a
+      gradients and outputs, with the user's loss on the concatenated outputs. Of an
+      operator of your own, its forms are evaluated, batch by batch. For a
       diagonal three entries are compared. Parameters on which, to autograd, no output
       depends are not moved. The step is :math:`\epsilon^{1/3}` of the parameters' norm,
       with :math:`\epsilon` the machine epsilon. What the result changes when the step
@@ -158,7 +149,7 @@ def verify(A: Any, rng: Rng = 0) -> Report:
     seed = as_seed(rng)
     u, v = Probes(N, "normal", seed, A.torch_dtype, A.device).block(0, 2).unbind(1)
     w = Probes(M, "normal", seed + 1, A.torch_dtype, A.device).block(0, 1)[:, 0]
-    plain, product = _Plain(A.risk), cache(lambda: A @ u)
+    plain, product = Plain(A.risk), cache(lambda: A @ u)
 
     def adjoint() -> Sides:
         Au = product()
@@ -174,9 +165,9 @@ def verify(A: Any, rng: Rng = 0) -> Report:
 
     def batch_split() -> Sides:
         if _samples(A):
-            raise _SkippedError("the samples depend on the batches")
+            raise SkippedError("the samples depend on the batches")
         if reason := A._depends_on_batches():
-            raise _SkippedError(reason)
+            raise SkippedError(reason)
         halves = _Halves(A.risk)
         halves.check()
         return product(), _twin(A, data=halves, cache="off") @ u
@@ -219,7 +210,7 @@ def _row(name: str, sides: Callable[[], Sides], tolerance: float) -> Check:
     """Compare two sides; whatever goes wrong is a note."""
     try:
         error = _distance(*sides())
-    except _SkippedError as reason:
+    except SkippedError as reason:
         return Check(name, math.nan, tolerance, str(reason), True)
     except Exception as error_:  # a report, not an exception, is what was asked for
         raise_if_out_of_memory(error_)
@@ -235,11 +226,11 @@ def _converged(sides: Callable[[float], Sides], tolerance: float) -> Check:
     def both() -> Sides:
         nonlocal spread
         if tolerance >= MAX_TOLERANCE:
-            raise _SkippedError("finite differences are too coarse in this precision")
+            raise SkippedError("finite differences are too coarse in this precision")
         actual, expected = sides(1.0)
         spread = _distance(sides(2.0)[1], expected)
         if spread > MAX_TOLERANCE / 2:
-            raise _SkippedError(
+            raise SkippedError(
                 f"finite differences do not converge (they change by {spread:.1e}): "
                 "does the model have kinks?"
             )
@@ -303,211 +294,11 @@ class _Halves:
             for X, _ in self.risk.pairs():
                 sizes.append(self.risk.batch_size(X))
                 if not any(t.ndim and len(t) == sizes[-1] for t in tensors_in(X)):
-                    raise _SkippedError("no input has the data along its first axis")
+                    raise SkippedError("no input has the data along its first axis")
         except ValueError as error:
-            raise _SkippedError("the number of data in a batch is not known") from error
+            raise SkippedError("the number of data in a batch is not known") from error
         if max(sizes) < 2:
-            raise _SkippedError("every batch is a single datum")
-
-
-class _Plain:
-    """Model and loss of a risk, evaluated as the user would.
-
-    Vectors of output space are lists with one tensor per batch.
-    """
-
-    def __init__(self, risk: EmpiricalRisk) -> None:
-        self.risk = risk
-        self.dtype, self.device = risk.space.dtype, risk.space.device
-        self.theta = [p.detach() for p in risk.params.values()]
-
-    def step(self, u: Tensor, scale: float) -> float:
-        """Return the step width of central differences along a direction."""
-        norm = math.sqrt(sum(float(p.double().square().sum()) for p in self.theta))
-        root = torch.finfo(self.dtype).eps ** (1 / 3)
-        return scale * root * (1 + norm) / max(float(u.double().norm()), 1e-30)
-
-    def _run(self, shift: Tensor | None, body: Callable[[Model], Any]) -> Any:
-        """Return ``body(model)`` for the model at shifted parameters."""
-        risk = self.risk
-        theta = self.theta
-        if shift is not None:
-            shifts = risk.space.split(shift)
-            theta = [p + s for p, s in zip(theta, shifts, strict=True)]
-        params = dict(zip(risk.params, theta, strict=True))
-        model = risk.model.anew(params)
-        if risk.model._held is not None:
-            model.evaluate_in_place()
-        with preserved_rng(self.device):
-            return model.run(lambda: body(model))
-
-    def batches(self) -> Iterator[tuple[Any, Any]]:
-        """Yield inputs and targets on the model's device."""
-        for X, y in self.risk.pairs():
-            yield cloned(moved(X, self.device)), moved(y, self.device)
-
-    def outputs(self, shift: Tensor | None = None) -> Outputs:
-        """Evaluate the model on all data."""
-        return self._run(
-            shift, lambda model: [model(X).detach() for X, _ in self.batches()]
-        )
-
-    @cached_property
-    def targets(self) -> list[Any]:
-        """Targets of all batches."""
-        return [y for _, y in self.batches()]
-
-    @cached_property
-    def here(self) -> Outputs:
-        """Outputs at the parameters as they are."""
-        return self.outputs()
-
-    def check_loss(self) -> None:
-        """Raise if the loss depends on parameters other than through outputs."""
-        if (loss_func := self.risk.loss_func) is None:
-            return
-
-        def body(model: Model) -> None:
-            for X, y in self.batches():
-                check_loss_leaves(model, loss_func, model(X), y)
-
-        self._run(None, body)
-
-    def check_terms(self) -> None:
-        """Raise if the loss is not the sum or mean that it is taken for."""
-        risk = self.risk
-        if (evidence := risk.terms.evidence()) is None:
-            return
-        sizes = [risk._size_or_none(X) for X, _ in risk.pairs()]
-        for batch in zip(self.here, self.targets, sizes, strict=True):
-            evidence.add(*batch)
-        risk.terms.confirm(evidence)
-
-    def losses(self) -> list[Loss]:
-        """Return the loss of every batch, as the package knows it."""
-        if self.risk.loss_function is None:
-            raise _SkippedError("there is no loss function")
-        losses = list(map(self.risk.loss_function, self.here, self.targets))
-        sizes = [len(f) if f.ndim else 1 for f in self.here]
-        for loss, size, stop in zip(losses, sizes, accumulate(sizes), strict=True):
-            loss.first_row = stop - size
-        return losses
-
-    def pull_back(self, U: Outputs, shift: Tensor | None = None) -> Tensor:
-        """Multiply by the transposed Jacobian."""
-
-        def body(model: Model) -> Tensor:
-            total = torch.zeros(self.risk.space.dim, dtype=self.dtype).to(self.device)
-            for (X, _), u in zip(self.batches(), U, strict=True):
-                if not (f := model(X)).requires_grad:
-                    continue
-                grads = grad(f, model.leaves, u, materialize_grads=True)
-                total += self.risk.space.join(grads)
-            return total
-
-        return self._run(shift, body)
-
-    def restricted(self, u: Tensor) -> Tensor:
-        """Set entries to zero that derivatives of the outputs do not see.
-
-        Autograd's derivative by the padding row of an embedding is zero, although
-        outputs change with it.
-        """
-        return u.where(self._seen, 0.0) if self._seen.any() else u
-
-    @cached_property
-    def _seen(self) -> Tensor:
-        random = Probes(sum(f.numel() for f in self.here), "normal", 0, self.dtype)
-        vector = random.block(0, 1)[:, 0].to(self.device)
-        return self.pull_back(self.split(vector)) != 0
-
-    def push_forward(self, u: Tensor, scale: float) -> Outputs:
-        """Multiply by the Jacobian, by differences of outputs."""
-        h = self.step(u, scale)
-        sides = zip(self.outputs(h * u), self.outputs(-h * u), strict=True)
-        return [(a - b) / (2 * h) for a, b in sides]
-
-    def loss(self, outputs: Outputs) -> Tensor:
-        """Evaluate the user's loss, on the concatenated outputs if they fit."""
-        loss_func = self.risk.loss_func
-        pairs = list(zip(outputs, self.targets, strict=True))
-        if len(pairs) == 1:
-            return _value(loss_func, *pairs[0])
-        if self._fit_together:
-            return _value(loss_func, torch.cat(outputs), torch.cat(self.targets))
-        if not self.is_mean:
-            return torch.stack([_value(loss_func, *pair) for pair in pairs]).sum()
-        summed = _summing(loss_func)
-        share = self.share_of_a_term
-        return share * torch.stack([_value(summed, *pair) for pair in pairs]).sum()
-
-    @property
-    def is_mean(self) -> bool:
-        """Whether the loss is a mean over its terms."""
-        return (
-            self.risk.loss_function is not None
-            and self.risk.loss_function.reduction == "mean"
-        )
-
-    @cached_property
-    def share_of_a_term(self) -> float:
-        """The mean-reduced loss over the sum-reduced one, of all data."""
-        if not self.is_mean:
-            return 1.0
-        losses = self.losses()
-        if losses[0].opaque:
-            raise _SkippedError("the loss is not known in closed form")
-        loss_func, total = self.risk.loss_func, 0.0
-        for loss, y in zip(losses, self.targets, strict=True):
-            # the loss of probabilities, which all outputs may be
-            probe = torch.linspace(-1, 2, loss.output.numel()).sigmoid()
-            probe = probe.to(loss.output).view_as(loss.output)
-            ratio = _value(_summing(loss_func), probe, y) / _value(loss_func, probe, y)
-            # 0 / 0 where all is ignored, or a loss is zero everywhere
-            total += float(loss.count if ratio.isnan() else ratio)
-        return 1 / total
-
-    @cached_property
-    def _fit_together(self) -> bool:
-        """Whether outputs and targets of all batches can be concatenated."""
-        f, y = self.here, self.targets
-        if not all(torch.is_tensor(t) and t.ndim for t in [*f, *y]):
-            return False
-        one_shape = all(len({t.shape[1:] for t in side}) == 1 for side in (f, y))
-        return one_shape and self.losses()[0].class_axis != -f[0].ndim
-
-    def loss_gradient(self, outputs: Outputs) -> Outputs:
-        """Differentiate the loss of all data by the outputs."""
-        self.losses()
-        with torch.enable_grad():
-            leaves = [f.detach().requires_grad_() for f in outputs]
-            value = self.loss(leaves)
-            grads = torch.autograd.grad(value, leaves, materialize_grads=True)
-        return list(grads)
-
-    def split(self, u: Tensor) -> Outputs:
-        """Cut a flat vector of output space into batches."""
-        parts = u.split([f.numel() for f in self.here])
-        return [part.view_as(f) for part, f in zip(parts, self.here, strict=True)]
-
-
-def _value(loss_func: Any, f: Tensor, y: Any) -> Tensor:
-    value = loss_func(f, y)
-    if not isinstance(value, Loss):
-        return value
-    return value.value() / (1 if loss_func.reduction == "sum" else value.count)
-
-
-def _summing(loss_func: Any) -> Any:
-    """Return the same loss with another reduction."""
-    loss_func = unwrapped(loss_func)
-    if isinstance(loss_func, LossFunction):
-        return replace(loss_func, reduction="sum")
-    if not isinstance(loss_func, nn.Module):
-        return partial(loss_func, reduction="sum")
-    loss_func = copy.copy(loss_func)
-    loss_func.reduction = "sum"
-    return loss_func
+            raise SkippedError("every batch is a single datum")
 
 
 def _flat(outputs: Iterable[Tensor]) -> Tensor:
@@ -518,10 +309,10 @@ def _flat(outputs: Iterable[Tensor]) -> Tensor:
 
 #: Maps the operator, plain evaluation, a factor of the step width, and random vectors
 #: of the operator's input and output to the two sides of a comparison.
-Reference: TypeAlias = "Callable[[Any, _Plain, float, Tensor, Tensor], Sides]"
+Reference: TypeAlias = "Callable[[Any, Plain, float, Tensor, Tensor], Sides]"
 
 
-def _hessian(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+def _hessian(A: Any, plain: Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
     h = plain.step(u, scale)
 
     def gradient(shift: Tensor) -> Tensor:
@@ -530,7 +321,7 @@ def _hessian(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides
     return A @ u, (gradient(h * u) - gradient(-h * u)) / (2 * h)
 
 
-def _ggn(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+def _ggn(A: Any, plain: Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
     Ju = plain.push_forward(u, scale)
     if _samples(A):
         return A @ u, plain.pull_back(_sampled_outer_mul(A, plain, Ju))
@@ -545,7 +336,7 @@ def _ggn(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
     return A @ u, plain.pull_back(HJu)
 
 
-def _sampled_outer_mul(A: Any, plain: _Plain, U: Outputs) -> Outputs:
+def _sampled_outer_mul(A: Any, plain: Plain, U: Outputs) -> Outputs:
     """Multiply by the mean of the samples' outer products."""
     share, results = plain.share_of_a_term, []
     for loss, u in zip(plain.losses(), U, strict=True):
@@ -555,17 +346,17 @@ def _sampled_outer_mul(A: Any, plain: _Plain, U: Outputs) -> Outputs:
     return results
 
 
-def _empirical(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+def _empirical(A: Any, plain: Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
     losses = plain.losses()
     if losses[0].opaque:
-        raise _SkippedError("the loss is not known in closed form")
+        raise SkippedError("the loss is not known in closed form")
     Ju, G = plain.push_forward(u, scale), plain.loss_gradient(plain.here)
     share = plain.share_of_a_term  # once in G, not twice
     batches = zip(losses, G, Ju, strict=True)
     return A @ u, plain.pull_back([p.outer_mul(g, d) / share for p, g, d in batches])
 
 
-def _diagonal(A: Any, plain: _Plain, scale: float, u: Tensor, w: Tensor) -> Sides:
+def _diagonal(A: Any, plain: Plain, scale: float, u: Tensor, w: Tensor) -> Sides:
     diagonal = plain.restricted(A @ torch.ones_like(u))
     places = {int(v.abs().argmax()) for v in (diagonal, u, w)}
     sides = []
@@ -577,15 +368,15 @@ def _diagonal(A: Any, plain: _Plain, scale: float, u: Tensor, w: Tensor) -> Side
     return torch.stack(actual), torch.stack(expected)
 
 
-def _jacobian(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+def _jacobian(A: Any, plain: Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
     return A @ u, _flat(plain.push_forward(u, scale))
 
 
-def _transposed(A: Any, plain: _Plain, _scale: float, u: Tensor, _: Tensor) -> Sides:
+def _transposed(A: Any, plain: Plain, _scale: float, u: Tensor, _: Tensor) -> Sides:
     return A @ u, plain.pull_back(plain.split(u))
 
 
-def _gram(A: Any, plain: _Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+def _gram(A: Any, plain: Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
     U = plain.split(u)
     if not A.weighted:
         JJTu = plain.push_forward(plain.pull_back(U), scale)
@@ -610,8 +401,14 @@ REFERENCES: dict[str, Reference] = {
 }
 
 
+def _forms(A: Any, plain: Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
+    return A @ u, product_by_forms(A.forms, plain, scale, u)
+
+
 def _reference(A: Any) -> Reference:
     for base in type(A).__mro__:
         if base.__name__ in REFERENCES:
             return REFERENCES[base.__name__]
-    raise _SkippedError(f"there is no reference for {type(A).__name__}")
+    if A.forms and all(form.linear for form in A.forms):
+        return _forms
+    raise SkippedError(f"there is no reference for {type(A).__name__}")

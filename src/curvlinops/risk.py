@@ -1166,22 +1166,19 @@ class EmpiricalRisk:
     def _replays(self, key: Hashable) -> bool:
         """Whether all batches' products need nothing but a recording."""
         recordings = self._recordings
+        batches = [batch for batch, _ in self._dense.jacobians]
+        known = self.loss_function is not None and not self.loss_function.loss.opaque
+        known &= bool(batches)  # Jacobians and losses are all that is needed
         return (
             key is not None
             and not self.plain
             and self._num_batches == len(recordings)
             and not torch.is_autocast_enabled(self.space.device.type)
             and (
-                self._jacobians_suffice()
+                (known and all("loss" in vars(b) for b in batches))
                 or all(b.replays(key) for b in self._multiplied(key))
             )
         )
-
-    def _jacobians_suffice(self) -> bool:
-        """Whether kept Jacobians and losses are all that a product needs."""
-        batches = [batch for batch, _ in self._dense.jacobians]
-        known = self.loss_function is not None and not self.loss_function.loss.opaque
-        return known and bool(batches) and all("loss" in vars(b) for b in batches)
 
     def batches(self, title: str) -> Iterator[Linearization]:
         """Yield every batch's linearization in order (within :meth:`session`)."""
