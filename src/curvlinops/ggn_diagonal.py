@@ -138,7 +138,7 @@ batch_size_fn, mc_samples, seed, **options
 
         def compute() -> Tensor:
             wanted, title = DiagonalOfRows(risk.space), self._title("diagonal")
-            if isinstance(risk.data, list | tuple):  # others may be read only once more
+            if isinstance(risk.data, list | tuple):  # not to read a loader twice
                 by_rows = risk.by_rows(self.middle, wanted, title, None)
                 if by_rows is not None:
                     return by_rows
