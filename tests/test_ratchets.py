@@ -570,7 +570,7 @@ LONG_FILES: dict[str, int] = {
     "inverse": 530,
     "kfac.operators": 600,
     "kronecker": 730,
-    "risk": 1510,
+    "risk": 1545,
     "structured": 500,
 }
 #: Lines of functions with more than 60.
@@ -581,7 +581,7 @@ LONG_FUNCTIONS: dict[str, int] = {
 }
 #: Most lines of code in each folder, with room for work that is under way.
 CODE: dict[str, int] = {
-    ".": 13000,
+    ".": 13050,
     "estimators": 2900,
     "kfac": 3260,
     "losses": 1010,
