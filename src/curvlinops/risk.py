@@ -43,7 +43,12 @@ from curvlinops._data import (
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
-from curvlinops._draws import drawn, draws_outside_torch, preserved_rng
+from curvlinops._draws import (
+    drawn,
+    draws_outside_torch,
+    may_draw,
+    preserved_rng,
+)
 from curvlinops._failures import (
     holds_nested,
     meets_numpy,
@@ -388,8 +393,6 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
-        #: Whether reading the data draws no random numbers.
-        self._is_listed = type(self.data) in (list, tuple)
         #: Whether evaluating the loss is known to draw some.
         self._loss_draws: dict[Any, bool] = {}
         #: Index of a batch that holds nested tensors.
@@ -1119,7 +1122,7 @@ class EmpiricalRisk:
         known = loss is None or not loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
         draws = nullcontext() if known else draws_outside_torch(self._loss_draws)
-        wide = not self._is_listed
+        wide = may_draw(self.data)
         with preserved_rng(self.space.device, wide), draws, unchanged(loss_func):
             while True:  # each cause is found once, and removed
                 model, may_free = self.model, self.model.may_free
@@ -1238,8 +1241,8 @@ class EmpiricalRisk:
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
         """Read the data, each batch as inputs and targets."""
-        if not self._is_listed:
-            drawn()  # loaders do, also without shuffling
+        if may_draw(self.data):
+            drawn()
         for index, item in enumerate(one_pass(self.data)):
             yield self._pair(item, index)
 
