@@ -225,6 +225,56 @@ def test_models_that_cannot_be_taken_apart_are_multiplied_plainly(kind):
     assert not A.risk.model.by_datum  # it is not tried again
 
 
+class Scattered:
+    reduction = "sum"
+
+    def __call__(self, output, target):
+        return ((output - output.mean(0)) ** 2).sum() + (output - target).square().sum()
+
+
+@pytest.mark.parametrize("jacobian_first", [False, True])
+def test_losses_that_couple_data_are_multiplied_plainly(jacobian_first):
+    net, _, params, data = problem(sizes=(N,))
+    data = [(X, torch.randn(len(X), 3).double()) for X, _ in data]
+    loss = Scattered()
+    risk = EmpiricalRisk(net, loss, params, data)
+    if jacobian_first:
+        JacobianLinearOperator(risk).to_dense()
+        assert risk._rows.matrices
+    G = GGNLinearOperator(risk)
+    assert_close(G.to_dense(), references.ggn(net, loss, params, data), size=4096)
+
+
+class Typed(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+@pytest.mark.parametrize("jacobian_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_outputs_of_another_type_than_parameters(dtype, jacobian_first):
+    net, loss, _, data = problem()
+    data = [(X.float(), y) for X, y in data]
+    net = nn.Sequential(net.float(), Typed(dtype))
+    params = dict(net.named_parameters())
+    risk = EmpiricalRisk(net, loss, params, data)
+    if jacobian_first:
+        JacobianLinearOperator(risk).to_dense()
+    G, B = GGNLinearOperator(risk), GGNLinearOperator(net, loss, params, data)
+    B.fix_route("plain")
+    wide = dtype is torch.float64
+    dense = B.to_dense()
+    assert_close(G.to_dense(), dense, size=4096)
+    D = GGNDiagonalLinearOperator(risk).diagonal()
+    tolerance = 1e-5 if wide else 16 * torch.finfo(dtype).eps
+    assert float((D - dense.diag()).norm() / dense.diag().norm()) < tolerance
+    assert bool(kept(G)) == wide
+
+
 @pytest.mark.parametrize("row", [0, N - 1])
 def test_one_wrong_row_is_noticed(monkeypatch, row):
     args, call = problem(sizes=(N,)), RowsByDatum.__call__

@@ -64,7 +64,7 @@ class Rows(NamedTuple):
         if self.M is None:
             return C
         n, s, _ = self.B.shape
-        return torch.bmm(self.M, C.view(n, s, -1)).flatten(0, 1)
+        return torch.bmm(self.M.to(C.dtype), C.view(n, s, -1)).flatten(0, 1)
 
 
 class Wanted:
@@ -259,13 +259,15 @@ class DataRows:
         J, start = self.matrices.get(JACOBIAN), 0
         for batch in batches:
             size, f = size_of(batch.X), batch.output_space
-            if not size or not f.shapes[0] or f.shapes[0][0] % size:
+            coarse = f.dtype.itemsize < self._space.dtype.itemsize  # products round
+            if coarse or not size or not f.shapes[0] or f.shapes[0][0] % size:
                 raise _UnpaidError
             if J is not None:
-                M = _between(batch, size, middle, units=True)[1]
-                yield Rows(
-                    J[start : start + f.dim].view(size, -1, J.shape[1]), M, start
+                M, rows = (
+                    _part_of(batch, size, middle, start, of_units=True).M,
+                    J[start:],
                 )
+                yield Rows(rows[: f.dim].view(size, -1, J.shape[1]), M, start)
             elif not self.pay(batch, size, middle, wanted, width_of(batch)):
                 raise _UnpaidError
             else:
@@ -377,10 +379,14 @@ class _Part(NamedTuple):
 
 
 def _part_of(
-    batch: Linearization, size: int, middle: Middle | None, start: int
+    batch: Linearization,
+    size: int,
+    middle: Middle | None,
+    start: int,
+    of_units: bool = False,
 ) -> _Part:
     try:
-        U, M = _between(batch, size, middle)
+        U, M = _between(batch, size, middle, of_units)
     except Exception as error:  # whatever a loss raises with several vectors
         raise_if_out_of_memory(error)
         raise RefusedError from error
