@@ -262,16 +262,13 @@ class DataRows:
             coarse = f.dtype.itemsize < self._space.dtype.itemsize  # products round
             if coarse or not size or not f.shapes[0] or f.shapes[0][0] % size:
                 raise _UnpaidError
-            if J is not None:
-                M, rows = (
-                    _part_of(batch, size, middle, start, of_units=True).M,
-                    J[start:],
-                )
-                yield Rows(rows[: f.dim].view(size, -1, J.shape[1]), M, start)
-            elif not self.pay(batch, size, middle, wanted, width_of(batch)):
+            if J is None and not self.pay(batch, size, middle, wanted, width_of(batch)):
                 raise _UnpaidError
+            part = _part_of(batch, size, middle, start, J is not None)
+            if J is not None:
+                B = J[start : start + f.dim].view(size, -1, J.shape[1])
+                yield Rows(B, part.M, start)
             else:
-                part = _part_of(batch, size, middle, start)
                 each = self._bytes(part) * size * part.U.shape[1]
                 if group and nbytes + each > CHUNK_BYTES:
                     yield from self._rows(model, group)
@@ -379,14 +376,11 @@ class _Part(NamedTuple):
 
 
 def _part_of(
-    batch: Linearization,
-    size: int,
-    middle: Middle | None,
-    start: int,
-    of_units: bool = False,
+    batch: Linearization, size: int, middle: Middle | None, start: int, known: bool
 ) -> _Part:
+    """Return it, with all unit vectors where the products with those are known."""
     try:
-        U, M = _between(batch, size, middle, of_units)
+        U, M = _between(batch, size, middle, known)
     except Exception as error:  # whatever a loss raises with several vectors
         raise_if_out_of_memory(error)
         raise RefusedError from error
