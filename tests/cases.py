@@ -1223,9 +1223,10 @@ def _sampled_fisher(*built: Any, mc_samples: int, seed: int) -> Tensor:
     """Compute the matrix of the samples that the losses draw."""
     total: Any = 0
     risk = references._Evaluated(*built)
-    for i, (f, loss, J) in enumerate(_linearized(risk, *built)):
-        generator = torch.Generator().manual_seed(seed + i)
-        G = loss.sample_gradients(mc_samples, generator).double()
+    first_row = 0
+    for f, loss, J in _linearized(risk, *built):
+        loss.first_row, first_row = first_row, first_row + len(f)
+        G = loss.sample_gradients(mc_samples, seed).double()
         if f.ndim == 1:  # every entry is a term of its own
             G, J = G.unsqueeze(-1), J.unsqueeze(1)
         elif risk.kind is nn.CrossEntropyLoss:

@@ -503,12 +503,12 @@ def cache_does_not_change_the_numbers(s: Subject) -> None:
             s.close(A @ V, expected)
 
 
-@law(None, problems=["splittable"], without=["sampled", "derived"], slow=True)
+@law(None, problems=["splittable"], without=["derived"], slow=True)
 def split_of_the_data_does_not_matter(s: Subject) -> None:
     _check_splits(s, (1, 3, 2))
 
 
-@law(SPLIT, without=["sampled", "derived"])
+@law(SPLIT, without=["derived"])
 def one_batch_and_lone_data_are_splits_too(s: Subject) -> None:
     _check_splits(s, (N,), (1,) * N, (1, 3, 2))
 

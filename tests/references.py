@@ -285,7 +285,8 @@ class _Layered(_Evaluated):
         """
         matrices = []
         make_loss = as_loss_function(self.loss_func)
-        for i, (f, y, size) in enumerate(self.batches()):
+        first_row = 0
+        for f, y, size in self.batches():
             z = f.detach().requires_grad_()
             if fisher == "type-2":
                 summed = self.summed_loss(z, y, size)
@@ -295,9 +296,10 @@ class _Layered(_Evaluated):
                 g = differentiate(stack(self.rows(z, y, size)), [z])
                 matrices.append(g.T @ g)
             else:
-                generator = torch.Generator().manual_seed(seed + i)
                 loss = make_loss(f.detach().to(self.dtype), y)
-                samples = loss.sample_gradients(mc_samples, generator).double()
+                loss.first_row = first_row
+                samples = loss.sample_gradients(mc_samples, seed).double()
+                first_row += len(f)
                 u = samples.reshape(mc_samples, size, -1)
                 blocks = torch.einsum("sna,snb->nab", u, u) / mc_samples
                 matrices.append(torch.block_diag(*blocks))

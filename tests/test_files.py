@@ -44,15 +44,17 @@ ARRAYS = {
 
 def network(width=0, seed=0):
     torch.manual_seed(seed)
-    parts = [nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)]
-    model = (nn.Sequential(*parts) if width else nn.Linear(2, 2)).double()
+    model = nn.Linear(2, 2)
+    if width:
+        model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2))
+    model.double()
     data = [(torch.rand(5, 2).double(), torch.tensor([0, 1, 1, 0, 1]))]
     return model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data
 
 
 def factored(cls):
     def make(size):
-        return cls(*network(20 * (size - 1)))
+        return cls(*network(20 * (size - 1)), fisher_type="type-2")
 
     def numbers(path):
         matrix = load_factors(path)

@@ -212,9 +212,8 @@ JOBS: dict[str, Callable[[], Callable[[], Any]]] = {
     ),
     "plan": lambda: lambda: GGNLinearOperator(*BUILT["mlp"]).plan().peak * np.ones(1),
     "trace": lambda: (
-        lambda: (
-            hutchinson_trace(GGNLinearOperator(*BUILT["mlp"]), num_matvecs=2, rng=0)
-            * np.ones(1)
+        lambda: np.array(
+            float(hutchinson_trace(GGNLinearOperator(*BUILT["mlp"]), 2, rng=0))
         )
     ),
 }

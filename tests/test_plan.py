@@ -429,6 +429,63 @@ def test_what_fits_is_found_near_the_bound_where_activations_are_large(matrix, s
         assert_close(product, make() @ x, size=1e4)
 
 
+class Bag(nn.Module):
+    """The mean of the tokens' vectors: most of a product is as long as the text."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(tokens, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.embedding(x).mean(1))
+
+
+@pytest.mark.parametrize(("tokens", "length", "columns"), [(30, 100, 6), (300, 8, 1)])
+def test_embeddings_of_tokens_are_bounded(tokens, length, columns):
+    torch.manual_seed(0)
+    model, loss = Bag(tokens).double(), nn.CrossEntropyLoss()
+    data = [
+        (torch.randint(tokens, (n, length)), torch.randint(3, (n,))) for n in (20, 7)
+    ]
+    make = partial(GGNLinearOperator, model, loss, dict(model.named_parameters()), data)
+    X = torch.randn(make().shape[1], columns).double()
+    needed = enough(lambda limit: make(check_deterministic=False, max_memory=limit) @ X)
+    expected = make() @ X
+    for limit in (needed, needed * 9 // 8):
+        with Tracker() as tracker:
+            A = make(check_deterministic=False, max_memory=limit)
+            products = [A @ X for _ in range(3)]
+        assert tracker.peak + X.nbytes <= limit
+        for product in products:
+            assert_close(product, expected, size=1e4)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "attention"])
+def test_the_check_is_within_the_bound(name):
+    arguments = problem(name, [24, 11])
+    needed = enough(lambda limit: EmpiricalRisk(*arguments, max_memory=limit))
+    for limit in (needed, 2 * needed):
+        with Tracker() as tracker:
+            EmpiricalRisk(*arguments, max_memory=limit)
+        assert 0 < tracker.peak <= limit
+
+
+def test_plans_before_anything_is_evaluated_on_whole_batches():
+    """Without the check: neither the risk, nor the operator, nor the plan does it."""
+    model, loss, params, data = problem("cnn", [200])
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    make = partial(EmpiricalRisk, model, loss, params, data, check_deterministic=False)
+    A = GGNLinearOperator(make())
+    assert not seen
+    peak = A.plan().peak
+    assert seen and max(seen) <= 3
+    A.plan(columns=4)
+    bounded = GGNLinearOperator(make(max_memory=peak))
+    assert bounded.plan().peak <= peak
+    assert max(seen) <= 3
+
+
 def test_loops_in_turn_fit_together():
     arguments = problem("mlp", [9, 5])
     plain = GramLinearOperator(*arguments)

@@ -107,6 +107,26 @@ def test_every_matrix_and_estimator_is_listed():
     assert exported - results - names == set()
 
 
+def printed_form(text: str) -> list[str]:
+    """Return the lines of a text without its numbers, and the widths they give."""
+    text = re.sub(r"[-+]?\d[\d.,]*(e[+-]?\d+)?", "#", text)
+    return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+
+
+@pytest.mark.slow  # half a minute on a busy machine
+def test_readme_shows_what_the_main_job_prints(tmp_path, monkeypatch, capsys):
+    """The same lines and verdicts, whatever the numbers are."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("jinja2")
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module("curvlinops.__main__").main
+    assert main(["report"]) == 0
+    _, rest = README.split(".. output: main job\n\n::\n\n")
+    shown = re.match(r"((    .*)?\n)*", rest)[0]
+    found = capsys.readouterr().out
+    assert printed_form(shown.strip()) == printed_form(found.strip())
+
+
 def test_newcomers_read_it_to_the_end():
     assert len(README.splitlines()) <= 300
 

@@ -7,6 +7,7 @@ import copyreg
 import io
 import threading
 import types
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,6 +18,7 @@ from torch import nn
 
 from curvlinops._compiled import is_wrapper, module_behind
 from curvlinops._memory import raise_if_out_of_memory
+from curvlinops._once import told_before
 
 
 def private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Module:
@@ -150,3 +152,17 @@ _COPYING = {
     *("__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__"),
     *("__getnewargs_ex__", "__getstate__", "__setstate__", "__new__", "__slots__"),
 }
+
+
+def warn_about_threads(module: nn.Module, what: str, error: Exception) -> None:
+    """Warn, once for a module, that it cannot be used elsewhere during products."""
+    if told_before(module, warn_about_threads):
+        return
+    warnings.warn(
+        f"The model of type `{type(module).__name__}` is evaluated in place, since "
+        f"{what} cannot be copied ({type(error).__name__}: {error}). During a product, "
+        "its parameters are replaced: another thread that trains it meanwhile gets "
+        "wrong gradients, or none (`p.grad is None`). Give what cannot be copied a "
+        "method `__deepcopy__`, or keep other threads from the model meanwhile.",
+        stacklevel=2,
+    )

@@ -60,7 +60,7 @@ def look(risk: EmpiricalRisk, batches: Iterable[Linearization]) -> Fingerprint:
         tuple(marks),
         None if None in sizes else sum(filter(None, sizes)),
         value / denominator,
-        gradient / denominator,
+        gradient.div_(denominator),
     )
 
 

@@ -135,6 +135,11 @@ def preserved_rng(device: torch.device, wide: bool = True) -> Iterator[None]:
             _STATES.remove(id(user))
 
 
+def may_draw(data: Any) -> bool:
+    """Whether reading data may draw, as loaders do, also without shuffling."""
+    return type(data) not in (list, tuple)
+
+
 #: To be called where an evaluation draws, or may draw unseen.
 drawn = _STATES.drawn
 

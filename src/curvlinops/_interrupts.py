@@ -292,8 +292,8 @@ def _forget_frames(error: BaseException) -> None:
         frame = frame.f_back
     for cause in _chain(error):
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-        if frames:  # the last may be a handler's, which is given the one it interrupts
-            held = frames[-1].f_locals.values()
+        for frame in frames[-3:]:  # of a handler, which is given what it interrupts
+            held = frame.f_locals.values()
             frames += [value for value in held if isinstance(value, FrameType)]
         for frame in frames:
             of_contexts = frame.f_code.co_filename.startswith(_CONTEXTS)

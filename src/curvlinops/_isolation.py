@@ -221,6 +221,10 @@ class Changes:
                         self._places.append((place, name, tensor))
                         place[name] = others[id(tensor)]
 
+    def are_of_this_thread(self) -> bool:
+        """Whether the evaluation is one of the current thread's."""
+        return self._thread == get_ident()
+
     def attend(self) -> None:
         """Let attention take its math form."""
         self.attends = True
@@ -236,7 +240,7 @@ class Changes:
         for switches in (_COMPILED, _ATTENTION, _CUDNN):
             switches.remove(id(self))
         EVALUATIONS.pop(id(self), None)
-        if self._thread == get_ident():  # matters within an evaluation only
+        if self.are_of_this_thread():  # matters within an evaluation only
             INSIDE.number, _RUNNING.changes = self._inside, self._outside
         self._owner = None  # it need not call any more
         _GOING.pop(id(self), None)
@@ -250,5 +254,5 @@ _GOING: dict[int, Changes] = {}
 def _undo_those_of_others() -> None:
     """Undo what threads have changed that a forked process does not have."""
     for changes in list(_GOING.values()):
-        if changes._thread != get_ident():
+        if not changes.are_of_this_thread():
             changes.undo()

@@ -137,6 +137,8 @@ class Linearization:
         #: Position among what a risk multiplies, and, of a part, which part it is.
         self.place = index
         self.share: Share | None = None
+        #: Number of the output's first row in all data.
+        self.first_row = 0
         #: Whether the model writes, or may write, into its input.
         self.writes = protect
         self.X, self.y = X, y
@@ -195,7 +197,7 @@ class Linearization:
         if self.make_loss is None:
             raise ValueError("This product needs a loss function.")
         loss = self.make_loss(self.output, self.y)
-        loss.share = self.share
+        loss.first_row = self.first_row
         return loss
 
     @_kept
@@ -650,7 +652,7 @@ class Linearization:
 
             def body() -> tuple[Tensor, Vectors]:
                 batch = Linearization(model, self.X, self.y, self.make_loss)
-                batch.share = self.share
+                batch.share, batch.first_row = self.share, self.first_row
                 return batch.output, batch.gradient() if differentiate else []
 
             return model.run(body)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from threading import RLock
 from types import MethodType
 from typing import Any
@@ -63,5 +64,23 @@ def _renew() -> None:
         function()
 
 
+#: Held while something is imported, and while this process is forked.
+_LOADING = RLock()
+
+
+def load(name: str) -> None:
+    """Import a module that torch imports later, and let no other thread fork meanwhile.
+
+    A forked process waits for ever for an import that another thread had begun.
+    """
+    with _LOADING:
+        import_module(name)
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(
+        before=_LOADING.acquire,
+        after_in_parent=_LOADING.release,
+        after_in_child=_LOADING.release,
+    )
     os.register_at_fork(after_in_child=_renew)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from curvlinops._compiled import plain_name
-from curvlinops._copies import UncopiedError, private_copy
+from curvlinops._copies import UncopiedError, private_copy, warn_about_threads
 from curvlinops._data import cloned
 from curvlinops._draws import drawn, draws_outside_torch
 from curvlinops._failures import refuse_meta
@@ -36,7 +36,6 @@ from curvlinops._isolation import (
     lock_of,
     without_autocast,
 )
-from curvlinops._once import told_before
 from curvlinops._reading import PLAIN, Caller, Reading
 from curvlinops._spaces import NUMPY_DTYPES, TensorSpace
 from curvlinops._substitutes import Substitutions
@@ -348,7 +347,7 @@ class Model:
             try:
                 self._function = private_copy(self._module, self.aliases)
             except UncopiedError as error:
-                _warn_about_threads(self._module, *error.args)
+                warn_about_threads(self._module, *error.args)
                 self.evaluate_in_place()
         #: Whether there are convolutions, which round differently on a GPU.
         self.convolves = self._module is None or any(
@@ -682,20 +681,6 @@ class _Perturbed(_Replaced):
 
     def _made(self, value: Tensor, other: Tensor) -> Tensor:
         return forward_ad.make_dual(value, other)
-
-
-def _warn_about_threads(module: nn.Module, what: str, error: Exception) -> None:
-    """Warn, once for a module, that it cannot be used elsewhere during products."""
-    if told_before(module, _warn_about_threads):
-        return
-    warnings.warn(
-        f"The model of type `{type(module).__name__}` is evaluated in place, since "
-        f"{what} cannot be copied ({type(error).__name__}: {error}). During a product, "
-        "its parameters are replaced: another thread that trains it meanwhile gets "
-        "wrong gradients, or none (`p.grad is None`). Give what cannot be copied a "
-        "method `__deepcopy__`, or keep other threads from the model meanwhile.",
-        stacklevel=2,
-    )
 
 
 def graph_leaves(output: Tensor) -> Iterator[Tensor]:

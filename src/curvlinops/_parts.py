@@ -13,8 +13,10 @@ from curvlinops._agreement import agree, rows_agree
 from curvlinops._data import cloned, cut, holds_objects, mapped, tensors_in
 from curvlinops._determinism import close
 from curvlinops._linearization import GraphFreedError, Linearization
+from curvlinops._locks import load
 from curvlinops._memory import raise_if_out_of_memory
-from curvlinops._spaces import rounding
+from curvlinops._model import Model
+from curvlinops._spaces import TensorSpace, rounding
 
 if TYPE_CHECKING:
     from curvlinops.risk import EmpiricalRisk
@@ -126,6 +128,91 @@ def data_gradients(risk: EmpiricalRisk, batch: Linearization) -> Tensor:
     return G
 
 
+class RefusedError(Exception):
+    """Rows of single data cannot be computed, or are not those of a batch."""
+
+
+class RowsByDatum:
+    r"""The products :math:`J_n^\top U_n` of every datum, computed alone.
+
+    Parameters
+    ----------
+    model : Model
+        The model.
+    X : Any
+        Inputs.
+    size : int
+        Their number of data.
+    U : Tensor
+        The vectors, of shape ``[size, vectors, outputs]``.
+    space : TensorSpace
+        Space of the parameters.
+    width : int, optional
+        Number of vectors of each datum that go back at once.
+
+    Notes
+    -----
+    They are to be compared with products of whole batches: they are right only if no
+    datum has a part in another's outputs.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        X: Any,
+        size: int,
+        U: Tensor,
+        space: TensorSpace,
+        width: int | None = None,
+    ) -> None:
+        if holds_objects(X):
+            raise RefusedError
+        self._model, self._size, self._U, self._space = model, size, U, space
+        self._X = cloned(X)  # what leaves a batch alone may write into a datum
+        self._leaves = [leaf.detach() for leaf in model.leaves]
+        self._width = width if width and width < U.shape[1] else None
+
+    def __call__(self, part: slice) -> Tensor:
+        """Return those of some data, ``[data, vectors, parameters]``.
+
+        Raises
+        ------
+        RefusedError
+            If the model cannot be evaluated so.
+        """
+        data = [t[part] for t in filter(self._has_axis, tensors_in(self._X))]
+        load("torch._dynamo")  # as `vjp` does
+        try:
+            with torch.no_grad(), self._model.left_as_it_is():
+                rows = vmap(self._rows)(self._U[part], *data)
+            return self._space.join(rows, leading=2)
+        except Exception as error:  # whatever a model or an operation raises there
+            raise_if_out_of_memory(error)
+            raise RefusedError from error
+
+    def _has_axis(self, tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and len(tensor) == self._size
+
+    def _rows(self, U: Tensor, *data: Tensor) -> Any:
+        """Return one datum's rows, parameter by parameter."""
+        one = iter(data)
+
+        def datum(tensor: Tensor) -> Tensor:
+            return next(one).unsqueeze(0) if self._has_axis(tensor) else tensor
+
+        X = mapped(datum, self._X)
+        model, leaves = self._model, self._leaves
+        pull_back = vjp(lambda *p: model.at(X, p).reshape(-1), *leaves)[1]
+        return vmap(pull_back, chunk_size=self._width)(U)
+
+
+def units(batch: Linearization, size: int) -> Tensor:
+    """Return all unit vectors for each of so many data."""
+    f = batch.output_space
+    identity = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
+    return identity.expand(size, -1, -1)
+
+
 def jacobian_by_datum(
     risk: EmpiricalRisk, batch: Linearization, width: int
 ) -> Tensor | None:
@@ -143,34 +230,15 @@ def jacobian_by_datum(
     Returns
     -------
     Tensor or None
-        Of shape ``[outputs, parameters]``, to be compared with the batch's own
-        products: it is right only if no datum has a part in another's outputs.
-        ``None`` if the model cannot be evaluated so.
+        Of shape ``[outputs, parameters]``, see :class:`RowsByDatum`. ``None`` if the
+        model cannot be evaluated so.
     """
     f, size = batch.output_space, risk._size_or_none(batch.X)
     if not size or not f.shapes[0] or f.shapes[0][0] % size:
         return None
-    if holds_objects(batch.X):
-        return None
-    inputs = cloned(batch.X)  # what leaves a batch alone may write into a datum
-    leaves = [leaf.detach() for leaf in risk.model.leaves]
-    basis = torch.eye(f.dim // size, dtype=f.dtype, device=f.device)
-    chunk = width if width < len(basis) else None
-
-    def has_axis(tensor: Tensor) -> bool:
-        return tensor.ndim > 0 and len(tensor) == size
-
-    def rows(*data: Tensor) -> Any:
-        """Return one datum's rows, parameter by parameter."""
-        one = iter(data)
-        X = mapped(lambda t: next(one).unsqueeze(0) if has_axis(t) else t, inputs)
-        pull_back = vjp(lambda *p: risk.model.at(X, p).reshape(-1), *leaves)[1]
-        return vmap(pull_back, chunk_size=chunk)(basis)
-
     try:
-        with torch.no_grad(), risk.model.left_as_it_is():
-            parts = vmap(rows)(*filter(has_axis, tensors_in(inputs)))
-        return risk.space.join(parts, leading=2).reshape(f.dim, -1)
-    except Exception as error:  # whatever a model or an operation raises there
-        raise_if_out_of_memory(error)
+        U, space = units(batch, size), risk.space
+        rows = RowsByDatum(risk.model, batch.X, size, U, space, width)
+        return rows(slice(None)).reshape(f.dim, -1)
+    except RefusedError:
         return None

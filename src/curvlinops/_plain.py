@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -33,8 +34,8 @@ class Plain:
     Vectors of output space are lists with one tensor per batch.
     """
 
-    def __init__(self, risk: Any, pairs: Any = None) -> None:
-        self.risk, self._pairs = risk, pairs
+    def __init__(self, risk: Any, pairs: Any = None, first_row: int = 0) -> None:
+        self.risk, self._pairs, self._first_row = risk, pairs, first_row
         self.dtype, self.device = risk.space.dtype, risk.space.device
         self.theta = [p.detach() for p in risk.params.values()]
 
@@ -65,8 +66,14 @@ class Plain:
 
     def by_batch(self) -> Iterator[Plain]:
         """Yield the same for the data of each batch alone."""
-        for pair in self.batches():
-            yield Plain(self.risk, [pair])
+        for pair, first_row in zip(self.batches(), self._first_rows, strict=True):
+            yield Plain(self.risk, [pair], first_row)
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        """Numbers of the batches' first rows among the outputs of all data."""
+        sizes = (len(f) if f.ndim else 1 for f in self.here)
+        return [*accumulate(sizes, initial=self._first_row)][:-1]
 
     def outputs(self, shift: Tensor | None = None) -> Outputs:
         """Evaluate the model on all data."""
@@ -109,7 +116,10 @@ class Plain:
         """Return the loss of every batch, as the package knows it."""
         if self.risk.loss_function is None:
             raise SkippedError("there is no loss function")
-        return list(map(self.risk.loss_function, self.here, self.targets))
+        losses = list(map(self.risk.loss_function, self.here, self.targets))
+        for loss, first_row in zip(losses, self._first_rows, strict=True):
+            loss.first_row = first_row
+        return losses
 
     def pull_back(self, U: Outputs, shift: Tensor | None = None) -> Tensor:
         """Multiply by the transposed Jacobian."""

@@ -99,7 +99,7 @@ class Loop(NamedTuple):
     def lengths(self, rows: int, dim: int) -> tuple[int, int]:
         """Return the length of the vectors and of the results."""
         if self is GRADIENT:
-            return 0, dim
+            return dim, dim  # beside that of an earlier pass
         known = {Side.PARAMETERS: dim, Side.OUTPUTS: rows}
         return known[self.form.cols], known[self.form.rows]
 
@@ -306,6 +306,11 @@ class Joined(NamedTuple):
     matrix: Kept | None
 
 
+#: Share of a bound that predictions fill; the rest is for what they miss: copies of a
+#: few data, and tensors whose sizes do not grow with the batch as its first data say.
+_FILLED = 0.99
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """Measures products on slices of a risk's first batch.
@@ -325,6 +330,11 @@ class Probe:
     limit : int, optional
         Bytes that are not to be exceeded, the user's operand included: products stop
         before. Only what a single datum takes is measured in any case.
+
+    Attributes
+    ----------
+    usable : float
+        What of these is filled.
     """
 
     risk: EmpiricalRisk
@@ -334,6 +344,11 @@ class Probe:
     budget: int = 0
     limit: float = inf
     _kept: dict[Any, dict[float, int]] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> float:
+        """Return the bytes of the bound that predictions fill."""
+        return self.limit * _FILLED
 
     def footprints(
         self, loads: Iterable[float], width: int | None = None, part: bool = False
@@ -486,7 +501,7 @@ class Probe:
         Return bytes alive, bytes kept, the risk, and whether it was, which must not be
         in the first product: that is ``bounded``, or measured in any case.
         """
-        shapes, K, pays = self._look(make(), factor, bounded)
+        shapes, K, pays, largest = self._look(make(), factor, bounded)
         key, probe = self.products[0].key, make()
         probe._output_shapes = shapes
         keeps = self.risk._repeats and self.risk.cache != "off"
@@ -498,6 +513,7 @@ class Probe:
         with Tracker() as tracker:
             tracker.limit = self._allowed(rows) if bounded else inf
             tracker.next = self._expected()
+            probe._columns.planned = _announced(probe._columns, tracker, largest)
             while len(held) < (self.risk.policy.last_change if keeps else 1):
                 all_series.append([])
                 for product, V, result in zip(
@@ -531,7 +547,7 @@ class Probe:
         space = self.risk.space
         lengths = [p.lengths(rows, space.dim)[0] for p in self.products]
         given = self.K * lengths[0] + min(self.K, 2) * sum(lengths)
-        return self.limit - given * space.dtype.itemsize
+        return self.usable - given * space.dtype.itemsize
 
     def _expected(self) -> int:
         """Return what may be created before it is noticed: by a recording, vectors."""
@@ -539,11 +555,11 @@ class Probe:
 
     def _look(
         self, look: EmpiricalRisk, factor: float, bounded: bool
-    ) -> tuple[tuple[torch.Size, ...], int, bool]:
+    ) -> tuple[tuple[torch.Size, ...], int, bool, int]:
         """Multiply single vectors, which makes what is made once in a process.
 
-        Return shapes of outputs, how many columns to multiply, and whether Jacobians
-        are kept as matrices.
+        Return shapes of outputs, how many columns to multiply, whether Jacobians are
+        kept as matrices, and the bytes of the largest tensor.
         """
         with Tracker() as tracker:
             tracker.limit = self._allowed() if bounded else inf
@@ -563,7 +579,7 @@ class Probe:
                 if tracker.exceeded and number == 0:
                     raise LimitExceededError
                 tracker.limit = self._allowed(shapes[0].numel())
-        return shapes, K, pays
+        return shapes, K, pays, tracker.largest
 
     def _jacobians_pay(self, probe: EmpiricalRisk, factor: float) -> bool:
         """Whether batches' Jacobians are kept as matrices, after a first product."""
@@ -615,6 +631,24 @@ class Probe:
         products = ceil(cost / dense.cost(key, self.K, batches))
         # Jacobians are computed in the second product.
         return Kept(max(products, 2 if factored else 1), nbytes, work)
+
+
+def _announced(
+    columns: Columns, tracker: Tracker, largest: int
+) -> Callable[[Columns, Any, Any], int]:
+    """Say to a tracker what follows once it is planned how many columns go at once.
+
+    Tensors are as many times larger then than the largest for one.
+    """
+    planned = columns.planned
+    assert planned is not None
+
+    def choose(columns: Columns, key: Any, batch: Any) -> int:
+        wide = planned(columns, key, batch)
+        tracker.next = max(tracker.next, wide * largest)
+        return wide
+
+    return choose
 
 
 def _compare(risk: EmpiricalRisk, item: tuple[Any, Any]) -> None:
@@ -699,7 +733,7 @@ def fitted(probe: Probe) -> tuple[Fit, Callable[[float], Footprint]]:
     MemoryError
         If they do not fit; the message says how many bytes would do.
     """
-    data, risk, limit = probe.data, probe.risk, probe.limit
+    data, risk, limit = probe.data, probe.risk, probe.usable
     with Tracker() as tracker:
         risk._watch.state()  # compared before every product
     load, most = max(data.loads), None
@@ -745,7 +779,7 @@ def _widest(
 
     What more columns take is estimated before it is tried, since trying takes it.
     """
-    space, limit = probe.risk.space, probe.limit
+    space, limit = probe.risk.space, probe.usable
     most = probe.risk.policy.bytes_of_columns(space.device)
     most //= space.dim * space.dtype.itemsize
     if probe.K == 1 or most < 4:
@@ -805,7 +839,7 @@ def check_parts(probe: Probe, fit: Fit) -> None:
     """
     risk = probe.risk
     device, twin = risk.space.device, None
-    room = int(probe.limit) - _operand(risk, probe.products, probe.K)
+    room = int(probe.usable) - _operand(risk, probe.products, probe.K)
     with preserved_rng(device):
         for index, (X, y) in enumerate(risk.pairs()):
             size = risk._size_or_none(X)
@@ -843,6 +877,7 @@ def _operand(risk: EmpiricalRisk, products: Sequence[Loop], K: int) -> int:
 def _refusal(probe: Probe, needed: int, what: str, cause: str) -> str:
     """Say why products do not fit into a bound, and what would do."""
     (product, *_), K = probe.products, probe.K
+    needed = ceil(needed / _FILLED)
     alone = what == "even with one datum at a time"
     return (
         f"{product.title} with {K} column{'s' * (K > 1)} needs {needed} bytes, {what}, "

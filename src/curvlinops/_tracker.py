@@ -33,6 +33,8 @@ class Tracker(Watcher):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         #: Bytes alive now, and after every operation since the list was emptied.
         self.nbytes = 0
+        #: Bytes of the largest tensor so far.
+        self.largest = 0
         self.series: list[tuple[Any, int]] = []
         #: If the next operation might lead to more bytes, one raises; and whether one
         #: has. Expected is the size of the largest tensor so far, or more; or nothing.
@@ -62,7 +64,8 @@ class Tracker(Watcher):
                 nbytes = storage.nbytes()
                 self._alive[storage._cdata] = StorageWeakRef(storage), nbytes
                 self.nbytes += nbytes
-                self.next = max(self.next, nbytes)
+                self.largest = max(self.largest, nbytes)
+        self.next = max(self.next, self.largest)
         self.series.append((func, self.nbytes))
         if self.nbytes + self.looks_ahead * self.next > self.limit:
             self.exceeded = True

@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from curvlinops._by_forms import product_by_forms
 from curvlinops._data import cut, tensors_in
@@ -339,9 +339,8 @@ def _ggn(A: Any, plain: Plain, scale: float, u: Tensor, _: Tensor) -> Sides:
 def _sampled_outer_mul(A: Any, plain: Plain, U: Outputs) -> Outputs:
     """Multiply by the mean of the samples' outer products."""
     share, results = plain.share_of_a_term, []
-    for index, (loss, u) in enumerate(zip(plain.losses(), U, strict=True)):
-        generator = Generator().manual_seed(A.middle.seed + index)
-        G = loss.sample_gradients(_samples(A), generator)
+    for loss, u in zip(plain.losses(), U, strict=True):
+        G = loss.sample_gradients(_samples(A), A.middle.seed)
         products = torch.stack([loss.outer_mul(g, u) for g in G])
         results.append(share * products.mean(0))
     return results

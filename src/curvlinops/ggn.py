@@ -152,8 +152,9 @@ batch_size_fn, **options
         the first four. The data's batches must come in the same order in every pass.
     seed : int, optional
         Seed of the samples. The same seed gives the same matrix in every product, on
-        every device. Batch number ``i`` uses ``seed + i``, so the samples (not their
-        expectation) depend on how the data is split.
+        every device, and however the data are cut into batches: a datum's samples
+        depend on its number in the data. Of a user's ``sampler`` that holds if targets
+        are tensors; it is then called with the rows of the output one by one.
     mc_samples : int, optional
         Number :math:`M` of targets sampled per term.
 
@@ -281,7 +282,6 @@ class LossHessian(Middle):
 
         def draw() -> Tensor:
             assert self.seed is not None
-            generator = torch.Generator().manual_seed(self.seed + batch.index)
-            return batch.loss.sample_gradients(self.mc_samples, generator)
+            return batch.loss.sample_gradients(self.mc_samples, self.seed)
 
         return batch.once((type(self).samples, self.mc_samples, self.seed), draw)

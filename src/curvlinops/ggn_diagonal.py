@@ -17,6 +17,7 @@ from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
 from curvlinops._plan import Plan
+from curvlinops._rows import DiagonalOfRows
 from curvlinops.diag import Diagonal
 from curvlinops.ggn import DEFAULT_SEED, LossHessian
 from curvlinops.risk import EmpiricalRisk
@@ -58,10 +59,11 @@ batch_size_fn, mc_samples, seed, **options
 
     Cost: all in the first product, or in :meth:`diagonal`; later ones are
     multiplications, until parameters or data change. A datum with :math:`C` outputs
-    takes a forward pass and :math:`C` backward passes (:math:`M` per term with
-    samples; twice as many if the loss has no factor) of that datum alone, vectorised
-    as far as they fit into a few MiB. Where a batch cannot be cut, or its data do not
-    contribute apart (which is checked), each of these passes is one of the whole
+    takes a forward pass and :math:`C` backward passes of that datum alone, vectorised
+    over data by ``torch.func`` where that works and agrees with a pass of the batch,
+    else one by one (:math:`M` per term with samples; twice as many if the loss has no
+    factor), vectorised as far as they fit into a few MiB. Where a batch cannot be cut,
+    or its data do not contribute apart (which is checked), each is a pass of the whole
     batch. Memory: recordings of a batch and of its single data.
 
     References
@@ -135,8 +137,13 @@ batch_size_fn, mc_samples, seed, **options
         risk = self.risk
 
         def compute() -> Tensor:
+            wanted, title = DiagonalOfRows(risk.space), self._title("diagonal")
+            if isinstance(risk.data, list | tuple):  # not to read a loader twice
+                by_rows = risk.by_rows(self.middle, wanted, title, None)
+                if by_rows is not None:
+                    return by_rows
             ones = torch.ones(risk.space.dim, 1, dtype=risk.space.dtype)
-            ones, title = ones.to(risk.space.device), self._title("diagonal")
+            ones = ones.to(risk.space.device)
             return risk.apply(self.forms, ones, title)[:, 0]
 
         name = identity_of(self._products, risk)

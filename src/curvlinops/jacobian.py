@@ -131,6 +131,9 @@ batch_size_fn, **options
         risk.require_fixed_order("A Jacobian")
         super().__init__(risk, out_space=output_space(risk))
 
+    def _whole(self) -> Tensor | None:
+        return self._whole_jacobian(self.shape[0])
+
     def _adjoint(self) -> TransposedJacobianLinearOperator:
         return TransposedJacobianLinearOperator(self.risk)
 
@@ -198,6 +201,10 @@ batch_size_fn, **options
         )
         risk.require_fixed_order("A transposed Jacobian")
         super().__init__(risk, in_space=output_space(risk))
+
+    def _whole(self) -> Tensor | None:
+        J = self._whole_jacobian(self.shape[1])
+        return None if J is None else J.T
 
     def _adjoint(self) -> JacobianLinearOperator:
         return JacobianLinearOperator(self.risk)

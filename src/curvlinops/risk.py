@@ -43,7 +43,12 @@ from curvlinops._data import (
 )
 from curvlinops._dense import Dense, Factors, Jacobians, may_be_dense
 from curvlinops._determinism import check_modes, find_terms, look, passes_agree
-from curvlinops._draws import drawn, draws_outside_torch, preserved_rng
+from curvlinops._draws import (
+    drawn,
+    draws_outside_torch,
+    may_draw,
+    preserved_rng,
+)
 from curvlinops._failures import (
     holds_nested,
     meets_numpy,
@@ -51,7 +56,7 @@ from curvlinops._failures import (
     nested_failure,
     require_numbers,
 )
-from curvlinops._forms import Body, Congruence, Form, Side
+from curvlinops._forms import Body, Congruence, Form, Middle, Side
 from curvlinops._grouping import Grouping
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner
@@ -80,6 +85,7 @@ from curvlinops._plan import (
 from curvlinops._policy import POLICY, Policy
 from curvlinops._reach import CopyLeaksError, Reach
 from curvlinops._reading import PLAIN, ClassesElsewhereError
+from curvlinops._rows import LEAST_COLUMNS, DataRows, ProductOfRows, Wanted
 from curvlinops._shuffling import shuffles, warn_about_shuffling, why_nothing_is_kept
 from curvlinops._spaces import TensorSpace, numeric_array, to_numpy
 from curvlinops._status import Status, status_of
@@ -271,10 +277,12 @@ class EmpiricalRisk:
     evaluations of the model without gradients (twice as many where some parameter is
     zero, which might hide a difference); and :math:`J^\top u` of every batch's first
     part with that of its halves. So evaluating a whole batch without gradients has to
-    fit. A tensor is cut if it is as long as the batch in all batches. What operations
-    of torch use inside, and estimating Kronecker factors, is not counted; products in
-    several threads take their bytes each. No sensitivities are kept, and no factors of
-    small matrices.
+    fit. A tensor is cut if it is as long as the batch in all batches. Counted are all
+    tensors, in the check, too. Not counted are what operations of torch use inside,
+    NumPy vectors of another dtype than the operator's, which are converted, the matrix
+    that ``to_dense()`` returns, and estimating Kronecker factors, which takes whole
+    batches. Products in several threads take their bytes each. No sensitivities are
+    kept, and no factors of small matrices.
 
     Several small batches, with a few MiB of graphs in all, are multiplied with the
     Hessian as one where that gives the same, from the second product on; unless
@@ -284,6 +292,15 @@ class EmpiricalRisk:
     those of the few hundred that it is put together with, and their :math:`J^\top u`
     with that of halves. This costs one evaluation of the model without gradients (two
     where some parameter is zero), and three backward passes for a few hundred batches.
+
+    Where data contribute apart and columns are many (``A.to_dense()``, wide blocks),
+    the rows :math:`J_n` of every datum :math:`n` are computed by ``torch.func.vmap``,
+    and the GGN, Fisher matrices and the Jacobian are made of these: as many backward
+    passes as a datum has outputs (or samples), and one product of large matrices, in
+    chunks of 64 MiB. That is so where it costs less, by counted operations, and where a
+    random combination of the rows agrees with a backward pass of every batch; not with
+    ``max_memory``, in half precision, or for models with hooks. A matrix that was asked
+    for as a whole is kept within the budget until parameters or data change.
 
     Matrices that are built from one risk share its recordings. The Hessian minus the
     GGN, say, is a plain difference for which the model is evaluated once per batch.
@@ -376,8 +393,6 @@ class EmpiricalRisk:
         self._watch = Watch(self.model_func, self.loss_func, self.params, self.data)
         self._seen = self._watch.state()  # what the model's private copy is made of
         self._known_input = False
-        #: Whether reading the data draws no random numbers.
-        self._is_listed = type(self.data) in (list, tuple)
         #: Whether evaluating the loss is known to draw some.
         self._loss_draws: dict[Any, bool] = {}
         #: Index of a batch that holds nested tensors.
@@ -434,6 +449,7 @@ class EmpiricalRisk:
             self._entries: float | None = None
             self._tables = Tables()
             self._grouping = Grouping()
+            self._rows = DataRows(self.space, self._ledger)
             self._columns.most = None
             self._num_batches: int | None = None
             self._output_shapes: tuple[torch.Size, ...] | None = None
@@ -613,7 +629,11 @@ class EmpiricalRisk:
         V, rows
             As for :meth:`apply`.
         """
-        form, _, key = loop
+        form, title, key = loop
+        if form.middle and form.mean and V.shape[1] >= LEAST_COLUMNS:
+            product = self.by_rows(form.middle, ProductOfRows(V), title, key)
+            if product is not None:
+                return product
         if form.is_square:
             return self._product(loop, V)
         if form.cols is Side.OUTPUTS:
@@ -643,6 +663,51 @@ class EmpiricalRisk:
                 total = total + U.reshape(*rows.shape[:-1], -1) @ J
                 count = count + batch.count
             return (total / self._divisor(form, count)).reshape(-1, len(V)).T
+
+    @isolated()
+    def by_rows(
+        self, middle: Middle | None, wanted: Wanted, title: str, key: Hashable
+    ) -> Tensor | None:
+        r"""Return what is made of the rows of single data, if these pay and are right.
+
+        Parameters
+        ----------
+        middle : Middle or None
+            The matrix :math:`M_b` between them, in which case the result is divided by
+            :math:`\sum_b D_b`; ``None`` for the Jacobian's rows.
+        wanted : Wanted
+            What is made of them.
+        title : str
+            Description of the progress bar.
+        key : hashable
+            Name of the matrix, under which it is kept if it is wanted as a whole.
+
+        Returns
+        -------
+        Tensor or None
+            The result.
+        """
+
+        def run() -> Tensor | None:
+            if self.plain or self._rehearses or self.max_memory is not None:
+                return None
+            rows, count = self._rows, list[Any]()
+
+            def counted() -> Iterator[Linearization]:
+                for batch in self.batches(title):
+                    count.append(0 if middle is None else batch.count)
+                    yield batch
+                    del batch
+
+            def divide(total: Tensor) -> Tensor:
+                D = 1 if middle is None else self._denominator(sum(count))
+                return total.div_(D)
+
+            width_of = partial(self._columns.at_once, key)
+            options = self.model, self._size_or_none, width_of
+            return rows.make(wanted, key, middle, counted(), divide, *options)
+
+        return self.session(run)
 
     def _left_factor(self, form: Form, jacobians: Jacobians) -> Tensor:
         r"""Return :math:`M J / D` of all batches, their rows stacked."""
@@ -1057,7 +1122,7 @@ class EmpiricalRisk:
         known = loss is None or not loss.loss.opaque  # and not called
         loss_func = None if known else self.loss_func
         draws = nullcontext() if known else draws_outside_torch(self._loss_draws)
-        wide = not self._is_listed
+        wide = may_draw(self.data)
         with preserved_rng(self.space.device, wide), draws, unchanged(loss_func):
             while True:  # each cause is found once, and removed
                 model, may_free = self.model, self.model.may_free
@@ -1131,11 +1196,12 @@ class EmpiricalRisk:
         if self.progressbar:
             total = self._num_batches or length_of(self.data)
             items = self._shown(items, title, total)
-        place = -1
+        place, first_row = -1, 0
         shapes: list[torch.Size] = []
         for place, (index, item, share) in enumerate(items):
             batch = kept.pop(place, None) or self._linearize(index, item, place, share)
             shape = batch.output_space.shapes[0]
+            batch.first_row, first_row = first_row, first_row + (shape or [1])[0]
             if share is None or share.start == 0:
                 shapes.append(shape)
             else:  # goes on where the part before it ended
@@ -1175,8 +1241,8 @@ class EmpiricalRisk:
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
         """Read the data, each batch as inputs and targets."""
-        if not self._is_listed:
-            drawn()  # loaders do, also without shuffling
+        if may_draw(self.data):
+            drawn()
         for index, item in enumerate(one_pass(self.data)):
             yield self._pair(item, index)
 
@@ -1491,7 +1557,7 @@ class EmpiricalRisk:
                 self._recordings,
                 self._num_batches,
                 keys,
-                self._dense.matrices,
+                {**self._dense.matrices, **self._rows.matrices},
                 self._ledger.used(),
                 self._ledger.full,
                 self.why_nothing_is_kept(),

@@ -21,6 +21,7 @@ from curvlinops._model import Parameters, matching_names
 from curvlinops._operator import TorchOperator
 from curvlinops._plan import Plan, loops_of, plan
 from curvlinops._random import Rng
+from curvlinops._rows import JACOBIAN, JacobianOfRows, MatrixOfRows
 from curvlinops._spaces import TensorSpace
 from curvlinops._status import Status
 from curvlinops._verify import Report, verify
@@ -91,6 +92,49 @@ class RiskOperator(TorchOperator):
             digest.update(name.encode())
             digest.update(bits.numpy().data)
         return digest.hexdigest()
+
+    def to_dense(self, block_size: int = 64) -> Tensor:
+        r"""Return the matrix, made of single data's Jacobians if that costs less.
+
+        Else as :math:`A I` in blocks of columns.
+
+        Parameters
+        ----------
+        block_size : int, optional
+            Number of columns multiplied at once.
+
+        Returns
+        -------
+        Tensor
+            Of shape ``(M, N)``, in :attr:`torch_dtype`, on :attr:`device`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from curvlinops import GGNLinearOperator
+        >>> net, loss = torch.nn.Linear(9, 2), torch.nn.MSELoss()
+        >>> data = [(torch.rand(30, 9), torch.rand(30, 2))]
+        >>> G = GGNLinearOperator(net, loss, dict(net.named_parameters()), data)
+        >>> dense = G.to_dense()
+        >>> bool(torch.allclose(dense[:, 3], G @ torch.eye(20)[3], atol=1e-6))
+        True
+        >>> G.status().matrix
+        True
+        """
+        matrix = self._whole()
+        return super().to_dense(block_size) if matrix is None else matrix
+
+    def _whole(self) -> Tensor | None:
+        """Return the matrix where computing it at once costs less."""
+        forms, wanted = self.forms, MatrixOfRows(self.risk.space)
+        if len(forms) != 1 or forms[0].middle is None or not forms[0].mean:
+            return None
+        key = forms[0].key(self.risk)
+        return self.risk.by_rows(forms[0].middle, wanted, self._title(), key)
+
+    def _whole_jacobian(self, length: int) -> Tensor | None:
+        wanted = JacobianOfRows(self.risk.space, length)
+        return self.risk.by_rows(None, wanted, self._title(), JACOBIAN)
 
     def refresh(self) -> None:
         """Forget recordings, after changes that cannot be seen.
@@ -172,12 +216,17 @@ class RiskOperator(TorchOperator):
         Of products with this operator as if nothing else used the risk. Predicted from
         a few products with two and three data of the first batch (with the whole first
         batch, where the model does not take fewer), so other batches are taken to
-        differ in their size only. Not counted are model, parameters, and data, and what
-        operations of torch use inside.
+        differ in their size only. Many columns may be multiplied by the rows of single
+        data instead, see :meth:`to_dense`, which takes up to 64 MiB. Not counted are
+        model, parameters, and data, and what operations of torch use inside.
 
         Cost: these products, and one pass over the data that reads their sizes; with
         ``max_memory``, one more that compares parts with whole batches, where these are
         cut. Models, recordings and random states stay as they are.
+
+        The check at construction evaluates whole batches. To plan before anything does,
+        build with ``check_deterministic=False``, or with a ``max_memory``, which bounds
+        the check as well.
 
         Examples
         --------

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from curvlinops._failures import function_failure, no_scalar
+from curvlinops._hashed import Draws
 from curvlinops.losses import Loss, LossFunction
 from curvlinops.risk import EmpiricalRisk
 
@@ -125,5 +126,5 @@ class _Itself(Loss):
 
     _factor_mul = _factor_transpose_mul = _hessian_mul
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> NoReturn:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> NoReturn:
         self._hessian_mul(self.output)

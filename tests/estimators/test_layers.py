@@ -20,6 +20,7 @@ from curvlinops import (
     LayerSummary,
     layer_summary,
 )
+from curvlinops.plots import plot_layer_summary
 
 QUANTITIES = ("trace", "top_eigenvalue", "frobenius_norm", "effective_dimension")
 
@@ -198,6 +199,14 @@ def test_the_table(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="pip install pandas"):
         table.to_pandas()
+
+
+def test_it_is_drawn():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    table = layer_summary(OPERATORS["GGN"], 0.01, rng=3)
+    ax = plot_layer_summary(table, figure.add_subplot())
+    assert ax.images[0].get_array().shape == (6, 4)
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(SLICES)
 
 
 A = symmetric(np.arange(30.0))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from curvlinops import GGNLinearOperator, HessianLinearOperator, training_callback
+from curvlinops.plots import plot_tracking
 
 
 class Setting:
@@ -121,6 +122,18 @@ def test_plain_loop():
     assert callback.track["loss"][-1] == float(loss)
     assert (callback.track["learning_rate"] == 0.5).all()
     assert not callback(9) and callback(12)  # a step counts once
+
+
+def test_it_is_drawn():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    setting = Setting()
+    callback = training_callback(setting.H, every=1, rng=0)
+    LightningTrainer([callback], setting).fit(3)
+    track, ax = callback.track, figure.add_subplot()
+    plot_tracking(track, ax, lr=track["learning_rate"], loss=track["loss"])
+    sharpness, bound = ax.lines
+    assert np.array_equal(sharpness.get_ydata(), track["eigenvalue_0"])
+    assert (bound.get_ydata() == 4).all() and len(figure.axes) == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

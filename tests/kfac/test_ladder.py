@@ -225,7 +225,7 @@ def test_monte_carlo_in_expectation(cls, name):
 
     expected = measured(cls(*problem, fisher_type="type-2", **quiet))
     draws = torch.stack(
-        [measured(cls(*problem, seed=seed, **quiet)) for seed in range(50)]
+        [measured(cls(*problem, seed=seed, **quiet)) for seed in range(200)]
     )
     error = draws.std(0) / len(draws) ** 0.5
     z = (draws.mean(0) - expected) / error.clamp(min=1e-12 * expected.abs().max())

@@ -8,6 +8,7 @@ this package, NumPy for everything else.
 
 from curvlinops._journal import Checkpoint, JournalledOperator
 from curvlinops.estimators._base import Estimate
+from curvlinops.estimators._layer_table import LayerSummary
 from curvlinops.estimators._run import Options
 from curvlinops.estimators.density import SpectralDensity
 from curvlinops.estimators.diagonal import hutchinson_diag, xdiag
@@ -20,7 +21,7 @@ from curvlinops.estimators.functions import (
     schatten_norm,
     trace_of_function,
 )
-from curvlinops.estimators.layers import LayerSummary, layer_summary
+from curvlinops.estimators.layers import layer_summary
 from curvlinops.estimators.norm import (
     condition_number,
     hutchinson_squared_fro,

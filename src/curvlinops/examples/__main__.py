@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no pages: {', '.join(unknown)}; there are {', '.join(PAGES)}")
     for name in names or PAGES:
         seconds = Seconds(measure(name), measure(name, "--quick"))
-        print(f'"{name}": Seconds({seconds.full:.0f}, {seconds.quick:.1f}),')
+        row = f'"{name}": Seconds({seconds.full:.0f}, {seconds.quick:.1f}),'
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

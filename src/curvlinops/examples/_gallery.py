@@ -23,23 +23,23 @@ class Seconds(NamedTuple):
 
 #: Measured by ``python -m curvlinops.examples --measure`` on a machine with other work.
 PAGES = {
-    "matrix_vector_products": Seconds(38, 14.7),
-    "eigenvalues": Seconds(19, 7.0),
+    "matrix_vector_products": Seconds(15, 6.8),
+    "eigenvalues": Seconds(9, 7.1),
     "submatrices": Seconds(11, 5.1),
-    "monte_carlo_fisher": Seconds(48, 6.7),
-    "traces": Seconds(39, 14.9),
-    "edge_of_stability": Seconds(44, 25.9),
-    "preconditioned_spectrum": Seconds(7, 5.7),
-    "preconditioned_cg": Seconds(30, 20.5),
-    "natural_gradient": Seconds(12, 6.4),
-    "pinn": Seconds(13, 5.3),
-    "laplace": Seconds(11, 5.9),
-    "influence": Seconds(10, 5.1),
+    "monte_carlo_fisher": Seconds(47, 6.7),
+    "traces": Seconds(24, 6.2),
+    "edge_of_stability": Seconds(16, 9.3),
+    "preconditioned_spectrum": Seconds(8, 6.2),
+    "preconditioned_cg": Seconds(9, 6.7),
+    "natural_gradient": Seconds(15, 9.6),
+    "pinn": Seconds(19, 5.9),
+    "laplace": Seconds(12, 5.7),
+    "influence": Seconds(9, 4.3),
     "hypergradients": Seconds(20, 6.7),
     "quantisation": Seconds(5, 5.0),
     "model_merging": Seconds(12, 6.8),
-    "dict_batches": Seconds(33, 11.6),
-    "language_model": Seconds(58, 24),
+    "dict_batches": Seconds(35, 9.9),
+    "language_model": Seconds(17, 8.6),
 }
 
 

@@ -315,7 +315,7 @@ class Fisher:
         per term of a datum; ``"mc"``: sampled gradients, one pass per sample;
         ``"empirical"``: gradients, one pass per term of a datum.
     mc_samples, seed : int
-        Number and seed of the samples; batch ``i`` uses ``seed + i``.
+        Number and seed of the samples.
     """
 
     fisher_type: str
@@ -343,9 +343,7 @@ class Fisher:
             return
         loss = batch.loss
         if self.fisher_type == "mc":
-            seed = self.seed + batch.linearization.index
-            generator = torch.Generator().manual_seed(seed)
-            samples = loss.sample_gradients(self.mc_samples, generator)
+            samples = loss.sample_gradients(self.mc_samples, self.seed)
             vectors: Iterable[Tensor] = samples / self.mc_samples**0.5
             if batch.owners is not None:
                 yield from vectors

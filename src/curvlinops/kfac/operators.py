@@ -49,7 +49,8 @@ num_per_example_loss_terms, batch_size_fn, **options
         As for :class:`~curvlinops.risk.EmpiricalRisk`, which may be passed in place of
         the first four.
     seed : int, optional
-        Seed of the samples; batch number ``i`` uses ``seed + i``.
+        Seed of the samples. A datum's depend on its number in the data, and not on how
+        these are cut into batches.
     fisher_type : str or FisherType, optional
         What is sent back: ``"type-2"``, the columns of a factor of the loss's Hessian,
         one backward pass per class and per term of a datum (exact); ``"mc"``, gradients
@@ -152,7 +153,8 @@ num_per_example_loss_terms, batch_size_fn, **options
     parameters, buffers, modes or listed data have changed (of other changes, tell
     :meth:`refresh`): one pass over the data, with one forward pass and backward passes
     to the layers' outputs, but no gradients by weights. Operators of one risk with
-    equal settings share them. Memory: a gradient's, and the factors. A product: two
+    equal settings share them. Memory: a gradient's, of whole batches, and the factors;
+    ``max_memory`` bounds the check, and not this. A product: two
     matrix products per layer, and the look for changes, which reads parameters and
     listed data once. :meth:`frozen` returns the matrix as it is, which does without:
     for loops that keep factors for several steps.

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
+from curvlinops._hashed import Draws
 from curvlinops.losses._elementwise import Elementwise, PiecewiseLinear
 from curvlinops.losses._loss import root
 
@@ -28,9 +28,10 @@ class _Logistic(Elementwise):
         logits = self._prediction
         return self._scale() * logits.sigmoid() * (-logits).sigmoid()
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         sigma, scale = self._prediction.sigmoid(), self._scale()
-        u = self._draw(torch.rand, num_samples, *sigma.shape, generator=generator)
+        shape = (num_samples, *sigma.shape)
+        u = draws.uniform(shape, self._dtype, self.output.device)
         scale = scale if self.weight is None else self.weight * scale
         return root(scale) * (sigma - (u < sigma).to(sigma))
 

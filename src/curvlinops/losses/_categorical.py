@@ -6,9 +6,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
+from curvlinops._hashed import Draws
 from curvlinops.losses._elementwise import PiecewiseLinear
 from curvlinops.losses._loss import Loss, describe, is_tensor, root
 
@@ -215,10 +216,11 @@ class CrossEntropy(_OfClasses):
         V = root_s * r * U
         return V - r * self._row_sum(r * V)
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         p, axis = self._softmax, self.class_axis
         cdf = p.movedim(axis, -1).cumsum(-1).contiguous()
-        u = self._draw(torch.rand, num_samples, *self.row_shape, generator=generator)
+        shape = (num_samples, *self.row_shape)
+        u = draws.uniform(shape, self._dtype, self.output.device)
         u = u.movedim(0, -1) * cdf[..., -1:]
         labels = torch.searchsorted(cdf, u.contiguous(), right=True)
         labels = labels.clamp(max=cdf.shape[-1] - 1)  # u may be rounded up to the total
@@ -305,7 +307,7 @@ class NegativeLogLikelihood(_OfClasses):
 
     _factor_mul = _factor_transpose_mul = _hessian_mul
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         raise self._nothing_to_sample()
 
 

@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from curvlinops._hashed import Draws
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.losses._loss import Loss, root
 
@@ -106,9 +107,9 @@ class Elementwise(Loss):
 
     _factor_transpose_mul = _factor_mul
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         shape = (num_samples, *self.output.shape)
-        u = self._draw(torch.rand, *shape, generator=generator)
+        u = draws.uniform(shape, self._dtype, self.output.device)
         return root(self._curvature()) * torch.where(u < 0.5, -1.0, 1.0).to(u)
 
 
@@ -122,5 +123,5 @@ class PiecewiseLinear(Elementwise):
     def _second_derivative(self) -> Tensor:
         return self.target.new_zeros(())
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         raise self._nothing_to_sample()

@@ -6,11 +6,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from curvlinops._backward import grad
 from curvlinops._differences import Vectors, misfits
 from curvlinops._foreign import foreign_parts, not_differentiable
+from curvlinops._hashed import Draws
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops._spaces import rounding
 from curvlinops._substitutes import Watched
@@ -18,6 +19,7 @@ from curvlinops.losses._loss import (
     Loss,
     Number,
     check_reduction,
+    check_samples,
     describe,
     is_tensor,
 )
@@ -45,7 +47,8 @@ class Generic(Loss):
         The number of terms ``D``.
     sampler : Callable, optional
         ``sampler(output, target, num_samples, generator)`` with the result of
-        :meth:`Loss.sample_gradients`.
+        :meth:`Loss.sample_gradients`. Called row by row of the output's first axis, if
+        targets are a tensor that can be cut so.
 
     Raises
     ------
@@ -172,15 +175,23 @@ class Generic(Loss):
 
     _factor_transpose_mul = _factor_mul
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         if self.sampler is None:
             raise NotImplementedError(
                 "The likelihood behind a general loss function is unknown: pass "
                 "sampler(output, target, num_samples, generator), use a loss the "
                 "package knows, or register a Loss subclass."
             )
-        output = self.output.detach()
-        return self.sampler(output, self.target, num_samples, generator)
+        f, y = self.output.detach(), self.target
+        size = len(f) if f.ndim else 0
+        if not is_tensor(y) or y.ndim == 0 or not size or len(y) % size:
+            return self.sampler(f, y, num_samples, draws.generator())
+        parts, rows = [], zip(f.split(1), y.split(len(y) // size), strict=True)
+        for i, (row, target) in enumerate(rows):  # each with numbers of its own
+            samples = self.sampler(row, target, num_samples, draws.generator(i))
+            check_samples(samples, num_samples, row)
+            parts.append(samples)
+        return torch.cat(parts, 1)
 
 
 def _second_derivative(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """What every loss promises, and helpers of those that keep it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
@@ -9,7 +9,9 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Generator, Tensor
 
+from curvlinops._hashed import Draws
 from curvlinops._hidden import refuse_reentrant
+from curvlinops._random import as_seed
 
 Number: TypeAlias = Tensor | int | float
 #: On a CPU, up to so many classes of at least so many numbers are added as slices: a
@@ -44,8 +46,8 @@ class Loss(ABC):
     #: Other names of a mean, each with the options that say what it divides by.
     means: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     count: Number
-    #: Of a part of a batch: its first datum, the one after its last, and their number.
-    share: tuple[int, int, int] | None = None
+    #: Number of the output's first row in all data.
+    first_row: int = 0
 
     def __init__(self, output: Tensor, target: Any) -> None:
         if not is_tensor(output) or not output.is_floating_point():
@@ -125,7 +127,7 @@ class Loss(ABC):
             return U, self.hessian_mul(U)
         return FU, FU
 
-    def sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def sample_gradients(self, num_samples: int, source: int | Generator) -> Tensor:
         r"""Gradients for targets drawn from the likelihood that the loss stands for.
 
         They are independent over rows and samples, have mean zero, and the Hessian as
@@ -135,21 +137,18 @@ class Loss(ABC):
         ----------
         num_samples : int
             Number of samples.
-        generator : Generator
-            A CPU generator: numbers are drawn there and moved, so that every device
-            sees the same ones.
+        source : int or Generator
+            The seed; a generator is asked for one. What a row gets depends on its
+            number in all data, and not on the other rows or the device.
 
         Returns
         -------
         Tensor
             Of shape ``[num_samples, *output.shape]``.
         """
-        samples = self._sample_gradients(num_samples, generator)
-        if samples.shape != (num_samples, *self.output.shape):
-            raise ValueError(
-                f"The sampler returned shape {tuple(samples.shape)} instead of "
-                f"(num_samples, *output.shape) = {(num_samples, *self.output.shape)}."
-            )
+        draws = Draws(as_seed(source), self.first_row)
+        samples = self._sample_gradients(num_samples, draws)
+        check_samples(samples, num_samples, self.output)
         return samples.detach().to(self.output)
 
     @classmethod
@@ -189,7 +188,8 @@ class Loss(ABC):
     def _factor_transpose_mul(self, U: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor: ...
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
+        """Sample with numbers from ``draws.uniform`` or ``draws.normal``."""
 
     def _nothing_to_sample(self, **options: Any) -> NotImplementedError:
         return NotImplementedError(
@@ -238,18 +238,13 @@ class Loss(ABC):
             raise TypeError(f"The {name} is {describe(value)}: pass a real tensor.")
         return value.detach().to(self.output.device, self._dtype)
 
-    def _draw(
-        self, draw: Callable[..., Tensor], *shape: int, generator: Generator
-    ) -> Tensor:
-        options = {"generator": generator, "dtype": self._dtype, "device": "cpu"}
-        if self.share is None:
-            return draw(*shape, **options).to(self.output.device)
-        # A part gets what it would get in the batch.
-        start, stop, size = self.share
-        samples, length, *rest = shape
-        rows = length // (stop - start)
-        numbers = draw(samples, rows * size, *rest, **options)
-        return numbers[:, rows * start : rows * stop].to(self.output.device)
+
+def check_samples(samples: Tensor, num_samples: int, output: Tensor) -> None:
+    if samples.shape != (num_samples, *output.shape):
+        raise ValueError(
+            f"The sampler returned shape {tuple(samples.shape)} instead of "
+            f"(num_samples, *output.shape) = {(num_samples, *output.shape)}."
+        )
 
 
 def check_reduction(reduction: Any) -> None:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
+from curvlinops._hashed import Draws
 from curvlinops.losses._elementwise import Elementwise, PiecewiseLinear
 from curvlinops.losses._loss import root
 
@@ -51,9 +51,9 @@ class MSE(Elementwise):
     def _second_derivative(self) -> Tensor:
         return self.target.new_full((), 2.0)
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         shape = (num_samples, *self.output.shape)
-        noise = self._draw(torch.randn, *shape, generator=generator)
+        noise = draws.normal(shape, self._dtype, self.output.device)
         return root(self._curvature()) * noise
 
 
@@ -170,10 +170,10 @@ class SmoothL1(Elementwise):
         near = (self._prediction - self.target).abs() < self.beta
         return near.to(self._dtype) / self.beta
 
-    def _sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+    def _sample_gradients(self, num_samples: int, draws: Draws) -> Tensor:
         if not self.beta:
             raise self._nothing_to_sample(beta=0)
-        return super()._sample_gradients(num_samples, generator)
+        return super()._sample_gradients(num_samples, draws)
 
 
 class L1(PiecewiseLinear):
