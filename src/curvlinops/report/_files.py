@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import tempfile
 import types
 import zipfile
 from dataclasses import fields, is_dataclass
@@ -16,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from curvlinops._files import replacing
 from curvlinops.report._contents import FORMAT, VERSION, Report
 from curvlinops.report._mistakes import MistakeError
 
@@ -109,19 +108,8 @@ def write(path: Path, content: bytes) -> None:
     content : bytes
         What.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(content)
 
 
 def save(report: Report, folder: Path) -> None:
