@@ -452,7 +452,6 @@ PRIVATE: dict[str, int] = {
     "kfac._trial": 2,
     "kronecker": 2,
     "nystrom": 2,
-    "report._measure": 1,
     "risk": 3,
     "risk_operator": 2,
     "structured": 2,
@@ -585,7 +584,7 @@ LONG_FUNCTIONS: dict[str, int] = {
 }
 #: Most lines of code in each folder, with room for work that is under way.
 CODE: dict[str, int] = {
-    ".": 13580,
+    ".": 13590,
     "estimators": 2830,
     "kfac": 3110,
     "losses": 980,

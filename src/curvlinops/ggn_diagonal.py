@@ -10,11 +10,13 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvlinops._counts import count
 from curvlinops._forms import Form
 from curvlinops._identity import identity_of
 from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
+from curvlinops._plan import Plan
 from curvlinops._rows import DiagonalOfRows
 from curvlinops.diag import Diagonal
 from curvlinops.ggn import DEFAULT_SEED, LossHessian
@@ -117,15 +119,13 @@ batch_size_fn, mc_samples, seed, **options
         self.middle = LossHessian.of(self.risk, mc_samples, seed)
 
     def _apply(self, V: Tensor) -> Tensor:
-        limit = self.risk.max_memory
-        needed = (2 * V.shape[1] + 1) * len(V) * V.element_size()
-        if limit is not None and needed > limit:
-            raise MemoryError(
-                f"{self._title()} with {V.shape[1]} columns needs {needed} bytes, but "
-                f"`max_memory` is {limit}. Pass `max_memory={ceil(1.02 * needed)}` or "
-                "more, or fewer columns."
-            )
+        _require_room(self, V.shape[1], V.element_size())
         return super()._apply(V)
+
+    def plan(self, columns: int = 1) -> Plan:
+        itemsize = self.risk.space.dtype.itemsize
+        _require_room(self, count("columns", columns, 1), itemsize)
+        return super().plan(columns)
 
     @property
     def forms(self) -> Sequence[Form]:  # type: ignore[override]
@@ -172,6 +172,17 @@ batch_size_fn, mc_samples, seed, **options
                     if len(x) > 1:
                         row.add_((x[1:].to(dtype) * y[1:].to(dtype)).sum(0))
         return risk.space.split(total)
+
+
+def _require_room(A: GGNDiagonalLinearOperator, columns: int, itemsize: int) -> None:
+    """Raise if operand, product and diagonal take more than there may be."""
+    limit, needed = A.risk.max_memory, (2 * columns + 1) * A.shape[0] * itemsize
+    if limit is not None and needed > limit:
+        raise MemoryError(
+            f"{type(A).__name__}._matmat with {columns} columns needs {needed} bytes, "
+            f"but `max_memory` is {limit}. Pass `max_memory={ceil(1.02 * needed)}` or "
+            "more, or fewer columns."
+        )
 
 
 def _sampled(

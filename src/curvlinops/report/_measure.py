@@ -330,8 +330,8 @@ def looks(A: Any, seed: int) -> _Looks:
 
 
 def _places(A: Any, size: int) -> dict[str, slice]:
-    space = getattr(A, "_in_space", None)
-    if space is None or not getattr(space, "names", None):
+    space = A.risk.space if hasattr(A, "risk") else None
+    if space is None or space.dim != size:
         return {"matrix": slice(0, size)}
     return dict(zip(space.names, space.slices(), strict=True))
 
