@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 import report_problems
 import torch
+from torch import nn
 
-from curvlinops import TensorLinearOperator, __version__
+from curvlinops import (
+    GGNLinearOperator,
+    HessianLinearOperator,
+    TensorLinearOperator,
+    __version__,
+)
 from curvlinops.estimators import lanczos_approximate_spectrum
+from curvlinops.report._checkpoint import Stages
 from curvlinops.report._cli import main
 from curvlinops.report._comparison import Change, Distance, compare, distance
 from curvlinops.report._contents import Counts, Number
 from curvlinops.report._files import load, save
+from curvlinops.report._measure import Task, measure
 from curvlinops.report._mistakes import MistakeError
 from curvlinops.report._problem import Choice
 from curvlinops.report._rules import MEASURES, condition
@@ -40,6 +48,32 @@ def test_change():
     assert not Change("x", Number(1.0, 0.05, 100), Number(1.1, 0.05, 100)).significant
     assert not Change("x", Number(1.0), Number(1.0 + 1e-12)).significant
     assert not Change("x", Number(1.0, float("nan")), Number(9.0)).significant
+
+
+@pytest.mark.parametrize("kind", [HessianLinearOperator, GGNLinearOperator])
+def test_precision_changes_nothing_significantly(kind):
+    """Errors of eigenvalues, and those of exact numbers, contain the rounding."""
+    X, y = report_problems.numbers(torch.float32, 240)
+    loss = nn.CrossEntropyLoss()
+    task = Task(COUNTS, 0, 0.01, ("symmetry", "pairs", "layers"))
+    reports = []
+    for dtype in (torch.float32, torch.float64):
+        model, Z = report_problems.network(torch.float32).to(dtype), X.to(dtype)
+        A = kind(model, loss, dict(model.named_parameters()), [(Z, y)])
+        m = measure(A, "ggn", False, task, Stages(None, {}))
+        noise = torch.finfo(dtype).eps * abs(m.top.values[0])
+        assert min(*m.top.residuals, *m.bottom.residuals) >= noise
+        base = sample()
+        name = str(dtype).removeprefix("torch.")
+        origin = replace(base.provenance, dtype=name)
+        problem = replace(base.problem, loss_value=loss(model(Z), y).item())
+        changed = {"problem": problem, "provenance": origin, "matrices": (m,)}
+        reports.append(replace(base, blocks=None, **changed))
+    found = compare(*reports)
+    changes = [found.loss, *found.pairs[0].changes()]
+    changes += [c for layer in found.pairs[0].layers for c in layer.changes]
+    assert all(c.difference for c in (found.loss, *found.pairs[0].eigenvalues))
+    assert [c.name for c in changes if c.significant] == []
 
 
 def test_distance_of_the_same_spectrum_is_chance():

@@ -135,6 +135,8 @@ def test_a_report_with_little_in_it(tmp_path):
         (Number(-0.123456, 0.00123), "-0.1235 ± 0.0012"),
         (Number(1.5e-9, 2e-10), "1.5e-09 ± 2e-10"),
         (Number(0.0, 0.5), "0.00 ± 0.50"),
+        (Number(4.87e-24, 2e-16), "0 ± 2e-16"),
+        (Number(1.031951, 2.3e-15), "1.03195"),
         (Number(float("nan"), float("nan")), "unknown ± unknown"),
         (Number(99.96, 0.0, converged=False), "99.96 (not converged)"),
         (None, "–"),

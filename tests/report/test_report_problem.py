@@ -208,3 +208,12 @@ def test_digest_of_data():
 def test_shuffled_loaders_have_one_digest():
     risk = [build(choice("shuffled")) for _ in range(2)]
     assert data_digest(risk[0].data) == data_digest(risk[1].data)
+
+
+def test_seeds_of_the_embedded_problem_share_its_data():
+    """Two reports with other seeds differ in their parameters alone."""
+    pytest.importorskip("sklearn")
+    first, second = (build(Choice(seed=seed)) for seed in (0, 1))
+    assert data_digest(first.data) == data_digest(second.data)
+    pairs = zip(first.params.values(), second.params.values(), strict=True)
+    assert not any(torch.equal(p, q) for p, q in pairs)

@@ -110,6 +110,9 @@ def test_error_bars_cover(name):
             found.append((f"{layer.name} trace", layer.trace, np.trace(block)))
             norm = layer.frobenius_norm
             found.append((f"{layer.name} norm", norm, np.linalg.norm(block)))
+            sizes = np.abs(np.linalg.eigvalsh(block))
+            sure = (sizes / (sizes + DAMPING)).sum()
+            found.append((f"{layer.name} dimension", layer.effective_dimension, sure))
         for key, number, value in found:
             hits.setdefault(key, []).append(covers(number, value))
     counted = {key: sum(covered) for key, covered in hits.items()}

@@ -73,10 +73,17 @@ def accuracy(model: nn.Module, data: Batches) -> float:
 
 
 def trained_digits(
-    hidden: int, epochs: int, seed: int, batch_size: int = 500
+    hidden: int,
+    epochs: int,
+    seed: int,
+    batch_size: int = 500,
+    split: int | None = None,
 ) -> Digits:
-    """Return a network 64-hidden-10 after training, with its data."""
-    data, test_data = load_digits_batches(batch_size, seed)
+    """Return a network 64-hidden-10 after training, with its data.
+
+    ``split`` is the seed of what is kept for testing, by default that of the network.
+    """
+    data, test_data = load_digits_batches(batch_size, seed if split is None else split)
     model = make_network(hidden, seed)
     train(model, data, epochs)
     return Digits(model, dict(model.named_parameters()), data, test_data)

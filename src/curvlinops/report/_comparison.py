@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, isfinite, nan
 
 import numpy as np
+import torch
 
 from curvlinops.report._blocks import EPSILON, js_distance, masses, shared
 from curvlinops.report._contents import (
@@ -22,6 +23,9 @@ from curvlinops.report._mistakes import MistakeError
 #: Two samples of the runs are drawn so often to see how far apart chance puts them.
 RESAMPLES = 200
 LEVEL = 0.95
+#: What sums change if they are taken in another order, relatively: so many times the
+#: unit of the precision, and this at least.
+ROUNDINGS, LEAST_ROUNDING = 32, 1e-9
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,14 @@ class Change:
         Of the quantity.
     first, second : Number
         In the first and in the second report.
+    rounding : float
+        Part of a number that other batches or threads may change.
     """
 
     name: str
     first: Number
     second: Number
+    rounding: float = LEAST_ROUNDING
 
     @property
     def difference(self) -> float:
@@ -54,7 +61,7 @@ class Change:
     def significant(self) -> bool:
         """Whether the difference is beyond that, and beyond rounding."""
         scale = max(abs(self.first.value), abs(self.second.value))
-        return bool(abs(self.difference) > self.margin + 1e-9 * scale)
+        return bool(abs(self.difference) > self.margin + self.rounding * scale)
 
     @property
     def relative(self) -> float:
@@ -216,8 +223,14 @@ def compare(
         )
     pairs = tuple(_pair(first, second, name) for name in common)
     a, b = first.problem.loss_value, second.problem.loss_value
-    loss = Change("loss", Number(a), Number(b))
+    loss = Change("loss", Number(a), Number(b), _rounding(first, second))
     return Comparison(*names, loss, pairs, tuple(_notes(first, second)))
+
+
+def _rounding(first: Report, second: Report) -> float:
+    dtypes = (getattr(torch, r.provenance.dtype) for r in (first, second))
+    units = (torch.finfo(dtype).eps for dtype in dtypes)
+    return max(LEAST_ROUNDING, *(ROUNDINGS * unit for unit in units))
 
 
 def require_alike(first: Report, second: Report, names: tuple[str, str]) -> None:
@@ -258,19 +271,20 @@ def _notes(first: Report, second: Report) -> Iterator[str]:
 def _pair(first: Report, second: Report, name: str) -> Pair:
     a, b = first.matrix(name), second.matrix(name)
     assert a is not None and b is not None
+    rounding = _rounding(first, second)
     return Pair(
         name,
         a,
         b,
-        tuple(_eigenvalues(a, b)),
-        tuple(_numbers(a, b)),
+        tuple(_eigenvalues(a, b, rounding)),
+        tuple(_numbers(a, b, rounding)),
         _overlap(a, b),
         _density_distance(a, b),
         _layers(first, second, a, b),
     )
 
 
-def _eigenvalues(a: Matrix, b: Matrix) -> Iterator[Change]:
+def _eigenvalues(a: Matrix, b: Matrix, rounding: float) -> Iterator[Change]:
     if a.top is None or b.top is None:
         return
     ours, theirs = (
@@ -278,16 +292,16 @@ def _eigenvalues(a: Matrix, b: Matrix) -> Iterator[Change]:
         for top in (a.top, b.top)
     )
     for i, pair in enumerate(zip(ours, theirs, strict=False), 1):
-        yield Change(f"eigenvalue {i}", *pair)
+        yield Change(f"eigenvalue {i}", *pair, rounding)
 
 
-def _numbers(a: Matrix, b: Matrix) -> Iterator[Change]:
+def _numbers(a: Matrix, b: Matrix, rounding: float) -> Iterator[Change]:
     theirs = dict(b.numbers())
     for name, number in a.numbers():
         if name in theirs and not (
             name == "effective dimension" and a.damping != b.damping
         ):
-            yield Change(name, number, theirs[name])
+            yield Change(name, number, theirs[name], rounding)
 
 
 def _overlap(a: Matrix, b: Matrix) -> Overlap | None:
@@ -376,6 +390,7 @@ def _layers(first: Report, second: Report, a: Matrix, b: Matrix) -> tuple[Moved,
         if layer.name in ours and layer.name in others:
             apart = _block_distance(ours[layer.name], others[layer.name])
         changes = _layer_changes(layer, theirs[layer.name], a.damping == b.damping)
+        changes = tuple(replace(c, rounding=_rounding(first, second)) for c in changes)
         found.append(Moved(layer.name, changes, apart))
     return tuple(sorted(found, key=lambda m: (not m.significant, -_finite(m.amount))))
 

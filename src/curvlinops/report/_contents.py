@@ -7,7 +7,7 @@ it the former names. Everything here is computed: nothing draws, prints, or mult
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -116,7 +116,8 @@ class Pairs:
     ----------
     values, residuals : tuple of float
         Eigenvalues, and the norms of ``A v - value * v``: how far at most an eigenvalue
-        is from each.
+        is from each. Never below the noise of a product, which limits what any
+        recurrence can say about them.
     vectors : numpy.ndarray
         Orthonormal columns, of shape ``(size, k)``; ``(size, 0)`` if not kept.
     converged : bool
@@ -127,6 +128,11 @@ class Pairs:
     residuals: tuple[float, ...]
     vectors: np.ndarray
     converged: bool
+
+    def with_noise(self, noise: float) -> Pairs:
+        """Return the same with residuals of at least the noise of a product."""
+        residuals = tuple(max(r, noise) for r in self.residuals)
+        return replace(self, residuals=residuals)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from curvlinops.report._contents import STATUSES, Matrix, Number, Pairs, Report
 from curvlinops.report._figures import write_figures
 from curvlinops.report._files import write
 from curvlinops.report._pictures import Picture, title_of
+from curvlinops.report._table import rounded
 
 NAME, COMPARISON = "report.html", "comparison.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -50,14 +51,9 @@ def with_error(number: Number | None) -> str:
     if number is None:
         return "–"
     value, error = number.value, number.error
-    text = short(value)
-    if math.isfinite(value) and math.isfinite(error) and error > 0:
-        digits = 1 - math.floor(math.log10(error))
-        if -3 < math.log10(max(abs(value), error)) < 5 and digits < 8:
-            text = f"{value:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}"
-        else:
-            text = f"{short(value)} ± {error:.2g}"
-    elif error != 0:
+    known = math.isfinite(value) and math.isfinite(error)
+    text = rounded(number) if known else short(value)
+    if not known and error != 0:
         text += " ± unknown"
     return text if number.converged else f"{text} (not converged)"
 

@@ -183,6 +183,10 @@ class _Measurement:
         results: dict[str, Any] = {"top": top, "bottom": bottom}
         if top is not None and bottom is not None:
             largest = max(abs(top.values[0]), abs(bottom.values[0]))
+            if found.symmetry is not None:
+                noise = found.symmetry.noise * largest
+                top, bottom = top.with_noise(noise), bottom.with_noise(noise)
+                results |= {"top": top, "bottom": bottom}
             results["negative_threshold"] = NEGATIVE * largest
             results["condition_number"] = condition(top, bottom, self.task.damping)
         return results
@@ -227,6 +231,7 @@ class _Measurement:
             )
             mass, error = count.value / found.size, count.error / found.size
             good = error <= SHARP_MASS
+            error = error and max(error, Operand(A).eps)  # of shares of one
             return replace(count, value=mass, error=error, converged=good), products
 
         results = {
@@ -362,6 +367,8 @@ def pairs(
         to_numpy(found.vectors),
         bool(found.converged),
     )
+    if plain.values:
+        plain = plain.with_noise(Operand(A).eps * max(map(abs, plain.values)))
     return plain, found.num_products
 
 

@@ -52,7 +52,8 @@ class Choice:
     max_memory : int or None
         Bytes that a product may allocate.
     seed : int
-        Of the embedded problem, and of random parameters.
+        Of the embedded problem's parameters (its data are the same for all), and of
+        random parameters.
     """
 
     problem: str = EMBEDDED
@@ -134,7 +135,7 @@ def _embedded(seed: int) -> tuple[Any, Any, Any]:
     try:
         from curvlinops.examples._digits import trained_digits
 
-        digits = trained_digits(HIDDEN, EPOCHS, seed)
+        digits = trained_digits(HIDDEN, EPOCHS, seed, split=0)
     except ImportError as error:
         raise MistakeError(
             "The embedded problem needs scikit-learn: run `pip install scikit-learn` "

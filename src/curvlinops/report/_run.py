@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Job:
                 f"{name} {1e3 * s:.2g} ms"
                 for name, s in zip(names, seconds, strict=True)
             )
-            how += f" ({each} each), {total:.0f} s or less"
+            how += f" ({each} each), {ceil(total)} s or less"
         return (
             f"Plan      {how}: {counts.ncv} Lanczos steps in {counts.repeats} runs, "
             f"{counts.probes} probes, {counts.top} eigenpairs"

@@ -17,6 +17,8 @@ def rounded(number: Number | None) -> str:
     --------
     >>> rounded(Number(8.13058, 0.0432)), rounded(Number(123.456)), rounded(None)
     ('8.131 ± 0.043', '123.456', '-')
+    >>> rounded(Number(4.9e-24, 2e-16)), rounded(Number(1.49e-9, 2e-10))
+    ('0 ± 2e-16', '1.5e-09 ± 2e-10')
     """
     if number is None:
         return "-"
@@ -28,7 +30,16 @@ def rounded(number: Number | None) -> str:
     plain = 1e-4 <= max(abs(number.value), number.error) < 1e7 and places < 8
     if plain:
         return f"{number.value:.{places}f} ± {number.error:.{places}f}"
-    return f"{number.value:.3g} ± {number.error:.1g}"
+    return f"{_as_known(number)} ± {number.error:.1g}"
+
+
+def _as_known(number: Number) -> str:
+    """Return a value to the last digit of its error: 0 if nothing of it is left."""
+    if abs(number.value) < number.error / 20:
+        return "0"
+    places = f"{number.value:.0e}", f"{number.error:.0e}"
+    high, low = (int(place.partition("e")[2]) for place in places)
+    return f"{number.value:.{min(max(high - low, 0), 5)}e}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:

@@ -12,6 +12,7 @@ from math import isnan
 import numpy as np
 
 from curvlinops.report._contents import Matrix, Number, Report, Verdict
+from curvlinops.report._table import rounded
 
 Found = Iterator[Verdict]
 Rule = Callable[[Report], Found]
@@ -40,12 +41,17 @@ def judged(number: float, bound: float, limit: float) -> str:
     return "WARN" if number <= limit else "FAIL"
 
 
+def _title(name: str) -> str:
+    """Return what a number is called in a sentence."""
+    return {"top": "top eigenvalue"}.get(name, name.replace("frobenius", "Frobenius"))
+
+
 def computed(report: Report) -> Found:
     """Everything that was asked for could be computed."""
     for m in report.matrices:
         text = "; ".join(m.failures) or "Everything asked for was computed."
         count = len(m.failures)
-        yield Verdict("computed", m.name, judged(count, 0, 0), count, 0, text)
+        yield Verdict("failed stages", m.name, judged(count, 0, 0), count, 0, text)
 
 
 def symmetry(report: Report) -> Found:
@@ -87,11 +93,16 @@ def convergence(report: Report) -> Found:
             if end is not None and not end.converged:
                 names.append(f"{name} eigenvalues")
         count = len(names)
-        text = f"Not converged: {', '.join(names)}." if names else "All have."
+        text = (
+            f"Not converged: {', '.join(names)}."
+            if names
+            else "All solves and Krylov spaces have converged."
+        )
         if names:
+            text = f"Not converged: {', '.join(names)}."
             text += " Their errors say by how much; a larger --budget goes on."
         # what is far off is found by the residuals and by the widths
-        yield Verdict("convergence", m.name, judged(count, 0, np.inf), count, 0, text)
+        yield Verdict("not converged", m.name, judged(count, 0, np.inf), count, 0, text)
 
 
 def widths(report: Report) -> Found:
@@ -106,7 +117,7 @@ def widths(report: Report) -> Found:
             continue
         worst, name = max(wide)
         status = judged(worst, WIDTH, 1.0)
-        text = f"Half the 95 % interval over the value, at worst of the {name}."
+        text = f"Half the 95 % interval over the value, at worst of the {_title(name)}."
         if status != "PASS":
             text += " More probes or runs narrow it: a larger --budget."
         yield Verdict("error bars", m.name, status, worst, WIDTH, text)
@@ -128,7 +139,7 @@ def negative_mass(report: Report) -> Found:
         status = judged(low, NO_MASS, -1.0 if m.semidefinite else np.inf)
         text = (
             f"Share of eigenvalues below {-m.negative_threshold:.1e} that is sure, of "
-            f"{m.negative_mass.value:.3g}."
+            f"{rounded(m.negative_mass)}."
         )
         if status == "WARN":
             text += " The parameters are at no minimum of the loss."
@@ -177,11 +188,11 @@ def verified(report: Report) -> Found:
             continue
         wrong = [check for check in m.checks if not check.passed]
         rows = [f"{c.name} {c.error:.1e} (allowed {c.tolerance:.1e})" for c in wrong]
-        text = (
-            f"Checks that failed: {'; '.join(rows)}." if rows else "All checks passed."
-        )
+        text = "All checks of `verify` passed."
+        if rows:
+            text = f"Checks that failed: {'; '.join(rows)}."
         count = len(wrong)
-        yield Verdict("verify", m.name, judged(count, 0, 0), count, 0, text)
+        yield Verdict("failed checks", m.name, judged(count, 0, 0), count, 0, text)
 
 
 def truth(report: Report) -> Found:
@@ -202,8 +213,8 @@ def truth(report: Report) -> Found:
                 worst, name = ratio, key
         status = judged(worst, 1.0, 1.0)
         text = (
-            f"Distance from the dense matrix's {name} over half the {TRUTH:.2%} "
-            "interval, the largest."
+            f"Distance from the dense matrix's {_title(name)} over half the "
+            f"{TRUTH:.2%} interval, the largest."
         )
         yield Verdict("dense matrix", m.name, status, worst, 1.0, text)
 
