@@ -235,7 +235,15 @@ A = symmetric(np.arange(30.0))
             lambda: layer_summary(A, blocks={"a": slice(9), "b": [8, 20]}),
             "a, b overlap",
         ),
+        (lambda: layer_summary(A, blocks={"a": [1.5]}), "'a' is empty, or no part"),
+        (
+            lambda: layer_summary(A, blocks={"a": [0, 10**6]}),
+            "'a' is empty, or no part",
+        ),
+        (lambda: layer_summary(A, blocks={"a": [True]}), "'a' is empty, or no part"),
+        (lambda: layer_summary(A, blocks={"a": None}), "'a' is empty, or no part"),
         (lambda: layer_summary(A, 0.0, blocks={"a": slice(9)}), "damping is above 0"),
+        (lambda: layer_summary(A, np.inf, blocks={"a": slice(9)}), "and finite"),
         (lambda: layer_summary(A, ncv=0, blocks={"a": slice(9)}), "ncv"),
         (
             lambda: layer_summary(np.triu(A), 1.0, blocks={"a": slice(9)}),
@@ -256,6 +264,26 @@ A = symmetric(np.arange(30.0))
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_masks_and_tensors_are_blocks():
+    mask = np.arange(len(A)) % 3 == 0
+    options = {"ncv": 2, "num_repeats": 3, "rng": 0}
+    tables = [
+        layer_summary(A, blocks={"a": what}, **options)
+        for what in (mask, np.flatnonzero(mask), torch.from_numpy(mask), mask.tolist())
+    ]
+    for table in tables:
+        assert table["size"].tolist() == [mask.sum()]
+        assert np.array_equal(np.asarray(table), np.asarray(tables[0]))
+
+
+def test_blocks_have_names():
+    with pytest.raises(TypeError, match="blocks is a dictionary"):
+        layer_summary(A, blocks=["0.*"])
+    table = layer_summary(A, ncv=2, num_repeats=3, blocks={"a": slice(9)}, rng=0)
+    with pytest.raises(KeyError, match="No block 'b': there are a"):
+        table.row("b")
 
 
 HARD = {

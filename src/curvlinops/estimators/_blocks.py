@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlinops._operand import to_numpy
 from curvlinops._random import Probes
 from curvlinops.estimators._run import Run
 from curvlinops.estimators.lanczos import Recurrence, Steps
@@ -29,9 +30,11 @@ def block_places(A: Any, blocks: Mapping[str, Any] | None) -> dict[str, np.ndarr
 
     Raises
     ------
+    TypeError
+        If the blocks are no mapping.
     ValueError
         If the matrix names no blocks and none are given, a pattern matches nothing, a
-        block is empty, or two overlap.
+        block is empty or no part of the matrix, or two overlap.
     """
     space = getattr(A, "_in_space", None)
     # A single tensor that nobody named is a vector, not a block of one.
@@ -42,6 +45,8 @@ def block_places(A: Any, blocks: Mapping[str, Any] | None) -> dict[str, np.ndarr
         blocks = {
             name: place for name, place in own.items() if place.stop > place.start
         }
+    if not isinstance(blocks, Mapping):
+        raise TypeError(f"blocks is a dictionary of blocks by name, got {blocks!r}.")
     if not blocks:
         raise ValueError(
             f"{type(A).__name__} of shape {tuple(A.shape)} has no named blocks: its "
@@ -60,19 +65,22 @@ def block_places(A: Any, blocks: Mapping[str, Any] | None) -> dict[str, np.ndarr
 
 
 def _indices(name: str, what: Any, own: Mapping[str, slice], N: int) -> np.ndarray:
-    """Return the indices of a block: from a slice, indices, or patterns of names."""
+    """Return the indices of a block: from a slice, indices, a mask, or patterns."""
+    everything = np.arange(N)
     if not isinstance(what, slice):
-        given = [what] if isinstance(what, str) else list(what)
-        if all(isinstance(pattern, str) for pattern in given):
-            matches = [n for n in own if any(fnmatchcase(n, p) for p in given)]
-            what = [i for n in matches for i in range(N)[own[n]]]
-        what = np.asarray(what, int)
-    places = np.arange(N)[what]
+        what = np.atleast_1d(to_numpy(what))
+        if what.dtype.kind == "U":
+            matches = [n for n in own if any(fnmatchcase(n, p) for p in what.flat)]
+            what = np.r_[everything[:0], *(everything[own[n]] for n in matches)]
+    try:
+        places = everything[what].ravel()
+    except IndexError:
+        places = everything[:0]
     if not places.size:
         names = f" Names are {', '.join(own)}." if own else ""
         raise ValueError(
-            f"The block {name!r} is empty: give patterns of names, a slice, or indices "
-            f"below {N}.{names}"
+            f"The block {name!r} is empty, or no part of the matrix: give patterns of "
+            f"names, a slice, indices below {N}, or a mask of this length.{names}"
         )
     return places
 

@@ -52,7 +52,10 @@ class LayerSummary:
 
     def row(self, name: str) -> dict[str, Any]:
         """Return a block's numbers by column, as Python's numbers."""
-        (found,) = np.flatnonzero(self["name"] == name)
+        names = self["name"].tolist()
+        if name not in names:
+            raise KeyError(f"No block {name!r}: there are {', '.join(names)}.")
+        found = names.index(name)
         return {column: values[found].item() for column, values in self.columns.items()}
 
     def confidence_interval(

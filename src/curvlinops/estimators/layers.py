@@ -62,8 +62,8 @@ def layer_summary(
         Hermitian matrix of shape ``(N, N)``, also an indefinite one. Operators of a
         model's parameters, and composites of these, name their blocks.
     damping : float, optional
-        :math:`\delta`, above 0, in the unit of ``A``; by default a thousandth of the
-        largest eigenvalue (in magnitude) that was found in any block.
+        :math:`\delta`, above 0 and finite, in the unit of ``A``; by default a
+        thousandth of the largest eigenvalue (in magnitude) found in any block.
     ncv : int, optional
         Lanczos steps per test vector.
     num_repeats : int, optional
@@ -71,7 +71,7 @@ def layer_summary(
         fewer than three, errors are NaN.
     blocks : mapping, optional
         From names to blocks: patterns of parameters' names (``"encoder.*"``, or a list
-        of some), slices, or indices. By default every parameter is a block.
+        of some), slices, indices, or masks. By default every parameter is a block.
     distribution : str, optional
         Of the test vectors: ``"rademacher"`` (entries ±1), ``"normal"``, or
         ``"sphere"``.
@@ -135,8 +135,8 @@ def layer_summary(
     >>> bool(low[0] <= block.trace() <= high[0])
     True
     """
-    if damping is not None and not damping > 0:
-        raise ValueError(f"damping is above 0, got {damping!r}.")
+    if damping is not None and not 0 < damping < np.inf:
+        raise ValueError(f"damping is above 0 and finite, got {damping!r}.")
     steps = require_positive_int("ncv", ncv)
     repeats = require_positive_int("num_repeats", num_repeats)
     places = block_places(A, blocks)

@@ -23,23 +23,23 @@ class Seconds(NamedTuple):
 
 #: Measured by ``python -m curvlinops.examples --measure`` on a machine with other work.
 PAGES = {
-    "matrix_vector_products": Seconds(15, 6.8),
-    "eigenvalues": Seconds(9, 7.1),
+    "matrix_vector_products": Seconds(12, 6.8),
+    "eigenvalues": Seconds(6, 7.1),
     "submatrices": Seconds(11, 5.1),
-    "monte_carlo_fisher": Seconds(47, 6.7),
+    "monte_carlo_fisher": Seconds(11, 6.7),
     "traces": Seconds(24, 6.2),
-    "edge_of_stability": Seconds(16, 9.3),
+    "edge_of_stability": Seconds(15, 9.3),
     "preconditioned_spectrum": Seconds(8, 6.2),
-    "preconditioned_cg": Seconds(9, 6.7),
-    "natural_gradient": Seconds(15, 9.6),
-    "pinn": Seconds(19, 5.9),
-    "laplace": Seconds(12, 5.7),
+    "preconditioned_cg": Seconds(8, 6.7),
+    "natural_gradient": Seconds(12, 9.6),
+    "pinn": Seconds(14, 5.9),
+    "laplace": Seconds(6, 5.7),
     "influence": Seconds(9, 4.3),
-    "hypergradients": Seconds(20, 6.7),
-    "quantisation": Seconds(5, 5.0),
+    "hypergradients": Seconds(16, 6.7),
+    "quantisation": Seconds(4, 5.0),
     "model_merging": Seconds(12, 6.8),
-    "dict_batches": Seconds(35, 9.9),
-    "language_model": Seconds(17, 8.6),
+    "dict_batches": Seconds(34, 9.9),
+    "language_model": Seconds(13, 8.6),
 }
 
 

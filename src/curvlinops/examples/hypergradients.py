@@ -245,6 +245,7 @@ def draw(page: Page, D: Array, curve: Array, alpha: Array) -> None:
         left.figure.colorbar(image, ax=left)
         middle.plot(curve, "o-", markersize=4)
         middle.set(xlabel="step of the descent", ylabel="validation loss")
+        middle.set_xticks(range(0, len(curve), 2))
         right.plot(range(ROWS), np.full(ROWS, START), "k--", label="before")
         right.plot(range(ROWS), alpha, "o", label="after")
         right.legend()

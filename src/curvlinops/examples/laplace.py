@@ -31,7 +31,7 @@ and the data a probability given :math:`\delta`, by which to choose it:
 is certain but for thin lines between the classes; with the posteriors of the GGN and of
 Kronecker factors it gives up certainty where there are no data, with that of the
 diagonal less so. The second figure shows the evidence of the three, by :math:`\delta`:
-that of Kronecker factors is near the GGN's, that of the diagonal far below.
+that of Kronecker factors is below the GGN's, that of the diagonal far below.
 
 References: D. MacKay, "The evidence framework applied to classification networks",
 Neural Computation 4 (1992), doi:10.1162/neco.1992.4.5.720. H. Ritter, A. Botev,

@@ -56,9 +56,11 @@ from curvlinops.examples._digits import (
     accuracy,
     load_digits_batches,
     make_network,
+    no_bar,
     train,
 )
 from curvlinops.examples._page import Array, Page, command, relative_error
+from curvlinops.examples.natural_gradient import dense_ggn
 
 #: Of the pull towards both networks, for every matrix the same.
 DAMPING = 1e-4
@@ -71,6 +73,7 @@ class Expert(NamedTuple):
     model: nn.Sequential
     theta: Array
     risk: EmpiricalRisk
+    data: Batches
 
 
 def only(batches: Batches, low: int, high: int) -> Batches:
@@ -85,7 +88,7 @@ def specialise(base: nn.Sequential, data: Batches, epochs: int) -> Expert:
     train(model, data, epochs)
     params = dict(model.named_parameters())
     risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), params, data)
-    return Expert(model, risk.parameters_vector(numpy=True), risk)
+    return Expert(model, risk.parameters_vector(numpy=True), risk, data)
 
 
 #: From a loss to a matrix: ever nearer to the Fisher matrix.
@@ -106,9 +109,11 @@ def merge(experts: list[Expert], matrices: list[Any], damping: float) -> Array:
 
 def check_solves(page: Page, experts: list[Expert]) -> None:
     """Compare every solve with a dense one, and the diagonal with a weighted mean."""
+    ggns = [dense_ggn(e.model, e.data, no_bar) for e in experts]
+    others = {"GGN": ggns, "diagonal": [np.diag(np.diag(G)) for G in ggns]}
     for name, build in MATRICES.items():
         matrices = [build(e.risk) for e in experts]
-        dense = [F.to_dense().numpy() for F in matrices]
+        dense = others.get(name) or [F.to_dense().numpy() for F in matrices]
         damped = [D + DAMPING * np.eye(len(D)) for D in dense]
         b = sum(D @ e.theta for D, e in zip(damped, experts, strict=True))
         truth = np.linalg.solve(np.sum(damped, axis=0), b)

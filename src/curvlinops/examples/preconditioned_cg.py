@@ -23,10 +23,10 @@ A preconditioner :math:`M \approx A^{-1}` replaces :math:`\kappa` by that of
 ``M = KFACLinearOperator(risk).damped(delta).inverse()``.
 
 *What is seen.* The plain iteration stays below its bound, and ends earlier by far: few
-eigenvalues are large. All methods are right in the end. The sketch saves half of the
-iterations and more, at either damping; a larger rank saves more of them and costs more
-products, so the best rank depends on how many systems are solved with one matrix. The
-diagonal, and Kronecker factors at the large damping, cost iterations.
+eigenvalues are large. All methods are right in the end. At either damping, the sketch
+of rank 20 saves more than a third of the iterations, that of rank 80 two thirds. A
+larger rank costs more products, so the best one depends on how many systems are solved
+with one matrix. The diagonal and Kronecker factors, no help here, cost iterations.
 
 References: M. Hestenes, E. Stiefel, "Methods of conjugate gradients for solving linear
 systems" (1952), doi:10.6028/jres.049.044. Z. Frangella, J. Tropp, M. Udell, "Randomized
@@ -154,7 +154,7 @@ def draw(
             ax.set_xlabel("products with the GGN, those of the sketch first")
             ax.set_ylim(1e-10, 5)
             ax.grid(alpha=0.3)
-            ax.legend(fontsize=8)
+        axes[1].legend(fontsize=8)
 
 
 main = command(body)

@@ -28,7 +28,7 @@ backward.
 saves agrees with constrained minima. With two bits per weight, the network reads nearly
 as well as before if columns follow, and worse if weights are rounded to the nearest
 level. Four of five weights may be zero if the least salient ones are chosen and the
-others follow, where it has forgotten its digits without the smallest ones.
+others follow; without the smallest ones, it misreads more than half of the digits.
 
 References: E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: accurate
 post-training quantization for generative pre-trained transformers", arXiv:2210.17323.
