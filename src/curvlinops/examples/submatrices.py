@@ -83,8 +83,9 @@ def body(page: Page) -> None:
         norms[i, j] = np.linalg.norm(truth)
         if i == j:
             few = min(100, block.shape[0])
-            options = {"rng": page.seed, "return_estimate": True}
-            squared = hutchinson_squared_fro(block, few, **options)
+            squared: Any = hutchinson_squared_fro(
+                block, few, rng=page.seed, return_estimate=True
+            )
             truth = norms[i, j] ** 2
             unit = float(squared.error) + 1e-9 * truth
             errors.append(abs(float(squared.value) - truth) / unit)
