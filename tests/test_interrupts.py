@@ -396,3 +396,32 @@ def test_a_product_within_a_handler_of_an_interrupt_may_be_interrupted():
             Struck(("grad_mode.py", "__enter__"), "return", 1)(lambda: A @ v)
     assert str(caught.value) == ""
     assert state() == before
+
+
+@pytest.mark.parametrize("kind", ["attention", "anomaly"])
+def test_switches_that_a_models_own_code_turns_are_turned_back(kind):
+    """The interrupt strikes where the code has turned them, and nobody knows yet."""
+
+    def read():
+        flash = torch.backends.cuda.flash_sdp_enabled()
+        return flash, torch.is_anomaly_enabled()
+
+    class Struck(nn.Linear):
+        def forward(self, x):
+            if kind == "attention":
+                torch.backends.cuda.enable_flash_sdp(False)
+            else:
+                torch.autograd.set_detect_anomaly(True, check_nan=False)
+            raise KeyboardInterrupt
+
+    before, model = read(), Struck(4, 3)
+    data = [(torch.ones(2, 4), torch.ones(2, 3))]
+    try:
+        with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            G = GGNLinearOperator(model, nn.MSELoss(), "weight", data)
+            G @ torch.ones(12)
+        assert read() == before
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before[0])
+        torch.autograd.set_detect_anomaly(before[1])

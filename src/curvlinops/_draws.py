@@ -171,8 +171,7 @@ def draws_outside_torch(known: dict[Any, bool]) -> Iterator[None]:
 
 
 def _differ(before: Any, now: Any) -> bool:
-    a, b = before[0], now[0]
-    same = all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    same = all(np.array_equal(x, y) for x, y in zip(before[0], now[0], strict=True))
     return not same or before[1] != now[1]
 
 

@@ -97,6 +97,8 @@ _MORE_LOOKS: tuple[Callable[[], Any], ...] = (
     torch.is_autocast_cache_enabled,
     *(partial(torch.is_autocast_enabled, kind) for kind in ("cpu", "cuda")),
     *(partial(torch.get_autocast_dtype, kind) for kind in ("cpu", "cuda")),
+    torch.is_anomaly_enabled,
+    torch.is_anomaly_check_nan_enabled,
 )
 
 
@@ -224,8 +226,9 @@ def _set_flags(flags: Sequence[tuple[str, Any]]) -> None:
 
 def _put_back_more(noted: Sequence[Any]) -> None:
     """Put back what :data:`_MORE_LOOKS` have seen."""
-    forward, hooks, _, nesting, _, autocasts, caches, *rest = noted
+    forward, hooks, _, nesting, _, autocasts, caches, *rest, anomaly, nans = noted
     _C._set_fwd_grad_enabled(forward)
+    torch.set_anomaly_enabled(anomaly, nans)
     autograd = _C._autograd
     while (top := autograd._top_saved_tensors_default_hooks(True)) and (
         hooks is None or not _are(top, hooks)
@@ -241,8 +244,7 @@ def _put_back_more(noted: Sequence[Any]) -> None:
     if not autocasts:
         torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(caches)
-    kinds = ("cpu", "cuda")
-    for kind, enabled, dtype in zip(kinds, rest[:2], rest[2:], strict=True):
+    for kind, enabled, dtype in zip(("cpu", "cuda"), rest[:2], rest[2:], strict=True):
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
 
@@ -310,9 +312,8 @@ def isolated(evaluates: bool = False) -> Callable[[Callable[P, T]], Callable[P, 
 
     Whatever torch's contexts have left open is closed if the operation ends by an
     exception: gradients and inference mode, levels of `torch.func`, modes for functions
-    and for dispatch. An interrupt on top of which torch raised
-    something else is raised in its place; after one, forward mode and the filters of
-    warnings are put back, too, which are those of the process.
+    and for dispatch. An interrupt on top of which torch raised something else is raised
+    in its place. After one, forward mode and warnings' filters are put back, too.
 
     Parameters
     ----------

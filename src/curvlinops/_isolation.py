@@ -7,6 +7,7 @@ that it can be undone wherever an interrupt strikes.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -86,6 +87,12 @@ class _Switches:
             self._users.pop(key, None)
             self._update()
 
+    def put_back(self, before: _Positions) -> None:
+        """Turn them to what they were before, unless there are users of them."""
+        with self._lock:
+            for turn, value in before if self._before is None else ():
+                turn(value)
+
     def _update(self) -> None:
         if any(user() is not None for user in list(self._users.values())):
             for _, turn, value in self._switches():
@@ -101,15 +108,10 @@ def _attention() -> list[_compiled.Switch]:
 
     Its flash and memory-efficient forms have no double backward.
     """
-    return [(_get_switch(n), _set_switch(n), n == "math") for n in _FORMS]
-
-
-def _get_switch(name: str) -> Callable[[], bool]:
-    return getattr(torch._C, f"_get_{name}_sdp_enabled")
-
-
-def _set_switch(name: str) -> Callable[[bool], None]:
-    return getattr(torch._C, f"_set_sdp_use_{name}")
+    c: Any = torch._C
+    reads = [getattr(c, f"_get_{name}_sdp_enabled") for name in _FORMS]
+    turns = [getattr(c, f"_set_sdp_use_{name}") for name in _FORMS]
+    return [*zip(reads, turns, [name == "math" for name in _FORMS], strict=True)]
 
 
 #: The forms of attention that this version of torch can switch, as
@@ -164,7 +166,7 @@ class Changes:
     def __init__(self, owner: Owner) -> None:
         #: Where tensors were replaced, and which ones.
         self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._owner: Callable[[], Any] | None = ref(owner, self._forsaken)
+        self._owner: Callable[[], Any] | None = ref(owner, lambda _: self.undo())
         #: Whether attention has been met, ...
         self.attends = False
         #: ... and which forms it may take otherwise.
@@ -172,9 +174,6 @@ class Changes:
         #: Of the evaluation in which this one takes place, and in which thread.
         self._inside, self._outside = INSIDE.number, _RUNNING.changes
         self._thread = get_ident()
-
-    def _forsaken(self, _: Any) -> None:
-        self.undo()
 
     def make(
         self,
@@ -239,6 +238,8 @@ class Changes:
             self._places.pop()
         for switches in (_COMPILED, _ATTENTION, _CUDNN):
             switches.remove(id(self))
+        if isinstance(sys.exception(), KeyboardInterrupt):
+            _ATTENTION.put_back(self._forms)  # which the model's own code may turn
         EVALUATIONS.pop(id(self), None)
         if self.are_of_this_thread():  # matters within an evaluation only
             INSIDE.number, _RUNNING.changes = self._inside, self._outside

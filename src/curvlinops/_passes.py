@@ -46,18 +46,14 @@ def one_pass(data: Any) -> Iterator[Any]:
 def _through_copy(loader: DataLoader[Any]) -> Iterator[Any]:
     with _LOCK:
         own = _FREE.pop(loader, None)
-    own = _copy(loader) if own is None else own
+    if own is None:
+        own = copy.copy(loader)
+        own._iterator = None
     try:
         yield from own
     finally:
         with _LOCK:
             _FREE.setdefault(loader, own)
-
-
-def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
-    own = copy.copy(loader)
-    own._iterator = None
-    return own
 
 
 @in_child
