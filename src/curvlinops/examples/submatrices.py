@@ -83,9 +83,8 @@ def body(page: Page) -> None:
         norms[i, j] = np.linalg.norm(truth)
         if i == j:
             few = min(100, block.shape[0])
-            squared: Any = hutchinson_squared_fro(
-                block, few, rng=page.seed, return_estimate=True
-            )
+            options: dict[str, Any] = {"rng": page.seed, "return_estimate": True}
+            squared = hutchinson_squared_fro(block, few, **options)
             truth = norms[i, j] ** 2
             unit = float(squared.error) + 1e-9 * truth
             errors.append(abs(float(squared.value) - truth) / unit)
