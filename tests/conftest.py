@@ -16,6 +16,15 @@ pytest.register_assert_rewrite("laws", "references", "tolerances")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Hold every test to leaving torch's modes alone, which all later tests run in."""
+    yield
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert modes == (True, False), "the test left gradients off, or inference on"
+
+
 @pytest.fixture
 def tf32():
     """Yield what says whether torch rounds to TF32; set back at the end."""
