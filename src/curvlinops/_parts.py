@@ -180,9 +180,9 @@ class RowsByDatum:
         RefusedError
             If the model cannot be evaluated so.
         """
-        data = [t[part] for t in filter(self._has_axis, tensors_in(self._X))]
         load("torch._dynamo")  # as `vjp` does
         try:
+            data = [t[part] for t in filter(self._has_axis, tensors_in(self._X))]
             with torch.no_grad(), self._model.left_as_it_is():
                 rows = vmap(self._rows)(self._U[part], *data)
             return self._space.join(rows, leading=2)
