@@ -167,10 +167,8 @@ class _Check:
         leaves = [leaf.detach() for leaf in model.leaves]
         self._zero = not all(leaf.any() for leaf in leaves)
         full = without_zeros(leaves)  # and none is where a derivative may vanish
-        self._others = [
-            p * (1 + random_like([p], i)[0] / 8) for i, p in enumerate(full)
-        ]
-        self._shifted = model.shifted(self._others)
+        self._near = [p * (1 + random_like([p], i)[0] / 8) for i, p in enumerate(full)]
+        self._shifted = model.shifted(self._near)
 
     def __call__(self, batches: list[Pair], sizes: tuple[int, ...]) -> bool:
         if len(batches) == 1:
@@ -181,7 +179,7 @@ class _Check:
         pairs = [together(batches[s], sizes[s]) for s in slices]
         same = self._outputs_agree(pairs[0][0], batches, None)
         if same and self._zero:
-            same = self._outputs_agree(pairs[0][0], batches, self._others)
+            same = self._outputs_agree(pairs[0][0], batches, self._near)
         return same and all(
             model.run(partial(self._halves_agree, model, pairs))
             for model in (self._model, self._shifted)
