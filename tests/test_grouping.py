@@ -188,6 +188,17 @@ class HiddenByZero(nn.Module):
         return x + self.factor * x.mean(0)
 
 
+class HiddenTwice(nn.Module):
+    """Neither outputs nor first derivatives show that batches are coupled."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x + (self.factor - 1) ** 2 * x.mean(0)
+
+
 class Noted(nn.Module):
     def forward(self, x):
         if len(x) > 8:
@@ -195,13 +206,16 @@ class Noted(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [Centred, HiddenByZero, Noted])
+@pytest.mark.parametrize("kind", [Centred, HiddenByZero, HiddenTwice, Noted])
 def test_models_that_see_their_batches_get_those_of_the_user(kind):
     net = model(kind())
     args = problem(net)
-    A, dense = GGNLinearOperator(*args), references.ggn(*args)
-    assert_close(A @ torch.eye(len(dense)).double(), dense, size=4096)
-    assert groups(A) is None
+    for A, dense in (
+        (GGNLinearOperator(*args), references.ggn(*args)),
+        (HessianLinearOperator(*args), references.hessian(*args)),
+    ):
+        assert_close(A @ torch.eye(len(dense)).double(), dense, size=4096)
+        assert groups(A) is None
 
 
 def test_hooks_see_the_batches_of_the_user():

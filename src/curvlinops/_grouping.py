@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -126,7 +127,8 @@ def find_groups(
     Notes
     -----
     Costs one evaluation of every batch without a graph, two where some parameter is
-    zero, which might hide what comes before it; and three backward passes per group.
+    zero, which might hide what comes before it; and six backward passes per group,
+    three of them at other parameters, where no derivative vanishes by chance.
     """
     try:
         check, found = _Check(model, loss_of), []
@@ -163,19 +165,25 @@ class _Check:
     def __init__(self, model: Model, loss_of: LossMaker) -> None:
         self._model, self._loss_of = model, loss_of
         leaves = [leaf.detach() for leaf in model.leaves]
-        zero = not all(leaf.any() for leaf in leaves)
-        self._others = without_zeros(leaves) if zero else None
+        self._zero = not all(leaf.any() for leaf in leaves)
+        full = without_zeros(leaves)  # and none is where a derivative may vanish
+        self._near = [p * (1 + random_like([p], i)[0] / 8) for i, p in enumerate(full)]
+        self._shifted = model.shifted(self._near)
 
     def __call__(self, batches: list[Pair], sizes: tuple[int, ...]) -> bool:
         if len(batches) == 1:
             return True
         device = self._model.space.device
         batches = [(moved(x, device), moved(y, device)) for x, y in batches]
-        X, _ = together(batches, sizes)
-        same = self._outputs_agree(X, batches, None)
-        if same and self._others is not None:
-            same = self._outputs_agree(X, batches, self._others)
-        return same and self._halves_agree(batches, sizes)
+        slices = slice(None), slice(len(sizes) // 2), slice(len(sizes) // 2, None)
+        pairs = [together(batches[s], sizes[s]) for s in slices]
+        same = self._outputs_agree(pairs[0][0], batches, None)
+        if same and self._zero:
+            same = self._outputs_agree(pairs[0][0], batches, self._near)
+        return same and all(
+            model.run(partial(self._halves_agree, model, pairs))
+            for model in (self._model, self._shifted)
+        )
 
     def _outputs_agree(
         self, X: Any, batches: list[Pair], leaves: list[Tensor] | None
@@ -192,10 +200,10 @@ class _Check:
         eps = rounding(f.dtype, f.device, model.convolves)
         return bool(f.isfinite().all()) and rows_agree(rows, f, eps**0.75)
 
-    def _halves_agree(self, batches: list[Pair], sizes: tuple[int, ...]) -> bool:
-        half = len(batches) // 2
-        slices = slice(None), slice(half), slice(half, None)
-        whole, *parts = (self._linearized(batches[s], sizes[s]) for s in slices)
+    def _halves_agree(self, model: Model, pairs: list[Pair]) -> bool:
+        whole, *parts = (
+            Linearization(model, cloned(X), y, self._loss_of(X)) for X, y in pairs
+        )
         f = whole.output
         eps = rounding(f.dtype, f.device, self._model.convolves)
         if whole.make_loss is not None:
@@ -214,7 +222,3 @@ class _Check:
 
         found = [*map(torch.add, *pulled)]
         return agree(found, pull_back([U]), eps, 0.75, pull_back, [U])
-
-    def _linearized(self, batches: list[Pair], sizes: tuple[int, ...]) -> Linearization:
-        X, y = together(batches, sizes)
-        return Linearization(self._model, X, y, self._loss_of(X))

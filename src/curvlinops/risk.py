@@ -291,7 +291,7 @@ class EmpiricalRisk:
     closed form, and the module has no hooks. Every batch's outputs are compared with
     those of the few hundred that it is put together with, and their :math:`J^\top u`
     with that of halves. This costs one evaluation of the model without gradients (two
-    where some parameter is zero), and three backward passes for a few hundred batches.
+    where some parameter is zero), and six backward passes for a few hundred batches.
 
     Where data contribute apart and columns are many (``A.to_dense()``, wide blocks),
     the rows :math:`J_n` of every datum :math:`n` are computed by ``torch.func.vmap``,
