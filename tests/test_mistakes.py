@@ -314,7 +314,7 @@ VECTORS = (
         "complex128",
         multiply(torch.ones(P) + 0j * torch.ones(P).double()),
         T,
-        "float32.*float64",
+        "float32.*complex128",
         r"x\.to\(",
     ),
     (

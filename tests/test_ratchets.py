@@ -565,7 +565,7 @@ LONG_FILES: dict[str, int] = {
     "_operator": 500,
     "_plan": 1180,
     "_program": 460,
-    "_rows": 490,
+    "_rows": 470,
     "_spaces": 550,
     "estimators._run": 560,
     "estimators.functions": 650,
@@ -584,10 +584,10 @@ LONG_FUNCTIONS: dict[str, int] = {
 }
 #: Most lines of code in each folder, with room for work that is under way.
 CODE: dict[str, int] = {
-    ".": 13590,
+    ".": 13580,
     "estimators": 2830,
     "kfac": 3110,
-    "losses": 980,
+    "losses": 990,
     "papyan2020traces": 20,
 }
 

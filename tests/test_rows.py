@@ -134,16 +134,6 @@ def test_losses_with_options_and_of_users(reduction):
             assert_close(operator(*args).to_dense(), reference(*args), size=4096)
 
 
-def test_the_diagonal_is_made_of_the_same_rows(pulls):
-    args = problem(cnn)
-    for samples in (0, 2):
-        D = GGNDiagonalLinearOperator(*args, mc_samples=samples)
-        plain = GGNLinearOperator(*args, mc_samples=samples)
-        plain.fix_route("plain")
-        assert_close(D.diagonal(), plain.to_dense().diag(), size=4096)
-    assert pulls
-
-
 def test_chunks_give_the_same(monkeypatch, pulls):
     args = problem(cnn)
     expected = references.ggn(*args)

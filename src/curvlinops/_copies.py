@@ -32,9 +32,10 @@ def private_copy(module: nn.Module, aliases: dict[str, nn.Parameter]) -> nn.Modu
     memo: dict[int, Any] = {}
     for part in module.modules():
         # What hooks left behind (weight normalisation, say) is recomputed anyway, but
-        # only leaves can be deep-copied.
+        # only leaves can be deep-copied, and those not sparse.
         for value in [*vars(part).values(), *part._buffers.values()]:
-            if torch.is_tensor(value) and not value.is_leaf:
+            dense = torch.is_tensor(value) and value.layout is torch.strided
+            if torch.is_tensor(value) and not (dense and value.is_leaf):
                 memo[id(value)] = value.detach().clone()
     for name, parameter in module.named_parameters(remove_duplicate=False):
         memo.setdefault(id(parameter), nn.Parameter(parameter.detach(), False))

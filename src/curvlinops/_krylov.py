@@ -372,7 +372,7 @@ class KrylovInverse(Inverse):
             warnings.warn(
                 f"{self.solver} {cause}. {statistics!r}",
                 RuntimeWarning,
-                stacklevel=9,
+                stacklevel=7,
             )
 
 

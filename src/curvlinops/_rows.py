@@ -137,23 +137,6 @@ class JacobianOfRows(MatrixOfRows):
         total[rows.start : rows.start + len(B)] = B
 
 
-class DiagonalOfRows(MatrixOfRows):
-    """Its diagonal."""
-
-    whole, multiplies = False, 0
-
-    def zeros(self) -> Tensor:
-        space = self._space
-        return torch.zeros(self.columns, dtype=space.dtype, device=space.device)
-
-    def add(self, total: Tensor, rows: Rows) -> None:
-        B = rows.B.flatten(0, 1)
-        total += torch.linalg.vecdot(B, rows.multiply(B), dim=0)
-
-    def of(self, matrix: Tensor) -> Tensor:
-        return matrix.diagonal().clone()
-
-
 class ProductOfRows(Wanted):
     """Its product with some columns."""
 

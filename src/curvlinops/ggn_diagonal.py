@@ -17,7 +17,6 @@ from curvlinops._linearization import Linearization
 from curvlinops._model import Parameters
 from curvlinops._parts import one_by_one
 from curvlinops._plan import Plan
-from curvlinops._rows import DiagonalOfRows
 from curvlinops.diag import Diagonal
 from curvlinops.ggn import DEFAULT_SEED, LossHessian
 from curvlinops.risk import EmpiricalRisk
@@ -137,14 +136,9 @@ batch_size_fn, mc_samples, seed, **options
         risk = self.risk
 
         def compute() -> Tensor:
-            wanted, title = DiagonalOfRows(risk.space), self._title("diagonal")
-            if isinstance(risk.data, list | tuple):  # not to read a loader twice
-                by_rows = risk.by_rows(self.middle, wanted, title, None)
-                if by_rows is not None:
-                    return by_rows
             ones = torch.ones(risk.space.dim, 1, dtype=risk.space.dtype)
             ones = ones.to(risk.space.device)
-            return risk.apply(self.forms, ones, title)[:, 0]
+            return risk.apply(self.forms, ones, self._title("diagonal"))[:, 0]
 
         name = identity_of(self._products, risk)
         return compute() if name is None else risk.once((type(self), name), compute)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import prod
+from operator import index
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
@@ -146,7 +147,8 @@ class Loss(ABC):
         Tensor
             Of shape ``[num_samples, *output.shape]``.
         """
-        draws = Draws(as_seed(source), self.first_row)
+        seed = as_seed(source) if isinstance(source, Generator) else index(source)
+        draws = Draws(seed, self.first_row)
         samples = self._sample_gradients(num_samples, draws)
         check_samples(samples, num_samples, self.output)
         return samples.detach().to(self.output)
