@@ -16,13 +16,24 @@ pytest.register_assert_rewrite("laws", "references", "tolerances")
 torch.set_num_threads(1)
 
 
+def modes():
+    """Return what decides, in this thread, whether torch records graphs."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        str(torch._C._dispatch_tls_local_include_set()),
+        str(torch._C._dispatch_tls_local_exclude_set()),
+    )
+
+
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """Hold every test to leaving torch's modes alone, which all later tests run in."""
+    """Hold every test to leaving alone what all later tests of the thread run in."""
+    before = modes()
     yield
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    after = modes()
     torch.set_grad_enabled(True)
-    assert modes == (True, False), "the test left gradients off, or inference on"
+    assert after == before, "the test left a mode of torch's open, or took one away"
 
 
 @pytest.fixture

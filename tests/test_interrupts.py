@@ -110,7 +110,6 @@ def state() -> dict[str, Any]:
     """Return what of a thread's, and the process's, an operation must leave."""
     C = torch._C
     functions = range(C._len_torch_function_stack())
-    dispatch = range(C._len_torch_dispatch_stack())
     vmapmode = [C._vmapmode_increment_nesting(), C._vmapmode_decrement_nesting()]
     autocast = [torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()]
     return {
@@ -118,7 +117,6 @@ def state() -> dict[str, Any]:
         "inference": torch.is_inference_mode_enabled(),
         "layers": C._functorch.get_dynamic_layer_stack_depth(),
         "functions": [id(C._get_function_stack_at(i)) for i in functions],
-        "dispatch": [id(C._get_dispatch_stack_at(i)) for i in dispatch],
         "in dispatch": torch.utils._python_dispatch._is_in_torch_dispatch_mode,
         "forward": (forward_ad._current_level, in_forward_mode()),
         "hooks": (
@@ -139,7 +137,18 @@ def state() -> dict[str, Any]:
         "torch's numbers": torch.get_rng_state().numpy().tobytes(),
         "NumPy's": np.random.get_state()[1].tobytes(),  # noqa: NPY002
         "filters": id(warnings.filters),
+        "modes": modes(),
     }
+
+
+def modes() -> list[Any]:
+    """Return the modes for dispatch, and what kinds of kernels are tried and not."""
+    C = torch._C
+    entered = [
+        C._get_dispatch_stack_at(i) for i in range(C._len_torch_dispatch_stack())
+    ]
+    tried = C._dispatch_tls_local_include_set(), C._dispatch_tls_local_exclude_set()
+    return [*map(id, entered), *map(str, tried)]
 
 
 class Block(nn.Module):
@@ -312,14 +321,15 @@ def test_what_lacks_of_the_users_contexts_is_entered_again():
 
 
 def test_a_mode_with_a_place_of_its_own_stays():
-    A = HessianLinearOperator(*BUILT["mlp"], cache="off")
-    C = torch._C
-    with FakeTensorMode() as fake, Dispatched() as mode:
-        with pytest.raises(BaseException):  # noqa: B017  # numbers cannot be read there
-            Struck(("grad_mode.py", "__exit__"), "call", 1)(lambda: A @ v)
-        modes = [C._get_dispatch_stack_at(i) for i in range(2)]
-        assert modes == [fake, mode]
-    assert not C._len_torch_dispatch_stack()
+    """What it holds is left after its own code has ended, hence out of order."""
+    operation, outside = isolated()(torch.from_numpy), state()
+    with FakeTensorMode(), Dispatched():
+        inside = modes()
+        with pytest.raises(KeyboardInterrupt):
+            Struck(("grad_mode.py", "__exit__"), "call", 1)(lambda: operation(v))
+        gc.collect()
+        assert modes() == inside
+    assert state() == outside
 
 
 def test_other_exceptions_leave_nothing_either():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from cases import IN_PLACE
 from curvlinops import (
     EmpiricalRisk,
     GGNLinearOperator,
@@ -23,6 +24,8 @@ from curvlinops import (
 )
 from curvlinops._loss_leaves import check_loss_leaves
 from curvlinops._model import Model
+
+pytestmark = IN_PLACE
 
 WD = 0.3
 REFUSED = r"depends on the parameters \[.*IdentityLinearOperator.*ScalarFunction"

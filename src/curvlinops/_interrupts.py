@@ -72,6 +72,7 @@ class _Stacks(NamedTuple):
     dispatch: list[Any]
     top: list[Any]
     flags: list[tuple[str, Any]]
+    keys: tuple[Any, ...]
 
 
 #: What reads a thread's state. All are called at once, where no signal is looked for.
@@ -127,7 +128,7 @@ class Noted:
     def put_back(self, interrupted: bool) -> None:
         """Put all back that is not as it was. May be repeated."""
         grad, inference, hooks, *depths = self._seen
-        stacks = self._stacks or _Stacks([], [], [], [])
+        stacks = self._stacks or _Stacks([], [], [], [], ())
         if _functorch.get_dynamic_layer_stack_depth() != depths[-1]:
             _put_back_layers(depths[-1], stacks.top)
         now = _stacks()
@@ -145,13 +146,13 @@ class Noted:
         if hooks and not _C._autograd._saved_tensors_hooks_is_enabled():
             _C._autograd._saved_tensors_hooks_enable()
         if torch.is_inference_mode_enabled() != inference:
-            _GUARDS.append(_C._InferenceMode(inference))
-            _GUARDS[-1].__enter__()
+            _enter(_C._InferenceMode(inference))
         if torch.is_grad_enabled() != grad:
             _C._set_grad_enabled(grad)
+        _put_back_keys(stacks.keys)
 
 
-#: Those of torch put back what was before them when they are gone: these stay.
+#: Those that stay entered.
 _GUARDS: list[Any] = []
 #: Variables of torch that say what kinds of modes have been entered.
 _FLAGS = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]
@@ -165,7 +166,27 @@ def _stacks() -> _Stacks:
         [_C._get_dispatch_stack_at(i) for i in dispatch],
         _top_layer(),
         [(name, getattr(_python_dispatch, name)) for name in _FLAGS],
+        _keys(),
     )
+
+
+def _keys() -> tuple[Any, ...]:
+    """Return the kinds of kernels that are tried, and left out, in this thread.
+
+    Guards that lie in frames of a mode's own code put back those of their time.
+    """
+    return _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()
+
+
+def _put_back_keys(keys: tuple[Any, ...]) -> None:
+    if keys and _keys() != keys:
+        _enter(_C._ForceDispatchKeyGuard(*keys))
+
+
+def _enter(guard: Any) -> None:
+    """Enter a context for good: torch's guards put things back when they are gone."""
+    _GUARDS.append(guard)
+    guard.__enter__()
 
 
 def _are(now: Sequence[Any], before: Sequence[Any]) -> bool:
@@ -295,12 +316,16 @@ def _forget_frames(error: BaseException) -> None:
     for cause in _chain(error):
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
         for frame in frames[-3:]:  # of a handler, which is given what it interrupts
-            held = frame.f_locals.values()
-            frames += [value for value in held if isinstance(value, FrameType)]
-        for frame in frames:
-            of_contexts = frame.f_code.co_filename.startswith(_CONTEXTS)
-            if of_contexts and frame not in running:
+            if not _of_a_context(frame):  # looking at its variables would keep them
+                held = frame.f_locals.values()
+                frames += [value for value in held if isinstance(value, FrameType)]
+        for frame in reversed(frames):  # guards put back what was before them
+            if _of_a_context(frame) and frame not in running:
                 frame.clear()
+
+
+def _of_a_context(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_CONTEXTS)
 
 
 #: Files in which contexts are entered and left, and what they lie in.

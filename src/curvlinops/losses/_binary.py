@@ -62,6 +62,7 @@ class BCEWithLogits(_Logistic):
 
     Examples
     --------
+    >>> import torch
     >>> from functools import partial
     >>> f, y, u = torch.tensor([[1.0, -2.0], [0.2, 1.0], [3.0, 4.0]])
     >>> rho = torch.tensor([5.0])
@@ -109,6 +110,7 @@ class MultiLabelSoftMargin(_Logistic):
 
     Examples
     --------
+    >>> import torch
     >>> f, y, u = torch.tensor([[[1.0, -2.0]], [[0.0, 1.0]], [[3.0, 4.0]]])
     >>> half_of_bce = BCEWithLogits(f, y).hessian_mul(u) / 2
     >>> torch.allclose(MultiLabelSoftMargin(f, y).hessian_mul(u), half_of_bce)
@@ -161,6 +163,7 @@ class BCE(Elementwise):
 
     Examples
     --------
+    >>> import torch
     >>> from functools import partial
     >>> f, y, u = torch.tensor([[0.1, 0.8], [0.2, 1.0], [3.0, 4.0]])
     >>> bce = partial(F.binary_cross_entropy, target=y, reduction="sum")
@@ -221,6 +224,7 @@ class SoftMargin(Elementwise):
 
     Examples
     --------
+    >>> import torch
     >>> f, y, u = torch.tensor([[1.0, -2.0], [-1.0, 1.0], [3.0, 4.0]])
     >>> logistic = BCEWithLogits(f, (1 + y) / 2)
     >>> torch.allclose(SoftMargin(f, y).hessian_mul(u), logistic.hessian_mul(u))
@@ -264,6 +268,7 @@ class HingeEmbedding(PiecewiseLinear):
 
     Examples
     --------
+    >>> import torch
     >>> f, y = torch.tensor([[3.0, 0.5, 2.0], [1.0, -1.0, -1.0]])
     >>> HingeEmbedding(f, y).gradient()
     tensor([ 1., -1.,  0.])

@@ -30,6 +30,7 @@ class MSE(Elementwise):
 
     Examples
     --------
+    >>> import torch
     >>> from functools import partial
     >>> f, y, u = torch.tensor([[1.0, -2.0], [0.2, 1.0], [3.0, 4.0]])
     >>> mse = partial(F.mse_loss, target=y, reduction="sum")
@@ -92,6 +93,7 @@ class Huber(Elementwise):
 
     Examples
     --------
+    >>> import torch
     >>> f, y, u = torch.tensor([[0.5, 3.0], [0.0, 0.0], [7.0, 8.0]])
     >>> Huber(f, y, delta=2.0).hessian_mul(u)
     tensor([7., 0.])
@@ -146,6 +148,7 @@ class SmoothL1(Elementwise):
 
     Examples
     --------
+    >>> import torch
     >>> f, y, u = torch.tensor([[0.2, 3.0], [0.0, 0.0], [7.0, 8.0]])
     >>> SmoothL1(f, y, beta=0.5).hessian_mul(u)
     tensor([14.,  0.])
@@ -199,6 +202,7 @@ class L1(PiecewiseLinear):
 
     Examples
     --------
+    >>> import torch
     >>> f, y, u = torch.tensor([[0.5, 3.0], [1.0, 1.0], [7.0, 8.0]])
     >>> L1(f, y).gradient(), L1(f, y).hessian_mul(u)
     (tensor([-1.,  1.]), tensor([0., 0.]))
@@ -250,6 +254,7 @@ class PoissonNLL(Elementwise):
 
     Examples
     --------
+    >>> import torch
     >>> f, y, u = torch.tensor([[0.0, 1.0], [2.0, 1.0], [7.0, 8.0]])
     >>> torch.allclose(PoissonNLL(f, y).hessian_mul(u), f.exp() * u)
     True
