@@ -75,15 +75,18 @@ class _Stacks(NamedTuple):
     keys: tuple[Any, ...]
 
 
-#: What reads a thread's state. All are called at once, where no signal is looked for.
-_LOOKS: tuple[Callable[[], Any], ...] = (
-    torch.is_grad_enabled,
-    torch.is_inference_mode_enabled,
-    _C._autograd._saved_tensors_hooks_is_enabled,
-    _C._len_torch_function_stack,
-    _C._len_torch_dispatch_stack,
-    _functorch.get_dynamic_layer_stack_depth,
-)
+def _look(
+    grad: Callable[[], bool] = torch.is_grad_enabled,
+    inference: Callable[[], bool] = torch.is_inference_mode_enabled,
+    hooks: Callable[[], bool] = _C._autograd._saved_tensors_hooks_is_enabled,
+    functions: Callable[[], int] = _C._len_torch_function_stack,
+    dispatch: Callable[[], int] = _C._len_torch_dispatch_stack,
+    layers: Callable[[], int] = _functorch.get_dynamic_layer_stack_depth,
+) -> tuple[Any, ...]:
+    """Return a thread's state, as far as it is read at once."""
+    return grad(), inference(), hooks(), functions(), dispatch(), layers()
+
+
 #: Where the depths of stacks begin among these.
 _DEPTHS = 3
 #: What reads the state that only a model's own code, or a backward pass, changes. Of
@@ -103,32 +106,23 @@ _MORE_LOOKS: tuple[Callable[[], Any], ...] = (
 )
 
 
-class Noted:
-    """How a thread's torch is now, to be put back later.
+class Noted(NamedTuple):
+    """How a thread's torch was, to be put back; see :func:`_note`."""
 
-    Parameters
-    ----------
-    evaluates : bool
-        Whether the user's model is evaluated, or differentiated, meanwhile.
-    """
-
-    __slots__ = ("_filters", "_level", "_more", "_seen", "_stacks")
-
-    def __init__(self, evaluates: bool) -> None:
-        self._seen: tuple[Any, ...] = tuple(map(call, _LOOKS))
-        self._level: int = forward_ad._current_level
-        self._filters: Any = warnings.filters
-        self._stacks = _stacks() if any(self._seen[_DEPTHS:]) else None
-        self._more = tuple(map(call, _MORE_LOOKS)) if evaluates else None
+    seen: tuple[Any, ...]
+    level: int
+    filters: Any
+    stacks: _Stacks | None
+    more: tuple[Any, ...] | None
 
     def differs(self) -> bool:
         """Whether something has been left open, as far as that is seen at once."""
-        return tuple(map(call, _LOOKS)) != self._seen
+        return _look() != self.seen
 
     def put_back(self, interrupted: bool) -> None:
         """Put all back that is not as it was. May be repeated."""
-        grad, inference, hooks, *depths = self._seen
-        stacks = self._stacks or _Stacks([], [], [], [], ())
+        grad, inference, hooks, *depths = self.seen
+        stacks = self.stacks or _Stacks([], [], [], [], ())
         if _functorch.get_dynamic_layer_stack_depth() != depths[-1]:
             _put_back_layers(depths[-1], stacks.top)
         now = _stacks()
@@ -138,11 +132,11 @@ class Noted:
             _put_back_dispatch(stacks.dispatch)
         if now.flags != (flags := stacks.flags or [(n, False) for n, _ in now.flags]):
             _set_flags(flags)
-        if self._more is not None:
-            _put_back_more(self._more)
+        if self.more is not None:
+            _put_back_more(self.more)
         if interrupted:  # these belong to the process
-            leave_forward_mode(self._level)
-            _put_back_filters(self._filters)
+            leave_forward_mode(self.level)
+            _put_back_filters(self.filters)
         if hooks and not _C._autograd._saved_tensors_hooks_is_enabled():
             _C._autograd._saved_tensors_hooks_enable()
         if torch.is_inference_mode_enabled() != inference:
@@ -150,6 +144,20 @@ class Noted:
         if torch.is_grad_enabled() != grad:
             _C._set_grad_enabled(grad)
         _put_back_keys(stacks.keys)
+
+
+def _note(evaluates: bool) -> tuple[Any, ...]:
+    """Return what a :class:`Noted` is made of, which most operations never need.
+
+    Parameters
+    ----------
+    evaluates : bool
+        Whether the user's model is evaluated, or differentiated, meanwhile.
+    """
+    seen = _look()
+    stacks = _stacks() if any(seen[_DEPTHS:]) else None
+    more = tuple(map(call, _MORE_LOOKS)) if evaluates else None
+    return seen, forward_ad._current_level, warnings.filters, stacks, more
 
 
 #: Those that stay entered.
@@ -351,11 +359,11 @@ def isolated(evaluates: bool = False) -> Callable[[Callable[P, T]], Callable[P, 
         @wraps(operation)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
             handled = sys.exception()  # see `_strikes_here`
-            noted = Noted(evaluates)
+            before = _note(evaluates)
             try:
                 return operation(*args, **kwargs)
             except BaseException as error:
-                _end(noted, error)
+                _end(Noted(*before), error)
                 raise
             finally:
                 del handled  # or its traceback may keep it

@@ -30,6 +30,13 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def with_gradients() -> AbstractContextManager[Any]:
+    """Return a context outside of inference mode, which costs only what it changes."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = new_lock()
 

@@ -168,7 +168,7 @@ class TorchOperator(ClosedForms):
         TypeError
             If it holds no numbers, or is a tensor of another floating-point type.
         """
-        if isinstance(x, np.ndarray) and x.ndim:  # solvers' operands, at once
+        if isinstance(x, (np.ndarray, Tensor)) and x.ndim:  # solvers' operands, at once
             return self._product(x)
         if isinstance(x, LinearOperator):
             if isinstance(x, TorchOperator):
@@ -182,7 +182,7 @@ class TorchOperator(ClosedForms):
 
     def __matmul__(self, x: Any) -> Any:
         """Return the product, see :meth:`dot`; numbers are no operands."""
-        if isinstance(x, np.ndarray) and x.ndim:  # solvers' operands, at once
+        if isinstance(x, (np.ndarray, Tensor)) and x.ndim:  # solvers' operands, at once
             return self._product(x)
         return self.dot(_no_number(x))
 

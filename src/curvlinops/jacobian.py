@@ -45,7 +45,38 @@ PUSH_FORWARD = Form(push_forward, rows=Side.OUTPUTS, mean=False)
 PULL_BACK = Form(pull_back, cols=Side.OUTPUTS, mean=False)
 
 
-class JacobianLinearOperator(RiskOperator, LinearOperator):
+class _OfOutputs(RiskOperator):
+    """Matrix with one side of outputs, the one that ``outputs`` names."""
+
+    outputs: str
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any] | EmpiricalRisk,
+        params: Parameters | None = None,
+        data: Iterable[Any] | None = None,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        **options: Any,
+    ) -> None:
+        risk = as_risk(
+            model_func,
+            None,
+            params,
+            data,
+            progressbar=progressbar,
+            check_deterministic=check_deterministic,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+            **options,
+        )
+        risk.require_fixed_order("A Jacobian")
+        super().__init__(risk, **{self.outputs: output_space(risk)})
+
+
+class JacobianLinearOperator(_OfOutputs, LinearOperator):
     r"""Jacobian of the model's outputs on all data by its parameters.
 
     .. math::
@@ -105,31 +136,7 @@ batch_size_fn, **options
     """
 
     forms = (PUSH_FORWARD,)
-
-    def __init__(
-        self,
-        model_func: Callable[..., Any] | EmpiricalRisk,
-        params: Parameters | None = None,
-        data: Iterable[Any] | None = None,
-        progressbar: bool = False,
-        check_deterministic: bool = True,
-        num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        **options: Any,
-    ) -> None:
-        risk = as_risk(
-            model_func,
-            None,
-            params,
-            data,
-            progressbar=progressbar,
-            check_deterministic=check_deterministic,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
-            **options,
-        )
-        risk.require_fixed_order("A Jacobian")
-        super().__init__(risk, out_space=output_space(risk))
+    outputs = "out_space"
 
     def _whole(self) -> Tensor | None:
         return self._whole_jacobian(self.shape[0])
@@ -138,7 +145,7 @@ batch_size_fn, **options
         return TransposedJacobianLinearOperator(self.risk)
 
 
-class TransposedJacobianLinearOperator(RiskOperator, LinearOperator):
+class TransposedJacobianLinearOperator(_OfOutputs, LinearOperator):
     r"""Transpose of the Jacobian of the model's outputs on all data.
 
     .. math:: J^\top \in \mathbb{R}^{P \times M}
@@ -176,31 +183,7 @@ batch_size_fn, **options
     """
 
     forms = (PULL_BACK,)
-
-    def __init__(
-        self,
-        model_func: Callable[..., Any] | EmpiricalRisk,
-        params: Parameters | None = None,
-        data: Iterable[Any] | None = None,
-        progressbar: bool = False,
-        check_deterministic: bool = True,
-        num_data: int | None = None,
-        batch_size_fn: Callable[[Any], int] | None = None,
-        **options: Any,
-    ) -> None:
-        risk = as_risk(
-            model_func,
-            None,
-            params,
-            data,
-            progressbar=progressbar,
-            check_deterministic=check_deterministic,
-            num_data=num_data,
-            batch_size_fn=batch_size_fn,
-            **options,
-        )
-        risk.require_fixed_order("A transposed Jacobian")
-        super().__init__(risk, in_space=output_space(risk))
+    outputs = "in_space"
 
     def _whole(self) -> Tensor | None:
         J = self._whole_jacobian(self.shape[1])

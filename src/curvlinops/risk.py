@@ -61,7 +61,7 @@ from curvlinops._grouping import Grouping
 from curvlinops._hidden import HiddenUses, refuse_reentrant
 from curvlinops._identity import Identity, checked_owner
 from curvlinops._interrupts import isolated
-from curvlinops._isolation import without_autocast
+from curvlinops._isolation import with_gradients, without_autocast
 from curvlinops._joining import joined_batch, joining_pays
 from curvlinops._ledger import Ledger
 from curvlinops._linearization import GraphFreedError, Linearization
@@ -654,7 +654,7 @@ class EmpiricalRisk:
             return self._sum(loop, V)
         total: Any = 0
         count: Any = 0
-        with torch.inference_mode(False), torch.enable_grad():
+        with with_gradients():
             rows = V.T if V.shape[1] > 1 else V[:, 0]
             for batch, J in self._shown(jacobians, title, len(jacobians)):
                 f = batch.output_space
@@ -797,7 +797,7 @@ class EmpiricalRisk:
         """Multiply by a square form, by its matrix once that is known."""
         self._refresh_if_changed()
         device = self.space.device.type
-        with self._alone(), without_autocast(device), torch.inference_mode(False):
+        with self._alone(), without_autocast(device), with_gradients():
             if (factors := self._materialised(loop, V)) is None:
                 return self._session(lambda: self._multiply(loop, V), loop.key)
             if self.progressbar:  # which is full at once
