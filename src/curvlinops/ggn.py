@@ -154,7 +154,9 @@ batch_size_fn, **options
         Seed of the samples. The same seed gives the same matrix in every product, on
         every device, and however the data are cut into batches: a datum's samples
         depend on its number in the data. Of a user's ``sampler`` that holds if targets
-        are tensors; it is then called with the rows of the output one by one.
+        are tensors; it is then called with the rows of the output one by one. It does
+        not hold for outputs flattened with time first, ``[T * N, C]``, whose rows mix
+        the data of a batch.
     mc_samples : int, optional
         Number :math:`M` of targets sampled per term.
 
