@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import report_problems
 import torch
 
 from curvlinops import __version__
-from curvlinops.report import _files, _output
+from curvlinops.estimators._run import BLOCK_COLUMNS
+from curvlinops.report import _files
 from curvlinops.report._arguments import make_parser, nbytes
 from curvlinops.report._cli import main, settings_of
 from curvlinops.report._contents import Counts
@@ -339,7 +342,7 @@ def test_folders_are_complete_or_not_there(tmp_path):
     with fresh_folder(target) as folder:
         (folder / "report.json").write_text("old")
         assert not target.exists()
-    mask = _output._umask()
+    os.umask(mask := os.umask(0))
     assert target.stat().st_mode & 0o777 == 0o777 & ~mask
     with pytest.raises(KeyError), fresh_folder(target) as folder:
         raise KeyError
@@ -348,6 +351,35 @@ def test_folders_are_complete_or_not_there(tmp_path):
         (folder / "report.json").write_text("new")
     assert (target / "report.json").read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
+
+
+def left_behind(target, *names):
+    """Leave what a process leaves that is killed while it writes."""
+    aside = target.parent / f".{target.name}.unfinished-abc"
+    for name in names:
+        (aside / name).mkdir(parents=True)
+        (aside / name / "report.json").write_text(name)
+    return aside
+
+
+def test_what_killed_processes_leave_is_removed(tmp_path):
+    """But neither what a process uses, nor another target's, nor a report."""
+    target = tmp_path / "a"
+    with fresh_folder(target) as mine:
+        other = left_behind(tmp_path / "a.b", "new")
+        gone = left_behind(target, "new")
+        with fresh_folder(target) as folder:
+            (folder / "report.json").write_text("first")
+            assert mine.exists()
+            assert not gone.exists()
+    assert set(tmp_path.iterdir()) == {target, other}
+    shutil.rmtree(target)
+
+    left_behind(target, "new", "old")  # killed between two renames
+    with pytest.raises(KeyError), fresh_folder(target):
+        raise KeyError
+    assert (target / "report.json").read_text() == "old"
+    assert set(tmp_path.iterdir()) == {target, other}
 
 
 def test_what_is_no_report_is_not_replaced(tmp_path):
@@ -429,58 +461,74 @@ def test_damaged_checkpoint(config, tmp_path, capsys):
     assert call(capsys, "report", *arguments, "--quiet")[0] == 0
 
 
-SLOW_PROBLEM = """
-import sys, time
-sys.path.append({folder!r})
-from report_problems import *
+#: Runs a command that logs the checksum of every vector it multiplies, and draws
+#: nothing. Kills itself once it has multiplied so many; for 0, when it would draw.
+KILLED = """
+import os, signal, sys, zlib
+import torch
+from curvlinops._operand import Operand, to_numpy
+from curvlinops.report import _cli, _drawing
 
-class Slow(nn.Sequential):
-    def forward(self, x):
-        with open({log!r}, "a") as file:
-            file.write("x")
-        time.sleep(0.002)
-        return super().forward(x)
+log, most = open(sys.argv[1], "a", buffering=1), float(sys.argv[2])
+multiply, made = Operand.multiply, 0
+torch.set_num_threads(1)
 
-def slow():
-    model, loss, data = wide()
-    return Slow(*model), loss, data
+def counted(self, X, adjoint=False):
+    global made
+    for x in to_numpy(X.T):
+        log.write(f"{zlib.crc32(x.tobytes())}\\n")
+    made += X.shape[1]
+    if 0 < most <= made:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return multiply(self, X, adjoint)
+
+def draw(content, folder):
+    if most == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _drawing.Drawn()
+
+Operand.multiply, _cli.draw = counted, draw
+sys.exit(_cli.main(sys.argv[3:]))
 """
+
+
+def spent(folder, most, *arguments):
+    """Run a report, killed after some products; return those made, by checksum."""
+    log, out = folder / "log", folder / "out"
+    log.write_text("")
+    command = "-c", KILLED, log, most, "report", "--output", out, "--quiet", *arguments
+    run = subprocess.run([sys.executable, *map(str, command)])
+    assert run.returncode == (-signal.SIGKILL if most < np.inf else 0)
+    return Counter(log.read_text().split())
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle(tmp_path):
-    """The second call ends with the same bits, and repeats little of the work.
+    """A second call ends with the bits of a whole one, and repeats next to nothing.
 
-    Work is counted by the model's evaluations: with `cache="off"`-like problems, whose
-    every product evaluates it, they are the products.
+    That one has no checkpoint, and the first to be killed has made all its products.
+    Others repeat the block of products in which they are killed, and a fingerprint.
     """
-    log = tmp_path / "log"
-    problem = tmp_path / "problem.py"
-    problem.write_text(SLOW_PROBLEM.format(folder=str(FILE.parent), log=str(log)))
-    config = tmp_path / "run.toml"
-    settings = Settings(Choice(f"{problem}:slow"), counts=COUNTS)
-    config.write_text(to_toml(settings, __version__))
-
-    def command(name):
-        keep, out = tmp_path / f"{name}-keep", tmp_path / name
-        arguments = "report", "--config", config, "--checkpoint", keep, "--output", out
-        return [sys.executable, "-m", "curvlinops", *map(str, arguments), "--quiet"]
-
-    def evaluations():
-        return len(log.read_text()) if log.exists() else 0
-
-    subprocess.run(command("whole"), check=True)
-    whole = evaluations()
-    log.unlink()
-    process = subprocess.Popen(command("killed"))
-    while evaluations() < whole // 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed").exists()
-    subprocess.run(command("killed"), check=True)
-    same(load(tmp_path / "killed"), load(tmp_path / "whole"))
-    assert evaluations() < 1.25 * whole
+    settings = Settings(Choice(f"{FILE}:wide"), counts=COUNTS)
+    config = "--config", tmp_path / "given.toml"
+    config[1].write_text(to_toml(settings, __version__))
+    whole = spent(tmp_path, np.inf, *config)
+    expected, made = load(tmp_path / "out"), Counter()
+    for most in (0, whole.total() // 5, whole.total() // 2):
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        arguments = *config, "--checkpoint", folder / "keep"
+        first = spent(folder, most, *arguments)
+        assert not (folder / "out").exists()
+        second = spent(folder, np.inf, *arguments)
+        same(load(folder / "out"), expected)
+        assert {path.name for path in folder.iterdir()} == {"keep", "log", "out"}
+        assert not list((folder / "keep").glob("*.journal*"))
+        made = made or first
+        assert not made - (first + second)
+        repeated = ((first + second) - made).total()
+        assert repeated <= (BLOCK_COLUMNS + 1 if most else 0)
+        assert second.total() < whole.total()
 
 
 # -- the embedded problem --------------------------------------------------------------

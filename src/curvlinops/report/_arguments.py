@@ -140,7 +140,12 @@ def add_files(parser: argparse.ArgumentParser, output: str | None) -> None:
     add = parser.add_argument_group("files and text").add_argument
     default = f"default: {output}" if output else "default: none is written"
     add("--output", type=Path, metavar="DIR", help=f"folder of the results ({default})")
-    add("--checkpoint", type=Path, metavar="DIR", help="keeps what is finished")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="keeps what is finished: after a kill the same command goes on from there",
+    )
     add(
         "--config", type=Path, metavar=RUN, help="replay a run; other options change it"
     )

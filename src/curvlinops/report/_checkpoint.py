@@ -130,9 +130,11 @@ class Stages:
             stage, result = _computed(name, compute, journal)
             if path is not None:
                 _write(path, stage, result)
-                for left in path.parent.iterdir():
-                    if left.name.startswith((f"{stem}.journal", f"{stem}@")):
-                        left.unlink()
+        if path is not None:  # also what a killed process has left
+            names = f"{stem}.journal", f"{stem}@", f".{path.name[:40]}."
+            for left in path.parent.iterdir():
+                if left.name.startswith(names):
+                    left.unlink()
         self.done.append(stage)
         return result
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,10 +16,15 @@ from curvlinops.report._files import JSON, NPZ
 from curvlinops.report._mistakes import MistakeError
 from curvlinops.report._settings import NAME as RUN
 
+if sys.platform != "win32":  # there, what a killed process has left stays
+    import fcntl
+
 SUMMARY = "summary.tsv"
 #: What a report's folder holds; with these, and nothing else, it may be replaced.
 KNOWN = {JSON, NPZ, SUMMARY, RUN, "comparison.json"}
 SUFFIXES = {".png", ".svg", ".html", ".pdf"}
+#: In the hidden folder beside it: what will take its place, and what it replaces.
+NEW, OLD = "new", "old"
 
 
 def require_replaceable(folder: Path) -> None:
@@ -43,6 +50,9 @@ def require_replaceable(folder: Path) -> None:
 def fresh_folder(target: Path) -> Iterator[Path]:
     """Give a folder beside the target, which takes its place at the end.
 
+    It lies in a hidden one, named by :func:`_prefix`, which stays behind only if the
+    process is killed. The next call for the same target takes that away.
+
     Parameters
     ----------
     target : Path
@@ -60,47 +70,73 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         If the target may not be replaced, or nothing can be written beside it.
     """
     target = Path(target).absolute()
+    _discard_unused(target)
     require_replaceable(target)
     missing = [p for p in target.parents if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        lock = _locked(aside)
+        (aside / NEW).mkdir()
     except OSError as error:
         raise MistakeError(
             f"--output {target} cannot be written to: {error.strerror}."
         ) from error
     try:
-        folder.chmod(0o777 & ~_umask())
-        yield folder
-        _put_in_place(folder, target)
+        yield aside / NEW
+        require_replaceable(target)
+        if target.exists():
+            target.rename(aside / OLD)
+        (aside / NEW).rename(target)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(aside, target)
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _put_in_place(folder: Path, target: Path) -> None:
-    require_replaceable(target)
-    if not target.exists():
-        folder.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    target.rename(aside / "old")
-    try:
-        folder.rename(target)
-    except OSError:
-        (aside / "old").rename(target)
-        raise
+    else:
+        _discard(aside, target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.unfinished-"
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder until its descriptor is closed, or the process ends.
+
+    ``None`` if another process has done so, or if there are no such locks.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _discard(aside: Path, target: Path) -> None:
+    """Remove a hidden folder; a report that lies only there goes back to its place."""
+    if (aside / OLD).exists() and not target.exists():
+        (aside / OLD).rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _discard_unused(target: Path) -> None:
+    """Remove the hidden folders that processes have left which were killed."""
+    for aside in target.parent.glob(glob.escape(_prefix(target)) + "*"):
+        with suppress(OSError):
+            if (lock := _locked(aside)) is not None:
+                try:
+                    _discard(aside, target)
+                finally:
+                    os.close(lock)
 
 
 def summary(report: Report) -> str:

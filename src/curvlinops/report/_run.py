@@ -122,7 +122,6 @@ class Job:
             "versions": VERSIONS,
         }
         self._stages = Stages(checkpoint, identity, progress)
-        self._journalled = checkpoint is not None
         self.timing = self._timed()
 
     def _timed(self) -> Timing:
@@ -132,7 +131,7 @@ class Job:
             return Timing(settings.counts)
 
         def compute(_: Path | None) -> tuple[Timing, int]:
-            times = [self._seconds(A) for A in self.matrices.values()]
+            times = [seconds_per_product(A) for A in self.matrices.values()]
             level = level_of(settings.budget)
             if settings.top is not None:
                 wanted = replace(level.counts, top=settings.top)
@@ -143,16 +142,6 @@ class Job:
         if found is None:
             raise MistakeError(self._stages.done[-1].failure)
         return found
-
-    def _seconds(self, A: Any) -> float:
-        """Time a product, in the one way in which journals want it computed."""
-        if not self._journalled or not hasattr(A, "fix_route"):
-            return seconds_per_product(A)
-        A.fix_route()
-        try:
-            return seconds_per_product(A)
-        finally:
-            A.free_route()
 
     def prediction(self) -> str:
         """Say how much will be computed, and how long that takes."""
@@ -243,11 +232,18 @@ class Job:
 
 
 def _built(name: str, risk: EmpiricalRisk, seed: int) -> Any:
+    """Build a matrix whose products do not depend on what was multiplied before.
+
+    Hence a run that goes on after a kill, without the products before, a run without
+    a checkpoint, and a replay, which times no products, have the same bits.
+    """
     try:
-        return KINDS[name].build(risk, seed)
+        A = KINDS[name].build(risk, seed)
     except (ValueError, TypeError, RuntimeError) as error:
         raise_if_out_of_memory(error)
         raise MistakeError(f"--matrix {name}: {one_line(error)}") from error
+    A.fix_route()
+    return A
 
 
 @contextmanager
