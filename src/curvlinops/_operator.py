@@ -282,7 +282,7 @@ class TorchOperator(ClosedForms):
             warnings.warn(
                 "The operand is part of an autograd graph, but products with an "
                 "operator are not differentiable. Call `x.detach()` first.",
-                stacklevel=5,  # the line that says `A @ x`
+                stacklevel=4,  # the line that says `A @ x`
             )
         if X.is_complex():
             self._in_space.require_dtype(X.dtype)
