@@ -30,6 +30,7 @@ def modes():
 def as_it_was():
     """Hold every test to leaving alone what all later tests of the thread run in."""
     before = modes()
+    assert before[:2] == (True, False), "a test before has left a mode of torch's open"
     yield
     after = modes()
     torch.set_grad_enabled(True)

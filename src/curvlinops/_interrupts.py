@@ -147,7 +147,9 @@ class Noted(NamedTuple):
 
 
 def _note(evaluates: bool) -> tuple[Any, ...]:
-    """Return what a :class:`Noted` is made of, which most operations never need.
+    """Return what a :class:`Noted` is made of, which few operations need.
+
+    A tuple, which is made in half the time of a named one, before every product.
 
     Parameters
     ----------
@@ -155,7 +157,7 @@ def _note(evaluates: bool) -> tuple[Any, ...]:
         Whether the user's model is evaluated, or differentiated, meanwhile.
     """
     seen = _look()
-    stacks = _stacks() if any(seen[_DEPTHS:]) else None
+    stacks = _stacks() if evaluates or any(seen[_DEPTHS:]) else None
     more = tuple(map(call, _MORE_LOOKS)) if evaluates else None
     return seen, forward_ad._current_level, warnings.filters, stacks, more
 
@@ -375,10 +377,11 @@ def isolated(evaluates: bool = False) -> Callable[[Callable[P, T]], Callable[P, 
 
 def _end(noted: Noted, error: BaseException) -> None:
     """Put all back after an exception, and raise the interrupt that it hides."""
-    interrupt = hidden_interrupt(error)
-    if interrupt is not None or noted.differs():
-        _forget_frames(error)
+    interrupt = None
     try:
+        interrupt = hidden_interrupt(error)
+        if interrupt is not None or noted.differs():
+            _forget_frames(error)
         noted.put_back(interrupt is not None)
     finally:  # another interrupt may have come in between
         noted.put_back(interrupt is not None)

@@ -31,7 +31,10 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def with_gradients() -> AbstractContextManager[Any]:
-    """Return a context outside of inference mode, which costs only what it changes."""
+    """Return a context with gradients on, outside of inference mode.
+
+    It costs only what it changes. Leaving inference mode turns gradients on, too.
+    """
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections import Counter
@@ -351,6 +352,31 @@ def test_folders_are_complete_or_not_there(tmp_path):
         (folder / "report.json").write_text("new")
     assert (target / "report.json").read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_link_stays_and_leads_to_the_report(tmp_path):
+    link, target = tmp_path / "link", tmp_path / "far" / "real"
+    link.symlink_to(Path("far", "real"))
+    for text in "old", "new":
+        with fresh_folder(link) as folder:
+            (folder / "report.json").write_text(text)
+        assert link.is_symlink()
+        assert (target / "report.json").read_text() == text
+
+
+def test_a_folder_that_another_call_takes_away_is_made_again(tmp_path, monkeypatch):
+    """Between making a hidden folder and locking it, it looks like one left behind."""
+    made, make = [], tempfile.mkdtemp
+
+    def taken_away(**options):
+        made.append(make(**options))
+        if len(made) == 1:
+            shutil.rmtree(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken_away)
+    with fresh_folder(tmp_path / "a") as folder:
+        assert folder.parent == Path(made[1])
 
 
 def left_behind(target, *names):

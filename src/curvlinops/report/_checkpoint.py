@@ -134,7 +134,7 @@ class Stages:
             names = f"{stem}.journal", f"{stem}@", f".{path.name[:40]}."
             for left in path.parent.iterdir():
                 if left.name.startswith(names):
-                    left.unlink()
+                    left.unlink(missing_ok=True)
         self.done.append(stage)
         return result
 

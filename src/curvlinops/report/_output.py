@@ -69,15 +69,13 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     MistakeError
         If the target may not be replaced, or nothing can be written beside it.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()  # a link stays, and leads to the report
     _discard_unused(target)
     require_replaceable(target)
     missing = [p for p in target.parents if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        lock = _locked(aside)
-        (aside / NEW).mkdir()
+        aside, lock = _hidden(target)
     except OSError as error:
         raise MistakeError(
             f"--output {target} cannot be written to: {error.strerror}."
@@ -89,13 +87,14 @@ def fresh_folder(target: Path) -> Iterator[Path]:
             target.rename(aside / OLD)
         (aside / NEW).rename(target)
     except BaseException:
-        _discard(aside, target)
+        with suppress(OSError):
+            _discard(aside, target)
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
         raise
-    else:
-        _discard(aside, target)
+    else:  # not the old report, even if another call has moved this one meanwhile
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         if lock is not None:
             os.close(lock)
@@ -105,18 +104,37 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.unfinished-"
 
 
+def _hidden(target: Path) -> tuple[Path, int | None]:
+    """Make a hidden folder, and lock it until its descriptor is closed."""
+    while True:
+        aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        try:
+            lock = _locked(aside)
+            (aside / NEW).mkdir()
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another call has taken it for one that was left behind
+        return aside, lock
+
+
 def _locked(folder: Path) -> int | None:
     """Lock a folder until its descriptor is closed, or the process ends.
 
-    ``None`` if another process has done so, or if there are no such locks.
+    ``None`` if there are no such locks.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has done so.
     """
     if sys.platform == "win32":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return descriptor
 

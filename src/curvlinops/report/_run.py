@@ -235,7 +235,8 @@ def _built(name: str, risk: EmpiricalRisk, seed: int) -> Any:
     """Build a matrix whose products do not depend on what was multiplied before.
 
     Hence a run that goes on after a kill, without the products before, a run without
-    a checkpoint, and a replay, which times no products, have the same bits.
+    a checkpoint, and a replay, which times no products, have the same bits. What
+    products do not do then is to keep recordings for later ones.
     """
     try:
         A = KINDS[name].build(risk, seed)
