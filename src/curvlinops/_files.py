@@ -60,6 +60,11 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def unfinished(path: Path) -> str:
+    """Return how the names of files begin that may yet replace one, see `replacing`."""
+    return f".{path.name[:40]}."
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file, which takes the place of an earlier one once it is complete.
@@ -90,7 +95,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Only a process that is killed leaves it behind. So there must be room for both.
     """
     name, target = os.fspath(path), regular_file(path)
-    beside = target.with_name(f".{target.name[:40]}.{token_hex(8)}.tmp")
+    beside = target.with_name(f"{unfinished(target)}{token_hex(8)}.tmp")
     try:
         try:
             earlier = target.stat() if target.exists() else None

@@ -46,9 +46,7 @@ PULL_BACK = Form(pull_back, cols=Side.OUTPUTS, mean=False)
 
 
 class _OfOutputs(RiskOperator):
-    """Matrix with one side of outputs, the one that ``outputs`` names."""
-
-    outputs: str
+    """Matrix of one form, which has outputs on one side."""
 
     def __init__(
         self,
@@ -73,7 +71,8 @@ class _OfOutputs(RiskOperator):
             **options,
         )
         risk.require_fixed_order("A Jacobian")
-        super().__init__(risk, **{self.outputs: output_space(risk)})
+        side = "in_space" if self.forms[0].cols is Side.OUTPUTS else "out_space"
+        super().__init__(risk, **{side: output_space(risk)})
 
 
 class JacobianLinearOperator(_OfOutputs, LinearOperator):
@@ -136,7 +135,6 @@ batch_size_fn, **options
     """
 
     forms = (PUSH_FORWARD,)
-    outputs = "out_space"
 
     def _whole(self) -> Tensor | None:
         return self._whole_jacobian(self.shape[0])
@@ -183,7 +181,6 @@ batch_size_fn, **options
     """
 
     forms = (PULL_BACK,)
-    outputs = "in_space"
 
     def _whole(self) -> Tensor | None:
         J = self._whole_jacobian(self.shape[1])

@@ -343,7 +343,8 @@ def test_folders_are_complete_or_not_there(tmp_path):
     with fresh_folder(target) as folder:
         (folder / "report.json").write_text("old")
         assert not target.exists()
-    os.umask(mask := os.umask(0))
+    mask = os.umask(0)
+    os.umask(mask)
     assert target.stat().st_mode & 0o777 == 0o777 & ~mask
     with pytest.raises(KeyError), fresh_folder(target) as folder:
         raise KeyError

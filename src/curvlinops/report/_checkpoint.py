@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from curvlinops._files import unfinished
 from curvlinops._memory import raise_if_out_of_memory
 from curvlinops.report._files import decode, encode, write
 from curvlinops.report._mistakes import MistakeError, one_line
 
 T = TypeVar("T")
+#: What a folder's stages are of.
+IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Stages:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._claim(folder / "identity.json", json.loads(json.dumps(identity)))
+            self._claim(folder / IDENTITY, json.loads(json.dumps(identity)))
         except OSError as error:
             raise MistakeError(
                 f"--checkpoint {folder} cannot be used: {error.strerror}."
@@ -131,9 +134,9 @@ class Stages:
             if path is not None:
                 _write(path, stage, result)
         if path is not None:  # also what a killed process has left
-            names = f"{stem}.journal", f"{stem}@", f".{path.name[:40]}."
+            parts = [unfinished(path), unfinished(path.with_name(IDENTITY))]
             for left in path.parent.iterdir():
-                if left.name.startswith(names):
+                if left.name.startswith((f"{stem}.journal", f"{stem}@", *parts)):
                     left.unlink(missing_ok=True)
         self.done.append(stage)
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import hypot, isfinite, nan
 
 import numpy as np
@@ -280,7 +280,7 @@ def _pair(first: Report, second: Report, name: str) -> Pair:
         tuple(_numbers(a, b, rounding)),
         _overlap(a, b),
         _density_distance(a, b),
-        _layers(first, second, a, b),
+        _layers(first, second, a, b, rounding),
     )
 
 
@@ -379,7 +379,9 @@ def distance(
     return Distance(value, max(chances))
 
 
-def _layers(first: Report, second: Report, a: Matrix, b: Matrix) -> tuple[Moved, ...]:
+def _layers(
+    first: Report, second: Report, a: Matrix, b: Matrix, rounding: float
+) -> tuple[Moved, ...]:
     theirs = {layer.name: layer for layer in b.layers}
     ours, others = _blocks(first, a.name), _blocks(second, b.name)
     found = []
@@ -389,8 +391,8 @@ def _layers(first: Report, second: Report, a: Matrix, b: Matrix) -> tuple[Moved,
         apart = None
         if layer.name in ours and layer.name in others:
             apart = _block_distance(ours[layer.name], others[layer.name])
-        changes = _layer_changes(layer, theirs[layer.name], a.damping == b.damping)
-        changes = tuple(replace(c, rounding=_rounding(first, second)) for c in changes)
+        same = a.damping == b.damping
+        changes = _layer_changes(layer, theirs[layer.name], same, rounding)
         found.append(Moved(layer.name, changes, apart))
     return tuple(sorted(found, key=lambda m: (not m.significant, -_finite(m.amount))))
 
@@ -411,13 +413,15 @@ def _block_distance(a: Block, b: Block) -> Distance:
     return distance(rules, [a.size, b.size], EPSILON)
 
 
-def _layer_changes(a: Layer, b: Layer, same_damping: bool) -> tuple[Change, ...]:
-    changes = [
-        Change("trace", a.trace, b.trace),
-        Change("top eigenvalue", a.top_eigenvalue, b.top_eigenvalue),
-        Change("norm", a.frobenius_norm, b.frobenius_norm),
+def _layer_changes(
+    a: Layer, b: Layer, same_damping: bool, rounding: float
+) -> tuple[Change, ...]:
+    pairs = [
+        ("trace", a.trace, b.trace),
+        ("top eigenvalue", a.top_eigenvalue, b.top_eigenvalue),
+        ("norm", a.frobenius_norm, b.frobenius_norm),
     ]
     if same_damping:
-        pair = a.effective_dimension, b.effective_dimension
-        changes.append(Change("effective dimension", *pair))
-    return tuple(changes)
+        dimensions = a.effective_dimension, b.effective_dimension
+        pairs.append(("effective dimension", *dimensions))
+    return tuple(Change(*pair, rounding) for pair in pairs)

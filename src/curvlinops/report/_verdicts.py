@@ -93,11 +93,7 @@ def convergence(report: Report) -> Found:
             if end is not None and not end.converged:
                 names.append(f"{name} eigenvalues")
         count = len(names)
-        text = (
-            f"Not converged: {', '.join(names)}."
-            if names
-            else "All solves and Krylov spaces have converged."
-        )
+        text = "All solves and Krylov spaces have converged."
         if names:
             text = f"Not converged: {', '.join(names)}."
             text += " Their errors say by how much; a larger --budget goes on."
